@@ -1,0 +1,46 @@
+# Sourced by the other scripts: makes a virtual environment that has the package with the extras asked for.
+#
+# The environment is .venv in the project's root, or $FS_FWDLLM_VENV. It is made by $PYTHON, or by the first Python
+# between 3.10 and 3.13 that is found. Nothing is installed again while setup.cfg, pyproject.toml and constraints.txt
+# are what they were.
+
+project_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+environment="${FS_FWDLLM_VENV:-$project_root/.venv}"
+
+is_usable_python() {
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python python3.11 python3.12 python3.13 python3.10}; do
+        if is_usable_python "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: needs Python 3.10 to 3.13 with the modules venv and ensurepip; name one in PYTHON" >&2
+    return 1
+}
+
+# ensure_environment EXTRAS [EXTRAS_THAT_ALSO_DO]
+ensure_environment() {
+    local extras="$1" wanted installed python
+    wanted="$(cat "$project_root"/{setup.cfg,pyproject.toml,constraints.txt} | cksum) $project_root"
+    for installed in "$@"; do
+        if [[ "$(cat "$environment/installed-$installed" 2>/dev/null)" == "$wanted" ]] &&
+            "$environment/bin/fs-fwdllm" --version >/dev/null 2>&1; then
+            echo "environment $environment is ready"
+            return
+        fi
+    done
+    if ! is_usable_python "$environment/bin/python"; then
+        python="$(find_python)"
+        echo "making the environment $environment with $("$python" --version)"
+        "$python" -m venv --clear "$environment"
+    fi
+    echo "installing fs-fwdllm[$extras] into $environment (minutes, the first time)"
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint "$project_root/constraints.txt" --editable "$project_root[$extras]"
+    echo "$wanted" >"$environment/installed-$extras"
+}
