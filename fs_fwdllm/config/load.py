@@ -1,0 +1,161 @@
+"""Reading a configuration: YAML file, then ``key value`` overrides, then validation with useful messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from fs_fwdllm.config.schema import Config, is_host_only
+from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
+from fs_fwdllm.errors import ConfigError, nearest
+
+__all__ = ["dump_config", "load_config", "parse_config"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply ``overrides`` (``key value key value``, as FederatedScope's command line has them).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is out of range.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        known = sorted(str(near) for near in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        raise ConfigError(f"--cfg {file}: cannot be read ({error.strerror}){nearest(file, known)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--cfg {file}: is not UTF-8 text (byte {error.start}: {error.reason})") from error
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--cfg {file}: is not YAML: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--cfg {file}: must be a mapping of sections, but is a {type(tree).__name__}")
+    _apply_overrides(tree, overrides)
+    config = parse_config(tree)
+    if not config.expname:
+        config.expname = file.stem
+    return config
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate an already-read mapping. Raises :class:`~fs_fwdllm.errors.ConfigError` on the first mistakes found."""
+    try:
+        return Config.model_validate(_fill_empty_sections(tree, Config))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML text; :func:`load_config` reads it back to an equal object.
+
+    Host-only keys that nobody set are left out, so that :meth:`Config.ignored_keys` stays true after the round trip.
+    """
+    return dump_yaml(_without_unset_host_keys(config, config.model_dump(mode="json")))
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    if len(overrides) % 2:
+        raise ConfigError(f"overrides come in pairs 'key value', but {overrides[-1]!r} stands alone")
+    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        node = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            if node.get(section) is None:
+                node[section] = {}
+            child = node[section]
+            if not isinstance(child, dict):
+                raise ConfigError(f"{key} {text!r}: {section!r} is a value, not a section")
+            node = child
+        node[leaf] = _override_value(key, text)
+
+
+def _override_value(key: str, text: str) -> Any:
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: the value {text!r} is not YAML: {error}") from error
+    if value is None:
+        return None if text in ("null", "~") else text  # an empty string is a value, not "nothing"
+    field = _field(key.split("."))
+    return text if field is not None and field.annotation is str and not isinstance(value, str) else value
+
+
+def _fill_empty_sections(tree: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """A copy of ``tree`` where a section that is named but empty (``federate:`` and nothing below) has its defaults."""
+    filled = dict(tree)
+    for name, field in model.model_fields.items():
+        section = _section_type(field.annotation)
+        if section is not None and name in filled:
+            value = {} if filled[name] is None else filled[name]
+            filled[name] = _fill_empty_sections(value, section) if isinstance(value, dict) else value
+    return filled
+
+
+def _without_unset_host_keys(section: BaseModel, tree: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in tree.items():
+        child = getattr(section, name)
+        if isinstance(child, BaseModel):
+            kept[name] = _without_unset_host_keys(child, value)
+        elif name in section.model_fields_set or not is_host_only(type(section).model_fields[name]):
+            kept[name] = value
+    return {name: value for name, value in kept.items() if value != {} or name in section.model_fields_set}
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    dotted = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys()
+        siblings = [key for key in known if key.rpartition(".")[0] == ".".join(path[:-1])]
+        hint = nearest(dotted, siblings) or nearest(path[-1], [key.rpartition(".")[2] for key in siblings])
+        hint = hint or nearest(dotted, known)
+        return f"{dotted}: unknown key (value {item['input']!r}){hint}"
+    choices = item.get("ctx", {}).get("expected", "")
+    hint = nearest(item["input"], [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")])
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}, but the value is {item['input']!r}{hint}{_describe(path)}"
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _field(path: list[str]) -> FieldInfo | None:
+    """The field a dotted key names, or the list field an element belongs to; ``None`` where the schema has none."""
+    model: type[BaseModel] | None = Config
+    field: FieldInfo | None = None
+    for name in path:
+        if model is None:
+            return field
+        if name not in model.model_fields:
+            return None
+        field = model.model_fields[name]
+        model = _section_type(field.annotation)
+    return field
+
+
+def _describe(path: list[str]) -> str:
+    field = _field(path)
+    if field is None or not field.description or get_origin(field.annotation) is Literal:
+        return ""
+    return f" ({field.description})"
+
+
+def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        section = _section_type(field.annotation)
+        if section is not None:
+            keys += _known_keys(section, f"{prefix}{name}.")
+    return keys
