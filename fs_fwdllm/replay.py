@@ -1,0 +1,158 @@
+"""Replay: turning ``(seed, scalar)`` pairs back into the update they stand for, with the same bits everywhere.
+
+A direction evaluated with slope ``g`` contributes ``c * z(seed)`` to the parameters, where the coefficient ``c`` holds
+learning rate, client weight and sign. Several contributions are added in a fixed order with fixed arithmetic:
+
+    1. ``u = 0``; for each contribution in order ``u <- u + c * z``   (one rounding each; ``c * (+-1)`` is exact)
+    2. without momentum ``p <- p * decay``, then ``p <- p + u``
+       with momentum    ``m <- m * beta``, ``m <- m + u``, ``p <- p * decay``, ``p <- p - (m * rate)``
+
+Every line is a single IEEE-754 operation per element, issued as a kernel of its own so that no compiler can fuse two
+roundings into one. With Rademacher directions the result is therefore the same on any device, in any chunking, and
+summing the contributions before touching ``p`` keeps small coefficients from drowning in large parameters. The same
+argument covers dense momentum, so a momentum buffer here is exact on every machine too.
+
+Chunks are walked on the outside and contributions on the inside, so that a chunk stays in the cache while all its
+directions are added: memory is read and written once however many contributions there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fs_fwdllm.direction import DirectionKey, Distribution
+from fs_fwdllm.trainables import Trainables
+
+__all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contributions", "perturb"]
+
+#: Elements per chunk: one float32 chunk and its signs fit a core's second-level cache.
+DEFAULT_CHUNK = 1 << 18
+#: Contributions whose signs are generated together, bounding the sign block to this many elements.
+_SIGN_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Directions and what each is multiplied with, in the order in which they are added.
+
+    Attributes:
+        seeds: direction seeds.
+        coefficients: float32 array of the same length.
+    """
+
+    seeds: Sequence[int]
+    coefficients: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) != len(self.coefficients):
+            raise ValueError(f"{len(self.seeds)} seeds but {len(self.coefficients)} coefficients")
+
+
+@torch.no_grad()
+def add_contributions(
+    buffers: Sequence[torch.Tensor],
+    contributions: Contributions,
+    run_seed: int,
+    distribution: Distribution,
+    chunk: int = DEFAULT_CHUNK,
+) -> None:
+    """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` is the tensor with id ``k``."""
+    keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
+    coefficients = [float(value) for value in np.asarray(contributions.coefficients, dtype=np.float32)]
+    for tensor_id, buffer in enumerate(buffers):
+        flat = buffer.view(-1)
+        for start in range(0, flat.numel(), chunk):
+            part = flat[start : start + chunk]
+            _add_to_chunk(part, keys, coefficients, tensor_id, start, distribution)
+
+
+def _add_to_chunk(
+    part: torch.Tensor,
+    keys: list[DirectionKey],
+    coefficients: list[float],
+    tensor_id: int,
+    start: int,
+    distribution: Distribution,
+) -> None:
+    count = part.numel()
+    # A single contribution needs no running sum: 0 + c z is c z exactly.
+    total = part if len(keys) == 1 else torch.zeros_like(part)
+    group = max(1, _SIGN_BLOCK // count)
+    for first in range(0, len(keys), group):
+        block = distribution.values(keys[first : first + group], tensor_id, start, count, part.device)
+        for row, coefficient in zip(block, coefficients[first : first + group], strict=True):
+            total.add_(row, alpha=coefficient)
+    if total is not part:
+        part.add_(total)
+
+
+@torch.no_grad()
+def perturb(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    coefficient: float,
+    key: DirectionKey,
+    tensor_id: int,
+    distribution: Distribution,
+    chunk: int = DEFAULT_CHUNK,
+) -> None:
+    """Write ``source + coefficient * z`` for one tensor into ``target`` (same size, another storage)."""
+    flat_source, flat_target = source.view(-1), target.view(-1)
+    alpha = float(np.float32(coefficient))
+    for start in range(0, flat_source.numel(), chunk):
+        part = flat_source[start : start + chunk]
+        values = distribution.values([key], tensor_id, start, part.numel(), part.device)[0]
+        torch.add(part, values, alpha=alpha, out=flat_target[start : start + chunk])
+
+
+class Replayer:
+    """Applies round updates to trainables and keeps the momentum buffer, if any.
+
+    Two replayers that start from equal trainables and see the same updates in the same order hold the same bits.
+    """
+
+    def __init__(
+        self, trainables: Trainables, run_seed: int, distribution: Distribution, chunk: int = DEFAULT_CHUNK
+    ) -> None:
+        self.trainables = trainables
+        self.run_seed = run_seed
+        self.distribution = distribution
+        self.chunk = chunk
+        self.momentum: list[torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def apply(self, contributions: Contributions, *, decay: float, momentum: float, rate: float) -> None:
+        """One server step.
+
+        Args:
+            contributions: with ``momentum`` zero they hold the whole step, learning rate and sign included; otherwise
+                they sum to the gradient estimate.
+            decay: factor of the parameters that decay (float32), one for none.
+            momentum: ``beta``; zero keeps no buffer.
+            rate: learning rate (float32) of the momentum form; unused without momentum.
+        """
+        parameters = [tensor.detach() for tensor in self.trainables.tensors]
+        if momentum:
+            if self.momentum is None:
+                self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
+            for buffer in self.momentum:
+                buffer.mul_(float(np.float32(momentum)))
+            self._add(self.momentum, contributions)
+        if decay != 1.0:
+            for parameter, decays in zip(parameters, self.trainables.decays(), strict=True):
+                if decays:
+                    parameter.mul_(float(np.float32(decay)))
+        if not momentum:
+            self._add(parameters, contributions)
+            return
+        assert self.momentum is not None
+        for parameter, buffer in zip(parameters, self.momentum, strict=True):
+            parameter.sub_(buffer * float(np.float32(rate)))
+
+    def _add(self, buffers: Sequence[torch.Tensor], contributions: Contributions) -> None:
+        if len(contributions.seeds):
+            add_contributions(buffers, contributions, self.run_seed, self.distribution, self.chunk)
