@@ -1,0 +1,150 @@
+"""From ``data.type`` to rows with the fields a task needs.
+
+``NAME@llm`` and ``FILE@llm`` are instruction data: whatever a file calls its fields, the rows that leave here have
+``instruction``, ``input``, ``output`` and ``category`` beside their own. The names and the file each stands for are
+FederatedScope's; a file named directly is recognised by the fields of its first row. ``FILE@text`` is text
+classification, with the text and label fields named by ``fwdllm.data.text`` and ``fwdllm.data.label``;
+``installed_docstrings@text`` needs no file at all (:mod:`fs_fwdllm.data.docstrings`).
+
+Nothing is downloaded: the message for an absent file says where it is expected.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.data.docstrings import installed_docstrings
+from fs_fwdllm.data.files import FILE_ENDINGS, read_table
+from fs_fwdllm.data.table import Table
+from fs_fwdllm.data.types import Task
+from fs_fwdllm.errors import ConfigError, DataError, nearest
+
+__all__ = ["parse_data_type", "read_test_table", "read_train_table"]
+
+logger = logging.getLogger("fs_fwdllm.data")
+
+#: Name of the data set read from the installed packages, and the only one that needs no file.
+DOCSTRINGS = "installed_docstrings"
+
+#: A category the host leaves out of the code data when it gives each client one language.
+_LEFT_OUT_BY_META = "X86-64 Assembly"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a file calls the parts of an instruction sample. ``None``: it has no such part."""
+
+    instruction: str
+    input: str | None
+    output: str
+    category: str | None
+
+
+_ALPACA = _Layout("instruction", "input", "output", "category")
+_DOLLY = _Layout("instruction", "context", "response", "category")
+_GSM8K = _Layout("question", None, "answer", None)
+_ROSETTA = _Layout("instruction", "input", "output", "input")
+
+_NAMED: dict[str, tuple[str, _Layout]] = {
+    "alpaca": ("alpaca_data.json", _ALPACA),
+    "alpaca_cleaned": ("alpaca_data_cleaned.json", _ALPACA),
+    "code_alpaca": ("rosetta_alpaca.json", _ROSETTA),
+    "dolly-15k": ("databricks-dolly-15k.jsonl", _DOLLY),
+    "gsm8k": ("gsm8k_train.jsonl", _GSM8K),
+    "rosetta_alpaca": ("rosetta_alpaca.json", _ROSETTA),
+}
+
+_TASKS: dict[str, Task] = {"llm": "causal_lm", "text": "classification"}
+
+_KNOWN_TYPES = [f"{name}@llm" for name in sorted(_NAMED)] + [f"{DOCSTRINGS}@text"]
+
+
+def parse_data_type(data_type: str) -> tuple[str, Task]:
+    """Split ``NAME@KIND`` into the name and the task.
+
+    Raises:
+        ConfigError: there is no ``@KIND``, the kind is unknown, or the name is neither known nor a file's.
+    """
+    name, _, kind = data_type.rpartition("@")
+    task = _TASKS.get(kind.lower())
+    path = Path(name)
+    is_file = path.suffix.lower() in FILE_ENDINGS and bool(path.stem)
+    known = name.lower() in _NAMED if task == "causal_lm" else name.lower() == DOCSTRINGS
+    if task is None or not (is_file or known):
+        raise ConfigError(
+            f"data.type: {data_type!r} is not known; allowed are {', '.join(_KNOWN_TYPES)}, FILE@llm and FILE@text "
+            f"(FILE ending in {', '.join(FILE_ENDINGS)}){nearest(data_type.lower(), _KNOWN_TYPES)}"
+        )
+    return name, task
+
+
+def read_train_table(config: Config) -> Table:
+    """The rows of ``data.type`` under ``data.root``.
+
+    Raises:
+        ConfigError: ``data.type`` is not known.
+        DataError: the file is missing or malformed, or a row lacks a field it needs.
+    """
+    name, task = parse_data_type(config.data.type)
+    if task == "classification":
+        if name.lower() == DOCSTRINGS:
+            return installed_docstrings()
+        return read_table(Path(config.data.root) / name, config.fwdllm.data.columns)
+    if name.lower() not in _NAMED:
+        return _read_instructions(Path(config.data.root) / name, config)
+    file, layout = _NAMED[name.lower()]
+    table = _read_instructions(Path(config.data.root) / file, config, layout)
+    if layout is _ROSETTA and config.data.splitter.lower() == "meta":
+        return _without_left_out_category(table)
+    return table
+
+
+def read_test_table(config: Config) -> Table:
+    """The rows of ``fwdllm.data.test_file`` under ``data.root``; its fields as the training file's. Raises as above."""
+    path = Path(config.data.root) / config.fwdllm.data.test_file
+    if parse_data_type(config.data.type)[1] == "causal_lm":
+        return _read_instructions(path, config)
+    return read_table(path, config.fwdllm.data.columns)
+
+
+def _read_instructions(path: Path, config: Config, layout: _Layout | None = None) -> Table:
+    table = read_table(path, config.fwdllm.data.columns)
+    layout = layout or _recognise(table)
+    instructions = table.texts(layout.instruction)
+    outputs = table.texts(layout.output)
+    if layout is _GSM8K:
+        outputs = [output.replace("####", "The answer is") for output in outputs]
+    records = [
+        {
+            **record,
+            "instruction": instruction,
+            "input": record.get(layout.input) if layout.input else None,
+            "output": output,
+            "category": record.get(layout.category) if layout.category else None,
+        }
+        for record, instruction, output in zip(table.records, instructions, outputs, strict=True)
+    ]
+    return Table(table.source, records, table.numbers)
+
+
+def _recognise(table: Table) -> _Layout:
+    layouts = (_ALPACA, _DOLLY, _GSM8K)
+    for layout in layouts:
+        if {layout.instruction, layout.output} <= table.records[0].keys():
+            return layout
+    allowed = ", ".join(f"({layout.instruction!r}, {layout.output!r})" for layout in layouts)
+    raise DataError(
+        f"{table.place(0)}: instruction data needs the fields of one of {allowed}; it has "
+        f"{', '.join(map(repr, table.records[0])) or 'none'}"
+    )
+
+
+def _without_left_out_category(table: Table) -> Table:
+    kept = [row for row, record in enumerate(table.records) if record["category"] != _LEFT_OUT_BY_META]
+    if len(kept) < len(table):
+        logger.info("%s: %d rows of category %r are left out, as FederatedScope does for data.splitter meta",
+                    table.source, len(table) - len(kept), _LEFT_OUT_BY_META)
+    return table.take(kept)
