@@ -1,0 +1,160 @@
+"""The command ``fs-fwdllm``: run, plan, plot, compare, resume, doctor.
+
+Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
+libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
+message and exit code 2, never a traceback; a traceback means a defect of the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from fs_fwdllm._version import __version__
+from fs_fwdllm.doctor import HOSTS, examine, has_landed
+from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
+
+__all__ = ["app", "main"]
+
+_EXIT_OF_ERROR = 2
+_EXIT_OF_INTERRUPT = 130
+
+
+class _Commands(TyperGroup):
+    """The commands, with our errors and Ctrl-C turned into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FwdLLMError as error:
+            _say_on_stderr(f"error: {error}", "bold red")
+            raise typer.Exit(_EXIT_OF_ERROR) from error
+        except KeyboardInterrupt as error:
+            _say_on_stderr("interrupted; a run goes on from its last checkpoint with: fs-fwdllm resume RUN", "yellow")
+            raise typer.Exit(_EXIT_OF_INTERRUPT) from error
+
+
+app = typer.Typer(
+    name="fs-fwdllm",
+    cls=_Commands,
+    help="Federated fine-tuning of language models on devices that cannot train by backpropagation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+#: Overrides may be negative numbers, which must not be taken for options.
+_WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+ConfigFile = Annotated[Path, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY VALUE ...", help="Replace values of the file, e.g. seed 7.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fs-fwdllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def run(
+    cfg: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
+) -> None:
+    """Train: run a configuration from the first round to the last."""
+    if host not in HOSTS:
+        raise ConfigError(f"--host {host}: is not known; hosts are {', '.join(HOSTS)}{nearest(host, HOSTS)}")
+    if not has_landed(host):
+        raise ConfigError(f"--host {host}: is not in this version yet; use --host local, which runs the same files")
+    config = _read_config(cfg, overrides)
+    importlib.import_module(f"fs_fwdllm.host.{host}").run(config)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
+    """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round."""
+    config = _read_config(cfg, overrides)
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in importlib.import_module("fs_fwdllm.plan").make_plan(config).rows():
+        table.add_row(Text(name), Text(value))
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def plot(run: RunArgument) -> None:
+    """Draw report.png of a run again."""
+    from fs_fwdllm.report import plot_run
+
+    _say(f"picture {plot_run(run)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("comparison.png"),
+) -> None:
+    """Lay several runs over each other: one picture, one table."""
+    from fs_fwdllm.report import compare_runs
+
+    picture, table = compare_runs(runs, output)
+    Console(highlight=False).print(table)
+    _say(f"picture {picture}")
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Go on with a stopped run from its last checkpoint."""
+    importlib.import_module("fs_fwdllm.host.local").resume(run)
+
+
+@app.command()
+def doctor() -> None:
+    """Say which versions, devices, extras and hosts are found here."""
+    table = Table("what", "found", "hint")
+    for finding in examine():
+        table.add_row(Text(finding.name), Text(finding.found), Text(finding.hint))
+    Console(highlight=False).print(table)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app(prog_name="fs-fwdllm")
+
+
+def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
+    from fs_fwdllm.config import load_config
+
+    stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
+    if stray is not None:
+        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--host'])}")
+    return load_config(cfg, overrides or [])
+
+
+def _say(text: str) -> None:
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def _say_on_stderr(text: str, style: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)

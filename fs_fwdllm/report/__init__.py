@@ -1,0 +1,22 @@
+"""What a run leaves behind, and how it is read again.
+
+* :mod:`~fs_fwdllm.report.folder`: the run folder, the one place that knows the names of its files.
+* :mod:`~fs_fwdllm.report.sinks`: one line a round for every sink: ``metrics.jsonl``, TensorBoard, Weights & Biases.
+* :mod:`~fs_fwdllm.report.traffic`: ``bytes.csv``, the bytes of each client in each round.
+* :mod:`~fs_fwdllm.report.console`: a live bar on a terminal, one plain line a round elsewhere, and ``console.log``.
+* :mod:`~fs_fwdllm.report.reporter`: the three above behind two calls, ``round`` and ``finish``.
+* :mod:`~fs_fwdllm.report.record`: a run read back from its files, for pictures and comparisons.
+* :mod:`~fs_fwdllm.report.plot`: one run in a picture.
+* :mod:`~fs_fwdllm.report.compare`: several runs in a picture and a table.
+
+The files are the truth: the picture and the tables are drawn from them, never from the state of a living run.
+"""
+
+from fs_fwdllm.report.compare import compare_runs, summary_table
+from fs_fwdllm.report.folder import RunFolder
+from fs_fwdllm.report.plot import plot_run
+from fs_fwdllm.report.record import RunRecord
+from fs_fwdllm.report.reporter import RunReporter
+from fs_fwdllm.report.traffic import TrafficRow
+
+__all__ = ["RunFolder", "RunRecord", "RunReporter", "TrafficRow", "compare_runs", "plot_run", "summary_table"]

@@ -1,0 +1,144 @@
+"""A run read back from its files: lines, series of points, and the few numbers that sum it up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.report.folder import RunFolder
+from fs_fwdllm.report.sinks import read_lines
+
+__all__ = ["LOWER_IS_BETTER", "METRIC_NAMES", "RunRecord", "RunSummary", "evaluation_metric", "method_name"]
+
+#: Names of what an evaluation may report, for axes and tables; the first one present is the metric of a run.
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "token_accuracy": "token accuracy",
+    "macro_f1": "macro-F1",
+    "mcc": "Matthews correlation",
+    "perplexity": "perplexity",
+    "loss": "evaluation loss",
+}
+LOWER_IS_BETTER = frozenset({"perplexity", "loss"})
+
+
+def evaluation_metric(evaluation: dict[str, Any]) -> str | None:
+    """The metric an evaluation is judged by: the first of :data:`METRIC_NAMES` it has a number for."""
+    return next((name for name in METRIC_NAMES if evaluation.get(name) is not None), None)
+
+
+def method_name(config: Config) -> str:
+    """A few words that name the method of a configuration, for titles and tables."""
+    words = f"{config.trainer.type} {config.federate.method}".lower()
+    settings = config.fwdllm
+    if "mezo" in words or "fwd" in words:
+        name = "MeZO" if "mezo" in words else "forward gradient"
+        probes = "1 probe" if settings.probes == 1 else f"{settings.probes} probes"
+        return f"{name} ({settings.estimator.replace('_', ' ')}, {probes})"
+    return f"{'FedSGD' if 'fedsgd' in words else 'FedAvg'} (backpropagation)"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The numbers a comparison shows. ``None`` where a run has not recorded one.
+
+    Counts, bytes and seconds are totals at the end; ``best`` is the largest metric, or the smallest where lower is
+    better; ``loss`` is the last evaluation loss, or the last training loss of a run that never evaluated.
+    """
+
+    run: str
+    method: str
+    rounds: int
+    metric: str | None
+    final: float | None
+    best: float | None
+    majority: float | None
+    loss: float | None
+    forward_passes: float | None
+    backward_passes: float | None
+    upload_bytes: float | None
+    download_bytes: float | None
+    duration_s: float | None
+    peak_rss_mib: float | None
+    peak_device_mib: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the files of a run say: ``rounds`` are the lines of ``metrics.jsonl`` in order, ``end`` is the final one."""
+
+    folder: RunFolder
+    config: Config
+    rounds: list[dict[str, Any]]
+    end: dict[str, Any] | None
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        """Read the run folder ``path``.
+
+        Raises:
+            CheckpointError: it is not a run folder, or the run has not finished a round.
+            ConfigError: its ``config.yaml`` is damaged.
+        """
+        folder = RunFolder.open(path)
+        lines = read_lines(folder)
+        rounds = [line for line in lines if not line.get("final") and isinstance(line.get("round"), int)]
+        if not rounds:
+            raise CheckpointError(f"{folder.metrics_path}: holds no round; let the run finish one before looking at it")
+        end = next((line for line in reversed(lines) if line.get("final")), None)
+        return cls(folder, folder.config(), rounds, end)
+
+    @property
+    def metric(self) -> str | None:
+        """The metric the run is judged by, ``None`` when it never evaluated."""
+        names = (evaluation_metric(line["eval"]) for line in self.rounds if line.get("eval"))
+        return next((name for name in names if name), None)
+
+    def series(self, x: str, y: str) -> tuple[list[float], list[float]]:
+        """The points of the rounds that have both. ``"eval.loss"`` reaches into a nested object; ``"bytes"`` is the
+        sum of upload and download."""
+        points = [(_value(line, x), _value(line, y)) for line in self.rounds]
+        kept = [(a, b) for a, b in points if a is not None and b is not None]
+        return [a for a, _ in kept], [b for _, b in kept]
+
+    def summary(self) -> RunSummary:
+        """The numbers a comparison shows."""
+        metric = self.metric
+        lines = self.rounds + ([self.end] if self.end else [])
+
+        def last(*names: str) -> float | None:
+            values = (_value(line, name) for name in names for line in reversed(lines))
+            return next((value for value in values if value is not None), None)
+
+        scores = [value for line in lines if metric and (value := _value(line, f"eval.{metric}")) is not None]
+        best = (min if metric in LOWER_IS_BETTER else max)(scores) if scores else None
+        return RunSummary(
+            run=self.folder.name,
+            method=method_name(self.config),
+            rounds=self.rounds[-1]["round"],
+            metric=metric,
+            final=scores[-1] if scores else None,
+            best=best,
+            majority=last("eval.majority_accuracy"),
+            loss=last("eval.loss", "train_loss"),
+            duration_s=last("seconds"),
+            **{name: last(name) for name in _TOTALS},
+        )
+
+
+_TOTALS = (
+    "forward_passes", "backward_passes", "upload_bytes", "download_bytes", "peak_rss_mib", "peak_device_mib",
+)  # fmt: skip
+
+
+def _value(line: dict[str, Any], name: str) -> float | None:
+    if name == "bytes":
+        upload, download = _value(line, "upload_bytes"), _value(line, "download_bytes")
+        return None if upload is None or download is None else upload + download
+    found: Any = line
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None

@@ -1,0 +1,224 @@
+"""The command: arguments reach the package unchanged, errors are one message and an exit code, ``--help`` is quick."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fs_fwdllm import doctor
+from fs_fwdllm._version import __version__
+from fs_fwdllm.cli import app
+from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.errors import DataError
+from fs_fwdllm.report import RunFolder, RunReporter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``stand_in(name, function=...)`` puts a module with these functions in the place of ``fs_fwdllm.<name>``."""
+
+    def put(name: str, **functions: Any) -> None:
+        module = ModuleType(f"fs_fwdllm.{name}")
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> Path:
+    path = tmp_path / "example.yaml"
+    path.write_text("seed: 1\n", encoding="utf-8")
+    return path
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_module_is_the_command() -> None:
+    done = python("-m", "fs_fwdllm", "--version")
+    assert (done.returncode, done.stdout) == (0, f"fs-fwdllm {__version__}\n")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fs_fwdllm.cli import app; app(['run', '--help'], standalone_mode=False); "
+        "print([m for m in ('torch', 'numpy', 'matplotlib', 'transformers', 'peft') if m in sys.modules])"
+    )
+    done = python("-c", code)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--cfg" in done.stdout
+
+
+def test_run_hands_over_the_configuration_with_overrides_anywhere(
+    call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path
+) -> None:
+    given: list[Config] = []
+    stand_in("host.local", run=given.append)
+    overrides = ("federate.sample_client_num", "-1", "train.optimizer.lr", "1e-3", "data.splitter", "")
+    call("run", "--cfg", cfg, *overrides)
+    call("run", *overrides, "--cfg", cfg, "--host", "local")
+    call("run", "--cfg", cfg, *overrides[:2], "--host", "local", *overrides[2:])
+    assert len(given) == 3
+    assert given[0] == given[1] == given[2]
+    assert (given[0].seed, given[0].federate.sample_client_num, given[0].train.optimizer.lr) == (1, -1, 1e-3)
+    assert given[0].expname == "example"
+
+
+def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], cfg: Path) -> None:
+    done = call("plan", "--cfg", cfg, "train.optimizer.lr", "-1e-3")
+    assert done.exit_code == 2
+    assert "train.optimizer.lr" in done.stderr and "-0.001" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--host", "locl"], ["--host locl", "local, federatedscope, fedml", "did you mean 'local'?"]),
+        (["seed"], ["'seed' stands alone"]),
+        (["sed", "3"], ["sed: unknown key", "'seed'"]),
+        (["--hots", "local"], ["--hots", "did you mean '--host'?"]),
+    ],
+)
+def test_mistakes_are_one_message_on_stderr(
+    call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path, arguments: list[str], fragments: list[str]
+) -> None:
+    stand_in("host.local", run=lambda config: pytest.fail("must not run"))
+    done = call("run", "--cfg", cfg, *arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    for fragment in fragments:
+        assert fragment in done.stderr
+
+
+def test_a_known_host_that_is_not_there_says_so(
+    call: Callable[..., Result], cfg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fs_fwdllm.cli.has_landed", lambda host: host == "local")
+    done = call("run", "--cfg", cfg, "--host", "fedml")
+    assert done.exit_code == 2
+    assert "--host fedml: is not in this version yet" in done.stderr
+
+
+def test_a_host_has_landed_when_its_module_is_there(stand_in: Callable[..., None]) -> None:
+    assert not doctor.has_landed("nowhere")
+    stand_in("host.nowhere")
+    assert doctor.has_landed("nowhere")
+
+
+def test_missing_file_exits_with_2(call: Callable[..., Result], stand_in: Callable[..., None], tmp_path: Path) -> None:
+    stand_in("host.local")
+    done = call("run", "--cfg", tmp_path / "absent.yaml")
+    assert done.exit_code == 2
+    assert "absent.yaml" in done.stderr
+
+
+def test_errors_of_a_run_keep_their_brackets_and_have_no_traceback(
+    call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path
+) -> None:
+    def fail(config: Config) -> None:
+        raise DataError("rows [red]3[/red]: no label")
+
+    stand_in("host.local", run=fail)
+    done = call("run", "--cfg", cfg)
+    assert (done.exit_code, done.stderr) == (2, "error: rows [red]3[/red]: no label\n")
+
+
+def test_a_defect_is_not_hidden(call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path) -> None:
+    def fail(config: Config) -> None:
+        raise ZeroDivisionError
+
+    stand_in("host.local", run=fail)
+    assert isinstance(call("run", "--cfg", cfg).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("command", ["run", "resume"])
+def test_interrupting_exits_130_and_says_how_to_go_on(
+    call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path, command: str
+) -> None:
+    def interrupt(argument: object) -> None:
+        raise KeyboardInterrupt
+
+    stand_in("host.local", run=interrupt, resume=interrupt)
+    done = call(*(["run", "--cfg", cfg] if command == "run" else ["resume", "runs/x"]))
+    assert done.exit_code == 130
+    assert "fs-fwdllm resume" in done.stderr
+
+
+def test_resume_hands_over_the_folder(call: Callable[..., Result], stand_in: Callable[..., None]) -> None:
+    given: list[Path] = []
+    stand_in("host.local", resume=given.append)
+    assert call("resume", "runs/x").exit_code == 0
+    assert given == [Path("runs/x")]
+
+
+def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path) -> None:
+    @dataclass
+    class Plan:
+        seed: int
+
+        def rows(self) -> list[tuple[str, str]]:
+            return [("seed of [it]", str(self.seed)), ("upload per round", "42 B")]
+
+    stand_in("plan", make_plan=lambda config: Plan(config.seed))
+    done = call("plan", "--cfg", cfg, "seed", "77")
+    assert done.exit_code == 0
+    assert re.search(r"seed of \[it\]\s+\S\s+77", done.stdout)
+    assert re.search(r"upload per round\s+\S\s+42 B", done.stdout)
+
+
+def test_plot_and_compare_draw_from_the_folder(call: Callable[..., Result], tmp_path: Path) -> None:
+    config = parse_config({"outdir": str(tmp_path), "expname": "small"})
+    folder = RunFolder.create(config)
+    with RunReporter(folder, config, total_rounds=1, start_round=1) as reporter:
+        reporter.round({"round": 1, "seconds": 1.0, "train_loss": 0.25, "upload_bytes": 2048, "download_bytes": 1})
+    done = call("plot", folder.path)
+    assert done.exit_code == 0 and str(folder.report_path) in done.stdout
+    assert folder.report_path.exists()
+    output = tmp_path / "picture.png"
+    done = call("compare", folder.path, folder.path, "--output", output)
+    assert done.exit_code == 0 and output.exists()
+    assert done.stdout.count("2.0 KiB") == 2
+    done = call("compare", folder.path, tmp_path / "nothing", "--output", tmp_path / "other.png")
+    assert done.exit_code == 2 and "no such run folder" in done.stderr
+    assert not (tmp_path / "other.png").exists()
+
+
+def test_doctor_tells_what_is_found_and_what_to_do_about_the_rest(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = call("doctor")
+    assert done.exit_code == 0
+    for name in ("Python", "torch", "transformers", "peft", "numpy", "accelerator", "torch threads", "host local"):
+        assert name in done.stdout
+    assert re.search(r"extra wandb\s+\S\s+not found\s+\S\s+pip install 'fs-fwdllm\[wandb\]'", done.stdout)
+
+
+def test_doctor_works_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    accelerator = next(finding for finding in doctor.examine() if finding.name == "accelerator")
+    assert accelerator.found == "unknown" and "torch" in accelerator.hint
