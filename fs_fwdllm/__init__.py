@@ -1,7 +1,7 @@
 """Federated fine-tuning of language models on devices that can run a model but cannot train it by backpropagation.
 
-The decision everything rests on: a perturbation is never a tensor that travels, it is a seed. A client that measured the
-slope ``g`` of its loss along the direction ``z(seed)`` uploads the scalar; whoever knows ``(seed, g)`` rebuilds the
+The decision everything rests on: a perturbation is never a tensor that travels, it is a seed. A client that measured
+the slope ``g`` of its loss along the direction ``z(seed)`` uploads the scalar; whoever knows ``(seed, g)`` rebuilds the
 update, bit for bit, on any machine.
 
 Start with ``fs-fwdllm run --cfg configs/demo.yaml``, or from Python::
