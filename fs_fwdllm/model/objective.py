@@ -1,0 +1,174 @@
+"""The objective: the loss of a batch as a function of the trainable parameters.
+
+Estimators know nothing of transformers; they ask a :class:`BatchLoss` for the loss *here* (where the model stands),
+*at* given values of the trainables, or at a stack of values in one batched pass. Behind it stand three facts that are
+the same for every estimator:
+
+* The model is in evaluation mode, so dropout is off and two evaluations at one point agree bit for bit.
+* Cross-entropy is computed in float32 whatever the base's dtype: a difference of two half-precision losses would be
+  mostly rounding.
+* For language models the vocabulary projection runs only at positions that have a label. A forward-only step holds no
+  activations, so the ``[tokens, vocabulary]`` logits would be its largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, vmap
+
+from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
+from fs_fwdllm.errors import DataError
+from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
+from fs_fwdllm.trainables import Trainables
+
+__all__ = ["BatchLoss", "Objective"]
+
+
+class Objective:
+    """Loss and logits of a model on batches.
+
+    Args:
+        model: in evaluation mode.
+        trainables: the model's own trainable tensors.
+        task: ``causal_lm`` or ``classification``.
+        prefix_cache_bytes: budget of the prefix cache; zero switches it off.
+    """
+
+    def __init__(self, model: nn.Module, trainables: Trainables, task: Task, prefix_cache_bytes: int = 0) -> None:
+        self.model = model
+        self.trainables = trainables
+        self.task = task
+        self.cache = PrefixCache(model, prefix_cache_bytes)
+        self._positions: torch.Tensor | None = None
+        self._selected = False
+        if task == "causal_lm":
+            head = _vocabulary_projection(model)
+            if head is not None:
+                head.register_forward_pre_hook(self._select_positions)
+
+    def on(self, batch: Batch) -> BatchLoss:
+        """The loss of ``batch``. Raises :class:`~fs_fwdllm.errors.DataError` if no position has a label."""
+        return BatchLoss(self, batch.to(self.trainables.device))
+
+    def _select_positions(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._positions is None:
+            return None
+        self._selected = True
+        hidden = arguments[0]
+        return (hidden.flatten(0, -2).index_select(0, self._positions), *arguments[1:])
+
+    @contextmanager
+    def selecting(self, positions: torch.Tensor | None) -> Iterator[None]:
+        """Compute vocabulary logits only at flat ``positions`` while the context is open."""
+        self._positions, self._selected = positions, False
+        try:
+            yield
+        finally:
+            self._positions = None
+
+
+class BatchLoss:
+    """The loss of one batch, ready to be evaluated many times. All losses are means over labels, in float32."""
+
+    def __init__(self, objective: Objective, batch: Batch) -> None:
+        self._objective = objective
+        self._inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        self._positions: torch.Tensor | None = None
+        self.targets = batch.labels
+        if objective.task == "causal_lm":
+            self._positions, self.targets = _labelled_positions(batch.labels)
+        if not len(self.targets):
+            raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
+        self.size = len(batch)
+        self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._plain_loss)
+
+    @property
+    def trainables(self) -> Trainables:
+        return self._objective.trainables
+
+    @property
+    def model(self) -> nn.Module:
+        return self._objective.model
+
+    def here(self) -> torch.Tensor:
+        """The loss at the model's current parameters; differentiable if gradients are enabled."""
+        with self._replayed():
+            return self._plain_loss()
+
+    def at(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss with the trainables standing at ``values`` (same order and shapes)."""
+        with self.trainables.holding(values):
+            return self.here()
+
+    def at_stack(self, stacks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The losses ``[points]`` at several points in one batched pass; each stack is ``[points, *shape]``."""
+        with self._replayed():
+            return vmap(self.function())(tuple(stacks))
+
+    def function(self) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
+        """The loss as a pure function of the trainables' values, for ``torch.func`` transformations."""
+        names = self.trainables.names
+
+        def loss(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            def call(**inputs: torch.Tensor) -> Any:
+                return functional_call(self.model, dict(zip(names, values, strict=True)), kwargs=inputs)
+
+            return self._loss_of(self._logits(call))
+
+        return loss
+
+    def replayed(self) -> Any:
+        """Context in which :meth:`function` may be called; it plays the cached prefix back."""
+        return self._replayed()
+
+    def resumed(self) -> AbstractContextManager[None]:
+        """Context for running a part of the model again later: playback goes on from where it stands now."""
+        return self._prefix.resumed() if self._prefix is not None else nullcontext()
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        """``[targets, classes]`` float32 logits, one row per label, matching :attr:`targets`."""
+        with self._replayed():
+            return self._logits(self.model)
+
+    def _replayed(self) -> Any:
+        return self._prefix.replayed() if self._prefix is not None else nullcontext()
+
+    def _plain_loss(self) -> torch.Tensor:
+        return self._loss_of(self._logits(self.model))
+
+    def _loss_of(self, logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, self.targets)
+
+    def _logits(self, call: Callable[..., Any]) -> torch.Tensor:
+        objective = self._objective
+        with objective.selecting(self._positions):
+            logits = call(**self._inputs).logits
+            if self._positions is not None and not objective._selected:
+                logits = logits.flatten(0, -2).index_select(0, self._positions)
+        return logits.float()
+
+
+def _labelled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions whose *next* token is a label, and those labels."""
+    shifted = torch.full_like(labels, IGNORED_LABEL)
+    shifted[:, :-1] = labels[:, 1:]
+    flat = shifted.flatten()
+    positions = torch.nonzero(flat != IGNORED_LABEL).flatten()
+    return positions, flat[positions]
+
+
+def _vocabulary_projection(model: nn.Module) -> nn.Module | None:
+    finder = getattr(model, "get_output_embeddings", None)
+    if finder is None:
+        return None
+    try:
+        return finder()
+    except (AttributeError, NotImplementedError):
+        return None

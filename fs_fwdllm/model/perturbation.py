@@ -1,0 +1,151 @@
+"""Evaluating the loss at ``theta + c z`` without ever changing ``theta``.
+
+Two ways with the same bits:
+
+* :class:`ResidentPerturbation` writes all perturbed tensors beside the originals and lets the model hold them for one
+  forward pass. Right for adapters, which are small.
+* :class:`StreamedPerturbation` perturbs *one module at a time*, around that module's own forward pass, into a scratch
+  buffer that all modules share. Right for full-parameter tuning: the extra memory is one layer, the parameters are
+  never written, so nothing has to be undone and nothing can drift. (The published systems add ``+h z``, ``-2h z``,
+  ``+h z`` to the parameters themselves, which does not restore them in floating point.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fs_fwdllm.direction import DirectionKey, Distribution
+from fs_fwdllm.model.objective import BatchLoss
+from fs_fwdllm.replay import perturb
+from fs_fwdllm.trainables import Trainables
+
+__all__ = ["Perturbation", "ResidentPerturbation", "StreamedPerturbation", "make_perturbation"]
+
+
+class Perturbation(ABC):
+    """Evaluates the loss at perturbed parameters."""
+
+    def __init__(self, trainables: Trainables, distribution: Distribution) -> None:
+        self.trainables = trainables
+        self.distribution = distribution
+
+    @abstractmethod
+    def loss(self, batch_loss: BatchLoss, key: DirectionKey, coefficient: float) -> torch.Tensor:
+        """The loss at ``theta + coefficient * z(key)``, a float32 scalar on the device."""
+
+
+class ResidentPerturbation(Perturbation):
+    """All perturbed tensors at once, in buffers that are reused from probe to probe."""
+
+    def __init__(self, trainables: Trainables, distribution: Distribution) -> None:
+        super().__init__(trainables, distribution)
+        self._buffers: list[torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def loss(self, batch_loss: BatchLoss, key: DirectionKey, coefficient: float) -> torch.Tensor:
+        if self._buffers is None:
+            self._buffers = [torch.empty_like(tensor.detach()) for tensor in self.trainables.tensors]
+        for tensor_id, (tensor, buffer) in enumerate(zip(self.trainables.tensors, self._buffers, strict=True)):
+            perturb(tensor.detach(), buffer, coefficient, key, tensor_id, self.distribution)
+        return batch_loss.at(self._buffers)
+
+
+class _Moved(NamedTuple):
+    """Parameters that stand perturbed, with what they held; ``module`` is whose forward pass that lasts for."""
+
+    module: nn.Module | None
+    originals: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class StreamedPerturbation(Perturbation):
+    """One module's tensors at a time, around its forward pass.
+
+    Tensors that no module's own forward pass reads (their owner is only a container) are found in a first pass and
+    perturbed for the whole pass instead. Leaving a pass puts every tensor back however the pass ended, by an interrupt
+    from the keyboard too.
+    """
+
+    def __init__(self, model: nn.Module, trainables: Trainables, distribution: Distribution) -> None:
+        super().__init__(trainables, distribution)
+        self._ids = {id(tensor): tensor_id for tensor_id, tensor in enumerate(trainables.tensors)}
+        self._active: tuple[DirectionKey, float] | None = None
+        self._reached: set[int] = set()
+        self._held: list[torch.Tensor] | None = None
+        self._scratch: list[torch.Tensor] = []
+        self._open: list[_Moved] = []
+        for module in model.modules():
+            if any(id(parameter) in self._ids for parameter in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, always_call=True)
+
+    @torch.no_grad()
+    def loss(self, batch_loss: BatchLoss, key: DirectionKey, coefficient: float) -> torch.Tensor:
+        if self._held is None:
+            with self._streaming(key, 0.0, []):
+                batch_loss.here()
+            self._held = [t for tensor_id, t in enumerate(self.trainables.tensors) if tensor_id not in self._reached]
+        with self._streaming(key, coefficient, self._held):
+            return batch_loss.here()
+
+    @contextmanager
+    def _streaming(self, key: DirectionKey, coefficient: float, held: Sequence[torch.Tensor]) -> Iterator[None]:
+        self._active = (key, coefficient)
+        try:
+            self._move(None, held)
+            yield
+        finally:
+            self._active = None
+            while self._open:
+                self._put_back()
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        if self._active is not None:
+            self._move(module, [p for p in module.parameters(recurse=False) if id(p) in self._ids])
+
+    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if self._active is not None and self._open and self._open[-1].module is module:
+            self._put_back()
+
+    def _move(self, module: nn.Module | None, parameters: Sequence[torch.Tensor]) -> None:
+        assert self._active is not None
+        key, coefficient = self._active
+        # A tensor held for the whole pass, or shared with a caller that is still running, has been moved already.
+        standing = {id(parameter) for moved in self._open for parameter, _ in moved.originals}
+        due = [parameter for parameter in parameters if id(parameter) not in standing]
+        scratch = self._scratch_for(len(self._open), sum(parameter.numel() for parameter in due))
+        originals: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._open.append(_Moved(module, originals))
+        for parameter, target in zip(due, scratch.split([p.numel() for p in due]), strict=True):
+            tensor_id = self._ids[id(parameter)]
+            self._reached.add(tensor_id)
+            perturb(parameter.data, target, coefficient, key, tensor_id, self.distribution)
+            originals.append((parameter, parameter.data))
+            parameter.data = target.view(parameter.shape)
+
+    def _put_back(self) -> None:
+        for parameter, original in self._open[-1].originals:
+            parameter.data = original
+        self._open.pop()
+
+    def _scratch_for(self, depth: int, count: int) -> torch.Tensor:
+        """A buffer per nesting depth, because a module may call another one while its own parameters are in use."""
+        while len(self._scratch) <= depth:
+            self._scratch.append(torch.empty(0, device=self.trainables.device))
+        if self._scratch[depth].numel() < count:
+            self._scratch[depth] = torch.empty(count, device=self.trainables.device)
+        return self._scratch[depth][:count]
+
+
+def make_perturbation(
+    model: nn.Module, trainables: Trainables, distribution: Distribution, *, streamed: bool
+) -> Perturbation:
+    """The way that fits: streamed for full-parameter tuning, resident for adapters."""
+    if streamed:
+        return StreamedPerturbation(model, trainables, distribution)
+    return ResidentPerturbation(trainables, distribution)

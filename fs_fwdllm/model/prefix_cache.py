@@ -1,0 +1,264 @@
+"""The prefix cache: run what lies below the lowest trainable layer once per batch, not once per probe.
+
+Frozen layers below the first trainable one give the same output for every probe, both signs, every local step on the
+same batch and every later round. This module records that output and plays it back, for *any* architecture, without
+knowing its layers: it watches module calls. A *site* is a largest module that holds no trainable parameter; the
+*boundary* is the first call of a module that owns one (or of an adapter layer). Sites called before the boundary are
+recorded; when the batch is seen again each of them returns what it returned before and all glue code around them runs
+as usual. Nothing is recomputed in another order or shape, so the loss is bit for bit the one without the cache. Glue
+code may write into what it is given, so it is given copies; where glue code itself reads a trainable parameter, the
+first site whose input depends on one is the boundary.
+
+Most recorded outputs are never looked at: layer 3's output only fed layer 4, which is played back as well. One
+backward pass, done once per model, tells which recorded tensors the rest of the model really reads; the others are
+replaced by stand-ins of the right shape that occupy four bytes and contain NaN, so that a wrong guess cannot stay
+unnoticed. A head-only run thus keeps one pooled vector per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["Prefix", "PrefixCache"]
+
+#: Below this share of the model's matrix parameters the prefix saves less than it costs to keep.
+_WORTHWHILE_SHARE = 0.05
+
+
+class _BoundaryReached(Exception):
+    """Ends a recording run; never leaves this module."""
+
+
+@dataclass
+class _Call:
+    site: nn.Module
+    leaves: list[Any]
+    structure: Any
+
+    def output(self) -> Any:
+        return pytree.tree_unflatten([_copy(leaf) for leaf in self.leaves], self.structure)
+
+    def nbytes(self) -> int:
+        tensors = {id(leaf.untyped_storage()): leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)}
+        return sum(leaf.untyped_storage().nbytes() for leaf in tensors.values())
+
+
+class Prefix:
+    """The recorded calls of one batch. Inside :meth:`replayed` the model starts where the recording ended."""
+
+    def __init__(self, calls: list[_Call]) -> None:
+        self.calls = calls
+        self.bytes = sum(call.nbytes() for call in calls)
+        self._position = 0
+
+    @contextmanager
+    def replayed(self, start: int = 0) -> Iterator[None]:
+        """Play the outputs from number ``start`` on back to the model for the duration of one forward pass."""
+        interrupted, self._position = self._position, start
+
+        def play(site: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                position = self._position
+                if position < len(self.calls) and self.calls[position].site is site:
+                    self._position += 1
+                    return self.calls[position].output()
+                return original(*args, **kwargs)
+
+            return forward
+
+        try:
+            with _patched({id(call.site): call.site for call in self.calls}.values(), play):
+                yield
+        finally:
+            self._position = interrupted
+
+    def resumed(self) -> AbstractContextManager[None]:
+        """Playback from where it stands now, for a part of the model that will be run again later."""
+        return self.replayed(self._position)
+
+
+class PrefixCache:
+    """Records prefixes and keeps them, per batch key, within a byte budget.
+
+    Once the budget is used no further batch is admitted and none is dropped: clients revisit their batches in turn, and
+    for such a scan keeping a fixed part beats evicting the least recently used.
+
+    Args:
+        model: in evaluation mode, with ``requires_grad`` set on what is trained.
+        budget_bytes: memory for recorded outputs; zero switches the cache off.
+    """
+
+    def __init__(self, model: nn.Module, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._model = model
+        self._sites, self._boundaries = _partition(model)
+        self._kept: dict[Hashable, Prefix] = {}
+        self._read: list[list[bool]] | None = None
+        self._enabled = budget_bytes > 0 and bool(self._sites)
+
+    def prefix(self, key: Hashable | None, run: Callable[[], torch.Tensor]) -> Prefix | None:
+        """The prefix of a batch, recorded now if it is not kept.
+
+        Args:
+            key: names the batch exactly; ``None`` for one that will not come back.
+            run: runs the model on the batch and returns a scalar loss.
+
+        Returns:
+            ``None`` where the cache is off or nothing worthwhile lies below the boundary.
+        """
+        if not self._enabled:
+            return None
+        if key is not None and key in self._kept:
+            self.hits += 1
+            return self._kept[key]
+        self.misses += 1
+        prefix = self._record(run)
+        if prefix is not None and key is not None and self.used_bytes + prefix.bytes <= self.budget_bytes:
+            self._kept[key] = prefix
+            self.used_bytes += prefix.bytes
+        return prefix
+
+    def _record(self, run: Callable[[], torch.Tensor]) -> Prefix | None:
+        calls: list[_Call] = []
+
+        def note(site: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = original(*args, **kwargs)
+                leaves, structure = pytree.tree_flatten(output)
+                if _depends_on_trainables((args, kwargs, leaves)):
+                    raise _BoundaryReached
+                kept = [_copy(leaf) for leaf in self._prune(len(calls), leaves)]
+                calls.append(_Call(site, kept, structure))
+                return output
+
+            return forward
+
+        def stop(site: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                raise _BoundaryReached
+
+            return forward
+
+        recording, stopping = _patched(self._sites, note), _patched(self._boundaries, stop)
+        # With gradients enabled a tensor tells whether a trainable parameter had a part in it; none is computed.
+        with torch.enable_grad(), recording, stopping, suppress(_BoundaryReached):
+            run()
+        if not calls or self._share(calls) < _WORTHWHILE_SHARE:
+            self._enabled = False
+            return None
+        if self._read is None:
+            self._read = _leaves_that_are_read(calls, run)
+            for index, call in enumerate(calls):
+                call.leaves = self._prune(index, call.leaves)
+        return Prefix(calls)
+
+    def _prune(self, index: int, leaves: list[Any]) -> list[Any]:
+        if self._read is None:
+            return leaves
+        return [leaf if read else _stand_in(leaf) for leaf, read in zip(leaves, self._read[index], strict=True)]
+
+    def _share(self, calls: list[_Call]) -> float:
+        def matrices(module: nn.Module) -> int:
+            embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+            return sum(p.numel() for p in module.parameters() if p.dim() > 1 and id(p) not in embeddings)
+
+        sites = {id(call.site): call.site for call in calls}
+        return sum(matrices(site) for site in sites.values()) / max(1, matrices(self._model))
+
+
+def _partition(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Largest modules without a trainable parameter, and the modules whose call ends the prefix."""
+    sites: list[nn.Module] = []
+    boundaries: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        called = type(module).forward is not nn.Module.forward  # a list of layers is not
+        if called and not any(parameter.requires_grad for parameter in module.parameters()):
+            if next(module.parameters(), None) is not None:
+                sites.append(module)
+            return
+        if _owns_trainable(module):
+            boundaries.append(module)
+            return
+        for child in module.children():
+            visit(child)
+
+    visit(model)
+    unique = {id(site): site for site in sites}
+    return list(unique.values()), boundaries
+
+
+def _owns_trainable(module: nn.Module) -> bool:
+    """Whether a call of ``module`` itself reads trainable parameters: its own, a container's, or an adapter's."""
+    containers = (nn.ParameterDict, nn.ParameterList)
+    own = list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(child, containers) or type(child).__module__.startswith("torch.nn.utils.parametrize"):
+            own += list(child.parameters())
+    if any(parameter.requires_grad for parameter in own):
+        return True
+    return hasattr(module, "adapter_layer_names") or hasattr(module, "parametrizations")
+
+
+def _leaves_that_are_read(calls: list[_Call], run: Callable[[], torch.Tensor]) -> list[list[bool]]:
+    """Which recorded tensors influence the loss, found by one backward pass through what follows the boundary.
+
+    All of them, where the model has no backward pass (quantised kernels): a forward-only method needs none.
+    """
+    probes = [[leaf.detach().requires_grad_() if _is_float(leaf) else leaf for leaf in call.leaves] for call in calls]
+    watched = [_Call(call.site, leaves, call.structure) for call, leaves in zip(calls, probes, strict=True)]
+    with torch.enable_grad(), Prefix(watched).replayed():
+        loss = run()
+    inputs = [leaf for leaves in probes for leaf in leaves if _is_float(leaf)]
+    try:
+        gradients = iter(torch.autograd.grad(loss, inputs, allow_unused=True))
+    except RuntimeError:
+        return [[True for _ in leaves] for leaves in probes]
+    return [[next(gradients) is not None if _is_float(leaf) else True for leaf in leaves] for leaves in probes]
+
+
+def _depends_on_trainables(values: Any) -> bool:
+    leaves = pytree.tree_leaves(values)
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _copy(leaf: Any) -> Any:
+    """A copy that may be written to; a stand-in is left as it is."""
+    if not isinstance(leaf, torch.Tensor) or (leaf.dim() and not any(leaf.stride())):
+        return leaf
+    return leaf.clone()
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _stand_in(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.full((), float("nan"), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+
+
+@contextmanager
+def _patched(modules: Any, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace ``forward`` on module *instances* for a while."""
+    patched: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in modules:
+            patched.append((module, module.__dict__.get("forward")))
+            module.forward = wrap(module, module.forward)
+        yield
+    finally:
+        for module, previous in patched:
+            if previous is None:
+                del module.forward
+            else:
+                module.forward = previous

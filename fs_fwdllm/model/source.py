@@ -1,0 +1,93 @@
+"""Where a model comes from: ``model.type`` taken apart and resolved.
+
+``PATH_OR_NAME@huggingface_llm`` is a causal language model, ``PATH_OR_NAME@transformers`` a sequence classifier.
+``PATH_OR_NAME`` is a folder, ``package:MODULE/SUBFOLDER`` for a folder inside an installed Python package (which is
+found, not imported), or the name of a model on the hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data.types import Task
+from fs_fwdllm.errors import ConfigError, ModelError, nearest
+
+__all__ = ["ModelSource", "model_source"]
+
+_TASK_OF_SUFFIX: dict[str, Task] = {"huggingface_llm": "causal_lm", "transformers": "classification"}
+_TASK_NAMES = {"huggingface_llm": ("", "CausalLM"), "transformers": ("SequenceClassification",)}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A resolved ``model.type``.
+
+    Attributes:
+        name: what the configuration says before the ``@``.
+        location: a folder, or the hub name; what ``from_pretrained`` receives and ``adapter_config.json`` records.
+        task: what the model is loaded for.
+    """
+
+    name: str
+    location: str
+    task: Task
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is a folder of this machine, not a name on the hub."""
+        return Path(self.location).is_dir()
+
+
+def model_source(config: Config) -> ModelSource:
+    """Resolve ``model.type`` and ``model.task``.
+
+    Raises:
+        ConfigError: the suffix or the task is missing or unknown.
+        ModelError: the folder or the package does not exist.
+    """
+    name, at, suffix = config.model.type.rpartition("@")
+    allowed = " or ".join(f"PATH_OR_NAME@{known}" for known in _TASK_OF_SUFFIX)
+    if not at or not name:
+        raise ConfigError(f"model.type: must be {allowed}, but the value is {config.model.type!r}")
+    if suffix not in _TASK_OF_SUFFIX:
+        hint = nearest(suffix, _TASK_OF_SUFFIX)
+        raise ConfigError(f"model.type: must be {allowed}, but the value is {config.model.type!r}{hint}")
+    if config.model.task not in _TASK_NAMES[suffix]:
+        choices = " or ".join(repr(task) for task in _TASK_NAMES[suffix])
+        hint = nearest(config.model.task, _TASK_NAMES[suffix])
+        raise ConfigError(f"model.task: must be {choices} for @{suffix}, but the value is {config.model.task!r}{hint}")
+    return ModelSource(name, _resolve(name), _TASK_OF_SUFFIX[suffix])
+
+
+def _resolve(name: str) -> str:
+    if name.startswith("package:"):
+        return str(_package_folder(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    looks_like_a_path = folder.is_absolute() or name[0] in "./~\\" or name.count("/") > 1 or "\\" in name
+    if looks_like_a_path:
+        siblings = sorted(str(near) for near in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+        raise ModelError(f"model.type: the folder {name!r} does not exist{nearest(folder, siblings)}")
+    return name
+
+
+def _package_folder(name: str) -> Path:
+    module, _, subfolder = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module.split(".")[0]) if module.split(".")[0] else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model.type: {name!r} needs the Python package {module!r}, which is not installed; "
+            "the demonstration model comes with: pip install fs-fwdllm[demo]"
+        )
+    for location in spec.submodule_search_locations:
+        package = Path(location).joinpath(*module.split(".")[1:])
+        if (package / subfolder).is_dir():
+            return package / subfolder
+    folders = sorted(child.name for child in package.glob("*/")) if package.is_dir() else []
+    raise ModelError(
+        f"model.type: {name!r}: the package has no folder {subfolder!r}, only {folders}{nearest(subfolder, folders)}"
+    )

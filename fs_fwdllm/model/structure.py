@@ -1,0 +1,162 @@
+"""Finding the parts of a transformer by what they are, not by which architecture they belong to.
+
+A transformer is a list of blocks; a block holds attention projections, a feed-forward pair and norms. These functions
+find them from module types, widths and the few words every implementation uses in its names (``attn``/``attention``,
+a leaf beginning with ``q``, ``k`` or ``v``), so that adapters can be placed in architectures nobody listed. Where a
+name list would be needed to go on, they raise :class:`~fs_fwdllm.errors.ModelError` and say what to set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fs_fwdllm.errors import ModelError
+
+__all__ = [
+    "attention_projections",
+    "biases",
+    "feed_forward_outputs",
+    "head_modules",
+    "norm_layers",
+    "position_limit",
+    "short_names",
+    "transformer_blocks",
+]
+
+_FUSED_PROJECTIONS = ("qkv", "query_key_value", "c_attn", "in_proj")
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
+def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``(name, block)`` of every distinct transformer block, in order; a block shared by layers (ALBERT) counts once.
+
+    Raises:
+        ModelError: no list of blocks with attention inside was found.
+    """
+    stacks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_attends(block) for block in module)
+    }
+    innermost = [name for name in stacks if not any(other.startswith(f"{name}.") for other in stacks)]
+    blocks = [(f"{name}.{index}", block) for name in innermost for index, block in stacks[name].named_children()]
+    if not blocks:
+        raise ModelError(f"{type(model).__name__}: no list of transformer blocks with attention was found")
+    return blocks
+
+
+def feed_forward_outputs(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``(name, linear layer)`` that ends the feed-forward part of each block.
+
+    It is the block's last linear layer outside attention whose output is as wide as the attention's own output.
+
+    Raises:
+        ModelError: a block has none, or has several experts.
+    """
+    found = []
+    for block_name, block in transformer_blocks(model):
+        linears = _linear_widths(block)
+        attention_widths = [width for name, width in linears.items() if _in_attention(name)]
+        outside = {name: width for name, width in linears.items() if not _in_attention(name)}
+        if any("expert" in name for name, _ in block.named_modules()):
+            raise ModelError(f"{block_name}: a mixture of experts has no single feed-forward output")
+        candidates = [name for name, width in outside.items() if width == _hidden_size(model, attention_widths)]
+        if not candidates:
+            raise ModelError(f"{block_name}: no feed-forward output was found among {sorted(linears)}")
+        found.append((f"{block_name}.{candidates[-1]}", block.get_submodule(candidates[-1])))
+    return found
+
+
+def attention_projections(model: nn.Module, roles: str) -> list[str]:
+    """Full names of the attention projections whose role is in ``roles`` (letters of ``"qkv"``).
+
+    A projection that computes several roles at once (``c_attn``, ``query_key_value``) belongs to each of them.
+
+    Raises:
+        ModelError: no projection was recognised.
+    """
+    found = []
+    for block_name, block in transformer_blocks(model):
+        for name in _linear_widths(block):
+            leaf = name.rpartition(".")[2].lower()
+            fused = any(word in leaf for word in _FUSED_PROJECTIONS)
+            if _in_attention(name) and (fused or leaf[0] in roles or leaf[:2] in {f"w{role}" for role in roles}):
+                found.append(f"{block_name}.{name}")
+    if not found:
+        raise ModelError(f"{type(model).__name__}: no attention projections were recognised; set target_modules")
+    return found
+
+
+def norm_layers(model: nn.Module) -> list[str]:
+    """Full names of the normalisation layers (LayerNorm, RMSNorm and their kin) that have a weight."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), torch.Tensor)
+    ]
+
+
+def biases(model: nn.Module) -> list[str]:
+    """Names of the parameters called ``bias``."""
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules with parameters that stand beside the encoder or decoder of a Hugging Face model."""
+    body = getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
+def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The shortest spelling of ``names`` for a matcher by suffix: leaf names where they match nothing else.
+
+    Falls back to the full names, which are longer but always exact.
+    """
+    wanted = set(names)
+    leaves = {name.rpartition(".")[2] for name in wanted}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if matched == wanted else wanted)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence a learned position table allows, in tokens; ``None`` for relative or rotary positions."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, nn.Embedding):
+            offset = getattr(module, "offset", None)  # OPT and BART reserve the first rows
+            if offset is None:
+                offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return int(module.num_embeddings - offset)
+    return None
+
+
+def _attends(block: nn.Module) -> bool:
+    return any(_in_attention(name) for name, _ in block.named_modules())
+
+
+def _in_attention(name: str) -> bool:
+    return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+def _linear_widths(module: nn.Module) -> dict[str, int]:
+    """Output widths of the linear layers by name, without those inside another one (adapters)."""
+    widths: dict[str, int] = {}
+    for name, child in module.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in widths):
+            continue
+        if isinstance(child, nn.Linear):
+            widths[name] = child.out_features
+        elif isinstance(child, Conv1D):
+            widths[name] = child.nf
+    return widths
+
+
+def _hidden_size(model: nn.Module, attention_widths: list[int]) -> int | None:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "hidden_size", None)
+    return int(size) if size is not None else (attention_widths[-1] if attention_widths else None)

@@ -1,0 +1,223 @@
+"""Which parameters are trained: one small function per ``adapter_method``.
+
+Every function takes a frozen base model and returns the model to train, with exactly the trainable parameters
+requiring gradients. LoRA, IA3 and norm tuning come from PEFT, so that their folders load anywhere; bias tuning, the
+head alone and full training mark parameters in place; the bottleneck is ours. A classifier's head starts from random
+numbers, so it is trained with every method. :data:`PARTS` is the registry; a method joins it with one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft.utils import constants as peft_constants
+from torch import nn
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data.types import Task
+from fs_fwdllm.errors import ConfigError, ModelError, nearest
+from fs_fwdllm.model.bottleneck import attach_bottleneck
+from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.structure import (
+    attention_projections,
+    biases,
+    feed_forward_outputs,
+    norm_layers,
+    short_names,
+)
+
+__all__ = ["PARTS", "Part", "Request", "adapter_request", "attach"]
+
+_PACKAGES = ("peft", "fs_fwdllm")
+_HARMLESS_WARNINGS = ("fan_in_fan_out is set to", "Unsupported layer type", "`is_gradient_checkpointing` is deprecated")
+_MANAGED_FIELDS = {field_.name for field_ in dataclasses.fields(PeftConfig)} | {"inference_mode"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make trainable.
+
+    Attributes:
+        model: the base model, frozen.
+        task: ``causal_lm`` or ``classification``.
+        head: names of the modules of ``model`` that make up a classifier's head; empty for a language model.
+        seed: key of new weights.
+        arguments: the method's own arguments from ``llm.adapter.args``.
+    """
+
+    model: nn.Module
+    task: Task
+    head: tuple[str, ...]
+    seed: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One way to choose trainable parameters: how to attach it, which arguments it takes, how it is saved."""
+
+    attach: Callable[[Request], nn.Module]
+    arguments: frozenset[str] = frozenset()
+    saved_as: Literal["peft", "bottleneck", "model"] = "model"
+
+
+def adapter_request(config: Config) -> tuple[str, dict[str, Any]]:
+    """``(method, arguments)`` of ``llm.adapter``; ``("full", {})`` when it is not used.
+
+    Raises:
+        ConfigError: an unknown package, method or argument, or more than one adapter.
+    """
+    if not config.llm.adapter.use:
+        return "full", {}
+    if len(config.llm.adapter.args) != 1:
+        raise ConfigError(f"llm.adapter.args: must hold one adapter, but holds {len(config.llm.adapter.args)}")
+    arguments = dict(config.llm.adapter.args[0])
+    package = arguments.pop("adapter_package", _PACKAGES[0])
+    method = arguments.pop("adapter_method", "lora")
+    _require_known("adapter_package", package, _PACKAGES)
+    _require_known("adapter_method", method, PARTS)
+    for name in arguments:
+        _require_known(f"{method} argument", name, sorted(PARTS[method].arguments))
+    return method, arguments
+
+
+def attach(method: str, request: Request) -> nn.Module:
+    """Freeze ``request.model``, make the parts of ``method`` trainable, and return the model to train."""
+    request.model.requires_grad_(False)
+    return PARTS[method].attach(request)
+
+
+def _require_known(what: str, value: Any, allowed: Iterable[str]) -> None:
+    choices = list(allowed)
+    if value not in choices:
+        listed = ", ".join(choices) or "(none)"
+        hint = nearest(value, choices)
+        raise ConfigError(f"llm.adapter.args: unknown {what} {value!r}; allowed are {listed}{hint}")
+
+
+def _train_full(request: Request) -> nn.Module:
+    return request.model.requires_grad_(True)
+
+
+def _train_head(request: Request) -> nn.Module:
+    for name in request.head or (_language_model_head(request.model),):
+        request.model.get_submodule(name).requires_grad_(True)
+    return request.model
+
+
+def _language_model_head(model: Any) -> str:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__}: has no output layer to train; use lora or full")
+    if head.weight is table.weight:
+        raise ModelError(
+            f"{type(model).__name__}: its head is tied to the input embeddings, so adapter_method 'head' would train "
+            "the embeddings too; use lora, ia3, layernorm or bottleneck"
+        )
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _train_biases(request: Request) -> nn.Module:
+    names = biases(request.model)
+    if all(_belongs(name, request.head) for name in names):
+        raise ModelError(
+            f"{type(request.model).__name__}: has no bias parameters outside its head, so adapter_method 'bitfit' "
+            "trains nothing; use layernorm, lora or ia3"
+        )
+    for name in names:
+        request.model.get_parameter(name).requires_grad_(True)
+    return _train_head(request) if request.head else request.model
+
+
+def _belongs(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _train_bottleneck(request: Request) -> nn.Module:
+    attach_bottleneck(request.model, seed=request.seed, **request.arguments)
+    return _train_head(request) if request.head else request.model
+
+
+def _train_lora(request: Request) -> nn.Module:
+    if request.arguments.get("init_lora_weights", True) is not True:
+        raise ConfigError(
+            "llm.adapter.args init_lora_weights: must be true (A drawn from the run's seed, B zero), but the value is "
+            f"{request.arguments['init_lora_weights']!r}: others change the base or differ between machines"
+        )
+    arguments = dict(request.arguments)
+    known = peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if not arguments.get("target_modules") and not arguments.get("target_parameters") and _absent(request, known):
+        arguments["target_modules"] = short_names(request.model, attention_projections(request.model, "qv"))
+    model = _train_peft(LoraConfig, request, arguments)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            draw_uniform_(parameter, 1.0 / math.sqrt(parameter[0].numel()), request.seed, name)
+        elif ".lora_embedding_B." in name:
+            draw_uniform_(parameter, math.sqrt(3.0), request.seed, name)
+    return model
+
+
+def _train_ia3(request: Request) -> nn.Module:
+    arguments = dict(request.arguments)
+    if arguments.get("init_ia3_weights", True) is not True:
+        raise ConfigError("llm.adapter.args init_ia3_weights: must be true: IA3 starts from the unchanged model")
+    known = peft_constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    if not arguments.get("target_modules") and _absent(request, known):
+        outputs = short_names(request.model, [name for name, _ in feed_forward_outputs(request.model)])
+        projections = short_names(request.model, attention_projections(request.model, "kv"))
+        arguments["target_modules"] = projections + outputs
+        arguments["feedforward_modules"] = outputs
+    elif arguments.get("target_modules") and "feedforward_modules" not in arguments:
+        arguments["feedforward_modules"] = []
+    return _train_peft(IA3Config, request, arguments)
+
+
+def _train_norms(request: Request) -> nn.Module:
+    arguments = dict(request.arguments)
+    known = peft_constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+    if not arguments.get("target_modules") and _absent(request, known):
+        arguments["target_modules"] = short_names(request.model, norm_layers(request.model))
+    return _train_peft(LNTuningConfig, request, arguments)
+
+
+def _absent(request: Request, known: dict[str, Any]) -> bool:
+    model: Any = request.model
+    return model.config.model_type not in known
+
+
+def _train_peft(config_type: type[PeftConfig], request: Request, arguments: dict[str, Any]) -> nn.Module:
+    arguments = dict(arguments)
+    kept = [*(arguments.pop("modules_to_save", None) or []), *request.head]
+    # PEFT adds these two itself for classifiers, and would list them twice
+    kept = [name for name in kept if name not in ("classifier", "score")] or None  # type: ignore[assignment]
+    task = TaskType.SEQ_CLS if request.task == "classification" else TaskType.CAUSAL_LM
+    try:
+        with private_torch_rng(request.seed), warnings.catch_warnings():
+            for harmless in _HARMLESS_WARNINGS:
+                warnings.filterwarnings("ignore", message=harmless)
+            settings = config_type(task_type=task, modules_to_save=kept, **arguments)  # type: ignore[call-arg]
+            return get_peft_model(request.model, settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"llm.adapter.args: PEFT refuses {arguments!r}: {error}") from error
+
+
+def _peft_part(function: Callable[[Request], nn.Module], config_type: type[PeftConfig]) -> Part:
+    names = {field_.name for field_ in dataclasses.fields(config_type)} - _MANAGED_FIELDS
+    return Part(function, frozenset(names), "peft")
+
+
+PARTS: dict[str, Part] = {
+    "lora": _peft_part(_train_lora, LoraConfig),
+    "ia3": _peft_part(_train_ia3, IA3Config),
+    "layernorm": _peft_part(_train_norms, LNTuningConfig),
+    "bitfit": Part(_train_biases),
+    "bottleneck": Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
+    "head": Part(_train_head),
+    "full": Part(_train_full),
+}
