@@ -1,0 +1,34 @@
+"""Slope estimators: central and one-sided differences, exact forward mode; and backpropagation for the baselines."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.estimator.backprop import Backprop
+from fs_fwdllm.estimator.base import Estimator, Slopes
+from fs_fwdllm.estimator.differences import CentralDifference, OneSidedDifference
+from fs_fwdllm.estimator.forward_mode import ForwardMode
+from fs_fwdllm.model.perturbation import make_perturbation
+from fs_fwdllm.trainables import Trainables
+
+__all__ = [
+    "Backprop",
+    "CentralDifference",
+    "Estimator",
+    "ForwardMode",
+    "OneSidedDifference",
+    "Slopes",
+    "make_estimator",
+]
+
+
+def make_estimator(model: nn.Module, trainables: Trainables, config: FwdllmConfig, *, full: bool) -> Estimator:
+    """The estimator a configuration asks for; ``full`` says that the model's own weights are trained."""
+    distribution = make_distribution(config.direction)
+    if config.estimator == "forward_mode":
+        return ForwardMode(distribution, config.probes_per_batch)
+    perturbation = make_perturbation(model, trainables, distribution, streamed=full)
+    difference = CentralDifference if config.estimator == "central" else OneSidedDifference
+    return difference(perturbation, config.radius, config.probes_per_batch)

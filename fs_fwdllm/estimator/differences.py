@@ -1,0 +1,89 @@
+"""Finite differences: slopes from losses at perturbed points, by ordinary forward passes.
+
+* **Central** ``(L(theta + h z) - L(theta - h z)) / 2h`` (SPSA; MeZO, algorithm 1; FwdLLM). Two passes a probe; the
+  error is ``h^2/6 * D^3 L[z, z, z]``, second order in the radius ``h``.
+* **One-sided** ``(L(theta + h z) - L(theta)) / h``. One pass a probe and one clean pass shared by all probes of the
+  step. It adds ``h/2 * z^T H z``, which is even in ``z``: over symmetric directions it is extra variance rather than
+  bias, and for Rademacher directions its mean part ``h/2 * tr(H)`` is the same for every probe.
+
+Both evaluate probes one by one (lowest memory) or several in one batched pass (``probes_per_batch``), which reads the
+frozen weights once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fs_fwdllm.direction import DirectionKey
+from fs_fwdllm.estimator.base import Estimator, Slopes, in_groups, stack_directions
+from fs_fwdllm.model.objective import BatchLoss
+from fs_fwdllm.model.perturbation import Perturbation
+
+__all__ = ["CentralDifference", "OneSidedDifference"]
+
+
+@dataclass
+class _PerturbedLosses:
+    """Losses at ``theta + s * h * z`` for every probe and sign, one by one or batched."""
+
+    perturbation: Perturbation
+    radius: float
+    probes_per_batch: int
+
+    @torch.no_grad()
+    def evaluate(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], signs: tuple[float, ...]) -> torch.Tensor:
+        """Float32 ``[len(signs), len(keys)]`` on the device."""
+        if self.probes_per_batch == 1:
+            rows = [[self.perturbation.loss(batch_loss, key, sign * self.radius) for sign in signs] for key in keys]
+            return torch.stack([torch.stack(row) for row in rows], dim=1)
+        groups = [self._batched(batch_loss, group, signs) for group in in_groups(keys, self.probes_per_batch)]
+        return torch.cat(groups, dim=1)
+
+    def _batched(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], signs: tuple[float, ...]) -> torch.Tensor:
+        directions = stack_directions(batch_loss, keys, self.perturbation.distribution)
+        points = []
+        for tensor, direction in zip(batch_loss.trainables.tensors, directions, strict=True):
+            moved = [torch.add(tensor.detach(), direction, alpha=_float32(sign * self.radius)) for sign in signs]
+            points.append(torch.cat(moved))
+        return batch_loss.at_stack(points).view(len(signs), len(keys))
+
+
+class CentralDifference(Estimator):
+    """Two-sided difference; ``radius`` is the papers' epsilon, mu or h."""
+
+    def __init__(self, perturbation: Perturbation, radius: float, probes_per_batch: int = 1) -> None:
+        self._losses = _PerturbedLosses(perturbation, radius, probes_per_batch)
+
+    def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
+        losses = _to_host(self._losses.evaluate(batch_loss, keys, (1.0, -1.0)))
+        values = (losses[0] - losses[1]) / (2.0 * _float32(self._losses.radius))
+        return Slopes(values.astype(np.float32), float(losses.mean()), 2 * len(keys))
+
+
+class OneSidedDifference(Estimator):
+    """Forward difference with one clean loss shared by all probes of a step."""
+
+    def __init__(self, perturbation: Perturbation, radius: float, probes_per_batch: int = 1) -> None:
+        self._losses = _PerturbedLosses(perturbation, radius, probes_per_batch)
+
+    def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
+        with torch.no_grad():
+            clean = batch_loss.here()
+        perturbed = self._losses.evaluate(batch_loss, keys, (1.0,))[0]
+        losses = _to_host(torch.cat([clean.reshape(1), perturbed]))
+        values = (losses[1:] - losses[0]) / _float32(self._losses.radius)
+        return Slopes(values.astype(np.float32), float(losses[0]), 1 + len(keys))
+
+
+def _to_host(losses: torch.Tensor) -> np.ndarray:
+    """Losses as float64, so that their difference is exact."""
+    return losses.detach().to("cpu").numpy().astype(np.float64)
+
+
+def _float32(value: float) -> float:
+    """The radius as the parameters see it, so that the slope is divided by the distance really travelled."""
+    return float(np.float32(value))
