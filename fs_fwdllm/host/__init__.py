@@ -1,0 +1,1 @@
+"""Hosts own processes, messages and data sets; methods own mathematics. ``local`` is the embedded default."""

@@ -1,0 +1,39 @@
+"""Who takes part in a round: a pure function of (seed, round), so that every host and a resumed run agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data import seeded_permutation
+from fs_fwdllm.errors import ConfigError
+
+__all__ = ["clients_per_round", "sample_clients"]
+
+
+def clients_per_round(config: Config, available: int) -> int:
+    """How many clients a round asks; ``sample_client_num`` goes before ``sample_client_rate``.
+
+    Raises:
+        ConfigError: more clients than hold training data, or none.
+    """
+    wanted = config.federate.sample_client_num
+    if wanted > available:
+        raise ConfigError(
+            f"federate.sample_client_num {wanted}: only {available} clients hold training samples; allowed are 1 to "
+            f"{available}, or -1 for all"
+        )
+    if wanted == 0:
+        raise ConfigError(f"federate.sample_client_num 0: allowed are 1 to {available}, or -1 for all")
+    if wanted > 0:
+        return wanted
+    rate = config.federate.sample_client_rate
+    return max(1, round(rate * available)) if rate > 0 else available
+
+
+def sample_clients(seed: int, round_index: int, clients: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``clients`` without replacement, in ascending order."""
+    if count >= len(clients):
+        return sorted(clients)
+    order = seeded_permutation(len(clients), "client sampling", seed, round_index)
+    return sorted(clients[index] for index in order[:count])

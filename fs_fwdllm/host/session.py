@@ -1,0 +1,148 @@
+"""What a process loads once: tokenizer, data, model; and what it does with them between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data import Batch, FederatedData, evaluation_batches, load_federated_data
+from fs_fwdllm.data.readers import parse_data_type
+from fs_fwdllm.errors import ConfigError, DataError
+from fs_fwdllm.evaluation import check_metrics, evaluate
+from fs_fwdllm.method import Parts, RoundReport, check_combination, resolve_method
+from fs_fwdllm.method.assembly import select_device
+from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.trainables import Trainables
+
+__all__ = ["Session"]
+
+#: Evaluation keeps no gradients, so its batches may be larger than the training ones.
+_EVALUATION_BATCH = 32
+#: Above this share of zero slopes the run learns little, and says so.
+_TOO_MANY_ZEROS = 0.5
+#: Finite differences with a smaller radius than this mostly measure a bfloat16 base's rounding.
+_BFLOAT16_RADIUS = 5e-3
+
+
+@dataclass
+class Session:
+    """Tokenizer, data and model of one process. Build it with :meth:`open`."""
+
+    config: Config
+    data: FederatedData
+    loaded: LoadedModel
+    parts: Parts
+    device: torch.device
+    client_samples: dict[int, int]
+    _metrics: list[str]
+    _evaluation: list[Batch] = field(default_factory=list)
+    _warned: bool = False
+
+    @classmethod
+    def open(cls, config: Config) -> Session:
+        """Load everything ``config`` names.
+
+        Raises:
+            ConfigError, DataError, ModelError: see their messages.
+        """
+        check_combination(config)
+        _check_task(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = select_device(config)
+        tokenizer = load_tokenizer(config)
+        data = load_federated_data(config, tokenizer)
+        loaded = load_model(config, tokenizer, len(data.label_names))
+        loaded.model.to(device)
+        samples = {client: len(held.train) for client, held in sorted(data.clients.items()) if held.train}
+        if not samples:
+            raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
+        session = cls(
+            config=config,
+            data=data,
+            loaded=loaded,
+            parts=Parts.build(
+                config, loaded.model, loaded.task, tokenizer.pad_token_id, full=loaded.peft_method == "full"
+            ),
+            device=device,
+            client_samples=samples,
+            _metrics=check_metrics(config.eval.metrics, loaded.task),
+        )
+        session._evaluation = session._evaluation_split(tokenizer.pad_token_id)
+        return session
+
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Say what is about to be trained, on what."""
+        method, trainables = resolve_method(self.config), self.parts.trainables
+        total = sum(parameter.numel() for parameter in self.loaded.model.parameters())
+        say(
+            f"{method.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
+            f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"
+        )
+        empty = len(self.data.clients) - len(self.client_samples)
+        if empty:
+            say(f"{empty} clients hold no training sample and are never asked")
+        own = self.config.fwdllm
+        differences = method.forward_only and own.estimator != "forward_mode"
+        if differences and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
+            say(f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01")
+        ignored = self.config.ignored_keys()
+        if ignored:
+            say(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
+
+    def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
+        """Say, once, what a user should know about how the rounds go."""
+        if report.zero_share > _TOO_MANY_ZEROS and resolve_method(self.config).forward_only and not self._warned:
+            self._warned = True
+            say(
+                f"warning: {report.zero_share:.0%} of the slopes are exactly zero: fwdllm.radius "
+                f"{self.config.fwdllm.radius} is below what the losses resolve; raise it (about 0.01 over a bfloat16 "
+                "base), or use fwdllm.estimator: forward_mode"
+            )
+
+    def evaluates_after(self, round_index: int) -> bool:
+        """Whether to evaluate after this round (always after the last)."""
+        return self._due(round_index, self.config.eval.freq)
+
+    def checkpoints_after(self, round_index: int) -> bool:
+        """Whether to write a checkpoint after this round (always after the last)."""
+        return self._due(round_index, self.config.fwdllm.checkpoint_every)
+
+    def evaluate(self, trainables: Trainables) -> dict[str, float] | None:
+        """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
+        if not self._evaluation:
+            return None
+        with self.parts.trainables.holding([tensor.detach() for tensor in trainables.tensors]):
+            return evaluate(self.parts.objective, self._evaluation, self._metrics)
+
+    def save(self, folder: Path, trainables: Trainables) -> Path:
+        """Write the trained adapter or model in Hugging Face's format."""
+        return save_trained(self.loaded, folder, dict(zip(trainables.names, trainables.tensors, strict=True)))
+
+    def _due(self, round_index: int, every: int) -> bool:
+        done = round_index + 1
+        return done == self.config.federate.total_round_num or (every > 0 and done % every == 0)
+
+    def _evaluation_split(self, pad_token_id: int) -> list[Batch]:
+        for name in self.config.eval.split:
+            examples = {"test": self.data.test, "val": self.data.val}.get(name, [])
+            if examples:
+                size = max(_EVALUATION_BATCH, self.config.dataloader.batch_size)
+                return evaluation_batches(examples, size, pad_token_id, name)
+        return []
+
+
+def _check_task(config: Config) -> None:
+    """Refuse texts with labels for a language model and instructions for a classifier, before anything is loaded."""
+    task = parse_data_type(config.data.type)[1]
+    classifier = config.model.type.endswith("@transformers")
+    if classifier != (task == "classification"):
+        wanted = "@text" if classifier else "@llm"
+        raise ConfigError(
+            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r}: that model needs data "
+            f"of the form NAME{wanted}"
+        )

@@ -1,0 +1,141 @@
+"""From a configuration to the objects that carry a run: model, objective, replica, worker, server.
+
+Hosts call :func:`assemble_worker` where clients live and :func:`assemble_server` where the server lives; both start
+from the same :class:`Parts`, built once per process: one base model however many clients are simulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.data import steps_per_epoch
+from fs_fwdllm.data.types import Task
+from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.learning_rate import Schedule
+from fs_fwdllm.method.client import BatchSettings, ClientWorker
+from fs_fwdllm.method.registry import resolve_method
+from fs_fwdllm.method.replica import Replica
+from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
+from fs_fwdllm.model.objective import Objective
+from fs_fwdllm.replay import Replayer
+from fs_fwdllm.trainables import Trainables
+
+__all__ = ["Parts", "assemble_server", "assemble_worker", "check_combination", "select_device", "work_plans"]
+
+
+@dataclass
+class Parts:
+    """What worker and server are made from.
+
+    Attributes:
+        full: whether the model's own weights are trained, rather than an adapter beside them.
+    """
+
+    config: Config
+    model: nn.Module
+    trainables: Trainables
+    objective: Objective
+    replica: Replica
+    batches: BatchSettings
+    full: bool
+
+    @classmethod
+    def build(cls, config: Config, model: nn.Module, task: Task, pad_token_id: int, *, full: bool) -> Parts:
+        """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained)."""
+        trainables = Trainables.of_model(model)
+        return cls(
+            config=config,
+            model=model,
+            trainables=trainables,
+            objective=Objective(model, trainables, task, config.fwdllm.prefix_cache_mib << 20),
+            replica=Replica(_replayer(config, trainables)),
+            batches=BatchSettings(
+                batch_size=config.dataloader.batch_size,
+                seed=config.seed,
+                pad_token_id=pad_token_id,
+                shuffle=config.dataloader.shuffle,
+            ),
+            full=full,
+        )
+
+    def server_replayer(self) -> Replayer:
+        """The server's own copy of the trainables, so that clients really have to rebuild it."""
+        return _replayer(self.config, self.trainables.clone())
+
+
+def _replayer(config: Config, trainables: Trainables) -> Replayer:
+    return Replayer(trainables, config.seed, make_distribution(config.fwdllm.direction))
+
+
+def assemble_worker(parts: Parts) -> ClientWorker:
+    """The client side of the configured method."""
+    return resolve_method(parts.config).make_worker(parts)
+
+
+def assemble_server(parts: Parts, client_samples: dict[int, int]) -> RoundServer:
+    """The server side of the configured method; ``client_samples`` counts each client's training samples."""
+    config = parts.config
+    settings = ServerSettings(
+        plans=work_plans(config, client_samples),
+        schedule=Schedule(
+            base=config.train.optimizer.lr,
+            shape=config.train.scheduler.type or "constant",
+            rounds=config.federate.total_round_num,
+            warmup_ratio=config.train.scheduler.warmup_ratio,
+        ),
+        weight_decay=config.train.optimizer.weight_decay,
+        equal_weights=config.federate.ignore_weight,
+        max_failed_rounds=config.fwdllm.max_failed_rounds,
+    )
+    return resolve_method(config).make_server(parts, settings)
+
+
+def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, WorkPlan]:
+    """Steps and probes of every client's round; with ``batch_or_epoch: epoch`` the steps follow the client's size."""
+    probes = config.fwdllm.probes if resolve_method(config).forward_only else 0
+    plans = {}
+    for client, samples in client_samples.items():
+        steps = config.train.local_update_steps
+        if config.train.batch_or_epoch == "epoch":
+            steps *= steps_per_epoch(samples, config.dataloader.batch_size)
+        plans[client] = WorkPlan(steps=steps, probes=probes)
+    return plans
+
+
+def check_combination(config: Config) -> None:
+    """Refuse settings that are valid alone but not together.
+
+    Raises:
+        ConfigError: names the keys and the way out.
+    """
+    method = resolve_method(config)
+    own = config.fwdllm
+    if not method.forward_only:
+        return
+    if own.estimator == "forward_mode" and own.attention == "sdpa":
+        raise ConfigError(
+            "fwdllm.attention 'sdpa': fused attention has no forward-mode derivative, which fwdllm.estimator "
+            "'forward_mode' needs; set fwdllm.attention: eager"
+        )
+    if not config.llm.adapter.use and own.probes_per_batch > 1 and own.estimator != "forward_mode":
+        raise ConfigError(
+            f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of the "
+            "model; set it to 1 or use an adapter (llm.adapter.use: true)"
+        )
+    if own.probes_per_batch > own.probes:
+        raise ConfigError(
+            f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
+            f"{own.probes}"
+        )
+
+
+def select_device(config: Config) -> torch.device:
+    """The device a configuration asks for; ``use_gpu`` without an accelerator falls back to the CPU."""
+    if config.use_gpu and torch.cuda.is_available():
+        return torch.device("cuda", max(config.device, 0))
+    return torch.device("cpu")

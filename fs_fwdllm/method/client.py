@@ -1,0 +1,94 @@
+"""The client's half of every method: follow the server, work on local data, answer.
+
+:class:`ClientWorker` has one verb, :meth:`ClientWorker.work`. One worker serves any number of simulated clients in
+turn, because nothing of a client outlives its work: parameters end bitwise where they started, batches are a pure
+function of ``(seed, client, round)``, optimiser state is local to a visit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fs_fwdllm.data import client_batches
+from fs_fwdllm.data.types import Batch, Example
+from fs_fwdllm.errors import DataError
+from fs_fwdllm.method.replica import Replica
+from fs_fwdllm.model.objective import Objective
+from fs_fwdllm.trainables import Trainables, flatten
+from fs_fwdllm.wire import Assignment, ClientUpdate
+
+__all__ = ["BatchSettings", "ClientWorker"]
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How a client's examples become batches."""
+
+    batch_size: int
+    seed: int
+    pad_token_id: int
+    shuffle: bool = True
+
+
+class ClientWorker(ABC):
+    """Does the work of clients on one model.
+
+    Args:
+        objective: the loss on the model that is trained.
+        replica: the model's trainables, following the server.
+        batches: how to cut batches.
+    """
+
+    def __init__(self, objective: Objective, replica: Replica, batches: BatchSettings) -> None:
+        self.objective = objective
+        self.replica = replica
+        self._batches = batches
+
+    @property
+    def trainables(self) -> Trainables:
+        return self.replica.trainables
+
+    def work(self, assignment: Assignment, examples: Sequence[Example]) -> ClientUpdate:
+        """Follow the server to the assignment's starting point, then do the round's work on ``examples``.
+
+        Raises:
+            DataError: the client has no examples.
+            DivergenceError: the client cannot reach the parameters the assignment starts from.
+        """
+        if not examples:
+            raise DataError(f"client {assignment.client} was given work but holds no training sample")
+        self.replica.follow(assignment.catch_up, assignment.digest)
+        batches = client_batches(
+            examples,
+            client=assignment.client,
+            round_index=assignment.round_index,
+            steps=assignment.steps,
+            batch_size=self._batches.batch_size,
+            seed=self._batches.seed,
+            pad_token_id=self._batches.pad_token_id,
+            shuffle=self._batches.shuffle,
+        )
+        return self._train(assignment, batches)
+
+    @abstractmethod
+    def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
+        """The method's own work. Must leave the trainables bitwise as it found them."""
+
+    @contextmanager
+    def _excursion(self) -> Iterator[list[torch.Tensor]]:
+        """Let the trainables move and bring them back to the exact bits. Yields copies of where they started."""
+        start = self.trainables.copy_values()
+        try:
+            yield start
+        finally:
+            self.trainables.load_values(start)
+
+    def _change_since(self, start: Sequence[torch.Tensor]) -> np.ndarray:
+        """How far the trainables have moved, as one float32 vector."""
+        return flatten([here.detach() - there for here, there in zip(self.trainables.tensors, start, strict=True)])

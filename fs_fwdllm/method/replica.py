@@ -1,0 +1,95 @@
+"""A replica: trainables that follow the server by replaying what it broadcasts.
+
+Clients, late joiners and resumed processes all are replicas. They are told the digest they should end at; records chain
+from digest to digest, so a replica applies exactly those that start from what it holds, and knows at the end whether it
+arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fs_fwdllm.direction import direction_seed
+from fs_fwdllm.errors import DivergenceError, WireError
+from fs_fwdllm.replay import Contributions, Replayer
+from fs_fwdllm.trainables import Trainables
+from fs_fwdllm.wire import DenseState, RoundUpdate, decode
+
+__all__ = ["Replica", "apply_round_update", "seeds_of"]
+
+
+def seeds_of(round_index: int, participants: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Direction seeds of a round in replay order: participant, then step, then probe."""
+    return [
+        direction_seed(round_index, client, step, probe)
+        for client, steps, probes in participants
+        for step in range(steps)
+        for probe in range(probes)
+    ]
+
+
+def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
+    """Take the step a record describes. Raises :class:`~fs_fwdllm.errors.WireError` if its length is inconsistent."""
+    expected = sum(steps * probes for _, steps, probes in record.participants)
+    if expected != len(record.values):
+        raise WireError(f"a round update names {expected} probes but carries {len(record.values)} coefficients")
+    seeds = seeds_of(record.round_index, record.participants)
+    replayer.apply(
+        Contributions(seeds, np.asarray(record.values)),
+        decay=record.decay,
+        momentum=record.momentum,
+        rate=record.rate,
+    )
+
+
+class Replica:
+    """Trainables (and momentum) that track the server's."""
+
+    def __init__(self, replayer: Replayer) -> None:
+        self.replayer = replayer
+        self.digest = self.trainables.digest()
+
+    @property
+    def trainables(self) -> Trainables:
+        return self.replayer.trainables
+
+    def follow(self, frames: Sequence[bytes], target: bytes) -> None:
+        """Apply the frames that lead from here to ``target``.
+
+        Raises:
+            WireError: a frame is not a record of the server's.
+            DivergenceError: the frames do not lead to ``target``, so server and replica hold different bits.
+        """
+        for frame in frames:
+            if self.digest == target:
+                break
+            self._apply(decode(frame))
+        if self.digest != target:
+            raise DivergenceError(
+                f"replica is at {self.digest.hex()} but the server is at {target.hex()}: the parameters differ. "
+                "Check that both run the same package versions and the same configuration"
+            )
+
+    def _apply(self, record: object) -> None:
+        if isinstance(record, DenseState):
+            self._load(record)
+        elif isinstance(record, RoundUpdate):
+            if record.digest_before != self.digest:
+                return
+            apply_round_update(self.replayer, record)
+        else:
+            raise WireError(f"a {type(record).__name__} cannot bring a replica up to date")
+        self.digest = self.trainables.digest()
+
+    def _load(self, state: DenseState) -> None:
+        values = np.asarray(state.values)
+        if state.has_momentum:
+            values, momentum = np.split(values, 2)
+            self.replayer.momentum = [
+                buffer.to(self.trainables.device) for buffer in self.trainables.split_flat(momentum)
+            ]
+        else:
+            self.replayer.momentum = None
+        self.trainables.load_flat(values)
