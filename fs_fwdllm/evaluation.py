@@ -37,8 +37,8 @@ def check_metrics(names: Sequence[str], task: Task) -> list[str]:
     """
     allowed = METRICS[task]
     wanted = [_ALIASES.get(name, name) for name in names]
-    for name in wanted:
-        if name != "loss" and name not in allowed:
+    for name, canonical in zip(names, wanted, strict=True):
+        if canonical != "loss" and canonical not in allowed:
             raise ConfigError(f"eval.metrics {name!r}: a {task} task has {list(allowed)}{nearest(name, allowed)}")
     return [name for name in wanted if name != "loss"] or list(allowed)
 

@@ -29,7 +29,7 @@ class Schedule:
         """Learning rate of ``round_index`` (counted from 0)."""
         warmup_rounds = math.ceil(self.rounds * self.warmup_ratio)
         if round_index < warmup_rounds:
-            return self.base * (round_index + 1) / warmup_rounds
+            return self.base * ((round_index + 1) / warmup_rounds)
         progress = (round_index - warmup_rounds) / max(1, self.rounds - warmup_rounds)
         if self.shape == "linear":
             return self.base * (1.0 - progress)

@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
 
 __all__ = ["Prefix", "PrefixCache"]
 
 #: Below this share of the model's matrix parameters the prefix saves less than it costs to keep.
 _WORTHWHILE_SHARE = 0.05
+#: Layers whose ``forward`` is one product with their own weight and never calls a child.
+_MATRIX_LAYERS = (nn.Linear, Conv1D)
 
 
 class _BoundaryReached(Exception):
@@ -61,7 +64,7 @@ class Prefix:
     @contextmanager
     def replayed(self, start: int = 0) -> Iterator[None]:
         """Play the outputs from number ``start`` on back to the model for the duration of one forward pass."""
-        interrupted, self._position = self._position, start
+        self._position = start
 
         def play(site: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -73,11 +76,8 @@ class Prefix:
 
             return forward
 
-        try:
-            with _patched({id(call.site): call.site for call in self.calls}.values(), play):
-                yield
-        finally:
-            self._position = interrupted
+        with _patched({id(call.site): call.site for call in self.calls}.values(), play):
+            yield
 
     def resumed(self) -> AbstractContextManager[None]:
         """Playback from where it stands now, for a part of the model that will be run again later."""
@@ -190,6 +190,9 @@ def _partition(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         if _owns_trainable(module):
             boundaries.append(module)
             return
+        if isinstance(module, _MATRIX_LAYERS):
+            # A frozen matrix with an adapter hung on it by a hook: ``forward`` is the frozen part alone.
+            sites.append(module)
         for child in module.children():
             visit(child)
 

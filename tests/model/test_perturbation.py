@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,8 @@ def load(folder, architecture, method="full", **changes):
     config = tiny_config(save_tiny_model(folder / "m", architecture, **changes), method, classifier=classifier)
     loaded = load_model(config, load_tokenizer(config), 3)
     trainables = Trainables.of_model(loaded.model)
-    return loaded.model, trainables, Objective(loaded.model, trainables, loaded.task).on(tiny_batch(classifier=classifier))
+    objective = Objective(loaded.model, trainables, loaded.task)
+    return loaded.model, trainables, objective.on(tiny_batch(classifier=classifier))
 
 
 def slow_loss(batch_loss, key, coefficient, distribution):
@@ -136,7 +138,8 @@ def unusual():
 
 def test_parameters_that_are_read_by_others():
     model, trainables, batch_loss = unusual()
-    assert {"attention.out_proj.weight", "table.scale", "steps.0", "outer.weight", "unused.weight"} <= {*trainables.names}
+    named = {"attention.out_proj.weight", "table.scale", "steps.0", "outer.weight", "unused.weight"}
+    assert named <= set(trainables.names)
     assert "outer.inner.weight" not in trainables.names
     assert_streamed_is_resident(model, trainables, batch_loss)
 
@@ -200,18 +203,22 @@ def test_an_error_between_the_hooks_leaves_every_parameter(tmp_path):
     assert torch.equal(streamed.loss(batch_loss, KEY, RADIUS), slow_loss(batch_loss, KEY, RADIUS, Rademacher()))
 
 
-def test_an_error_the_model_handles_itself_does_not_confuse_the_bookkeeping():
+@pytest.mark.parametrize("early", [True, False])
+def test_an_error_the_model_handles_itself_does_not_confuse_the_bookkeeping(early):
+    """It comes from a module's forward pass or, early, before that module's parameters were perturbed."""
     model, trainables, batch_loss = unusual()
     plain = model.outer.forward
 
+    def fail(module, arguments):
+        if early:
+            raise RuntimeError("handled")
+
     def forward(hidden, depth):
-        if depth == 1:
-            try:
-                model.late(hidden[..., :3])  # the wrong width
-            except RuntimeError:
-                pass
+        with suppress(RuntimeError):
+            model.late(hidden[..., :3])  # the wrong width
         return plain(hidden, depth)
 
+    model.late.register_forward_pre_hook(fail)
     model.outer.forward = forward
     assert_streamed_is_resident(model, trainables, batch_loss)
 
