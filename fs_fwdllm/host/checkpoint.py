@@ -1,7 +1,8 @@
 """Checkpoints: one file, written atomically, from which a run continues as if it had never stopped.
 
 The file is safetensors (nothing is unpickled): the server's tensors, and in its metadata one JSON object with the round
-to continue with, the counters of the accounting, and a fingerprint of the configuration.
+to continue with, the counters of the accounting, and a fingerprint of the configuration. A CRC-32 over all of it tells
+a damaged file from a good one: a flipped bit would otherwise be trained on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +53,6 @@ def config_fingerprint(config: Config) -> str:
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``folder``; a crash at any moment leaves the previous one or this one."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = {
         "next_round": checkpoint.next_round,
         "numbers": checkpoint.numbers,
@@ -58,18 +60,23 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "fingerprint": checkpoint.fingerprint,
     }
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
+    text = json.dumps(about)
+    content = save(tensors, metadata={"fs_fwdllm": text, "crc32": _checksum(text, tensors)})
     temporary = folder / f".{_FILE}.{os.getpid()}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(save(tensors, metadata={"fs_fwdllm": json.dumps(about)}))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / _FILE)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{folder / _FILE}: cannot be written ({error.strerror}); the previous checkpoint is intact"
         ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -83,8 +90,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no checkpoint there; a run writes one after its first round")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["fs_fwdllm"])
+            metadata = file.metadata() or {}
+            text, checksum = metadata["fs_fwdllm"], metadata["crc32"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return Checkpoint(tensors=tensors, **about)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if checksum != _checksum(text, tensors):
+            raise ValueError("its checksum does not fit its content")
+        return Checkpoint(tensors=tensors, **json.loads(text))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint of ours ({error})") from error
+
+
+def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of the text and of every tensor's name, type, shape and bytes."""
+    checksum = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"

@@ -35,6 +35,7 @@ def run(config: Config) -> Path:
         FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
     """
     session = Session.open(config)
+    clients_per_round(config, len(session.client_samples))  # refused before there is a folder
     return _train(session, RunFolder.create(config), None)
 
 

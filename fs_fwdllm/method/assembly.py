@@ -117,6 +117,11 @@ def check_combination(config: Config) -> None:
     own = config.fwdllm
     if not method.forward_only:
         return
+    if method.name == "mezo" and own.server_momentum:
+        raise ConfigError(
+            f"fwdllm.server_momentum {own.server_momentum}: MeZO's clients take the steps, so the server has no "
+            "gradient to give momentum to; set it to 0 or use federate.method: fedfwd"
+        )
     if own.estimator == "forward_mode" and own.attention == "sdpa":
         raise ConfigError(
             "fwdllm.attention 'sdpa': fused attention has no forward-mode derivative, which fwdllm.estimator "

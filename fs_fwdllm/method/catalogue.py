@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.method.assembly import Parts
 from fs_fwdllm.method.client import ClientWorker
@@ -36,11 +35,6 @@ def _scalar_worker(parts: Parts, *, local_steps: bool) -> ClientWorker:
 def _scalar_server(parts: Parts, settings: ServerSettings, *, local_steps: bool) -> RoundServer:
     config = parts.config
     momentum = config.fwdllm.server_momentum
-    if local_steps and momentum:
-        raise ConfigError(
-            f"fwdllm.server_momentum {momentum}: MeZO's clients take the steps, so the server has no gradient to give "
-            "momentum to; set it to 0 or use federate.method: fedfwd"
-        )
     if config.fwdllm.upload == "scalars":
         return ScalarServer(parts.server_replayer(), settings, local_steps=local_steps, momentum=momentum)
     if local_steps:

@@ -1,0 +1,230 @@
+"""A whole run of every method: its files agree with each other, its adapter with PEFT, its result with its seed."""
+
+from __future__ import annotations
+
+import csv
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fs_fwdllm.errors import TrainingStalledError
+from fs_fwdllm.host.checkpoint import read_checkpoint
+from fs_fwdllm.host.local import run
+from fs_fwdllm.host.sampling import clients_per_round, sample_clients
+from fs_fwdllm.host.session import Session
+from fs_fwdllm.model.quiet import quiet_transformers
+from fs_fwdllm.report import RunFolder
+from tests.host.small import CLASSES, METHODS, SCALAR_METHODS, World, read_jsonl
+from tests.model.tiny import save_tiny_model
+
+CUMULATIVE = ("seconds", "upload_bytes", "download_bytes", "forward_passes", "backward_passes", "peak_rss_mib")
+COLUMNS = {*CUMULATIVE, "round", "digest", "peak_device_mib"}
+TRAINED = {"train_loss", "learning_rate", "loss", "rejected"}
+every_method = pytest.mark.parametrize("method", METHODS)
+TASKS = pytest.mark.parametrize("language_model", [False, True], ids=["classifier", "language model"])
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(RunFolder(path).metrics_path)
+
+
+def rows_of(path: Path) -> list[dict[str, int]]:
+    with RunFolder(path).traffic_path.open(encoding="utf-8", newline="") as file:
+        return [{key: int(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def final_digest(path: Path) -> str:
+    return lines_of(path)[-1]["digest"]
+
+
+@pytest.mark.usefixtures("pictures")
+@TASKS
+@every_method
+def test_a_run_leaves_what_it_promises(world: World, method: str, language_model: bool) -> None:
+    path = run(world.config(METHODS[method], language_model=language_model))
+    names = {file.name for file in path.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "bytes.csv", "console.log", "report.png", "checkpoint", "adapter"}
+    assert names == expected
+    start, *rounds, final = lines_of(path)
+    assert set(start) == COLUMNS | {"eval"}
+    assert [line["round"] for line in (start, *rounds, final)] == [0, 1, 2, 3, 4, 5, 5]
+    for line in rounds:
+        assert set(line) == COLUMNS | TRAINED | {"eval"}
+        assert set(line["loss"]) == set(line["learning_rate"]) == {"1", "2", "3", "4"}
+        assert line["rejected"] == {} and len(bytes.fromhex(line["digest"])) == 16
+        assert line["train_loss"] == pytest.approx(sum(line["loss"].values()) / 4, rel=0.1)
+    assert set(final) == COLUMNS | {"final", "saved"}
+    assert final["final"] is True and final["saved"] == "adapter"
+    assert final["digest"] == rounds[-1]["digest"]
+    assert len({line["digest"] for line in (start, *rounds)}) == 6
+    metrics = {"loss", "token_accuracy", "perplexity"} if language_model else {
+        "loss", "accuracy", "majority_accuracy", "macro_f1", "mcc"
+    }  # fmt: skip
+    assert all(set(line["eval"]) == metrics for line in (start, *rounds))
+
+
+@every_method
+def test_the_counts_of_a_run_add_up(world: World, method: str) -> None:
+    settings = {**METHODS[method], "federate.sample_client_num": 3}
+    config = world.config(settings)
+    path = run(config)
+    lines, rows = lines_of(path), rows_of(path)
+    for earlier, later in pairwise(lines):
+        assert all(earlier[name] <= later[name] for name in CUMULATIVE)
+    for name in ("upload_bytes", "download_bytes"):
+        for line in lines[1:]:
+            assert line[name] == sum(row[name] for row in rows if row["round"] <= line["round"])
+    steps, probes = config.train.local_update_steps, config.fwdllm.probes
+    forward_only = method in SCALAR_METHODS
+    assert lines[-1]["forward_passes"] == 5 * 3 * steps * (2 * probes if forward_only else 1)
+    assert lines[-1]["backward_passes"] == (0 if forward_only else 5 * 3 * steps)
+    for row in rows:
+        if forward_only:
+            assert 4 * steps * probes < row["upload_bytes"] <= 4 * steps * probes + 100
+        else:
+            assert row["upload_bytes"] > 4 * Session.open(config).parts.trainables.count
+    for number in range(1, 6):
+        clients = [row["client"] for row in rows if row["round"] == number]
+        assert clients == sample_clients(config.seed, number - 1, [1, 2, 3, 4], 3)
+
+
+@TASKS
+@every_method
+def test_the_adapter_is_one_that_peft_loads(world: World, method: str, language_model: bool) -> None:
+    """Base and adapter, loaded without this package, answer with exactly the logits of the server's parameters."""
+    config = world.config(METHODS[method], language_model=language_model)
+    path = run(config)
+    session = Session.open(config)
+    trained = read_checkpoint(RunFolder(path).checkpoint_path).tensors
+    count = len(session.parts.trainables.tensors)
+    values = [trained[f"trainable.{index}"] for index in range(count)]
+    assert lines_of(path)[-1]["digest"] != session.parts.trainables.digest().hex()
+    loader: Any = AutoModelForCausalLM if language_model else AutoModelForSequenceClassification
+    options = {} if language_model else {"num_labels": len(CLASSES)}
+    with quiet_transformers():
+        base = loader.from_pretrained(config.model.type.rpartition("@")[0], **options)
+        loaded: nn.Module = PeftModel.from_pretrained(base, path / "adapter").eval()
+    batch = session._evaluation[0]
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        untrained = session.loaded.model(**inputs).logits
+        with session.parts.trainables.holding(values):
+            expected = session.loaded.model(**inputs).logits
+        assert torch.equal(loaded(**inputs).logits, expected)
+    assert not torch.equal(untrained, expected)
+
+
+@every_method
+def test_what_the_last_line_reports_is_what_was_saved(world: World, method: str) -> None:
+    path = run(world.config(METHODS[method]))
+    checkpoint = read_checkpoint(RunFolder(path).checkpoint_path)
+    session = Session.open(RunFolder(path).config())
+    trainables = session.parts.trainables
+    trainables.load_values([checkpoint.tensors[f"trainable.{i}"] for i in range(len(trainables.tensors))])
+    last = lines_of(path)[-2]
+    assert trainables.digest().hex() == final_digest(path) == last["digest"]
+    assert session.evaluate(trainables) == last["eval"]
+
+
+@every_method
+def test_the_same_configuration_is_the_same_run(world: World, method: str) -> None:
+    first, again = run(world.config(METHODS[method])), run(world.config(METHODS[method]))
+    assert first != again
+    assert [line["digest"] for line in lines_of(first)] == [line["digest"] for line in lines_of(again)]
+    assert rows_of(first) == rows_of(again)
+    other = run(world.config({**METHODS[method], "seed": 6}))
+    assert final_digest(other) != final_digest(first)
+
+
+@every_method
+def test_every_parameter_can_be_trained(world: World, method: str) -> None:
+    settings = {**METHODS[method], "llm.adapter.use": False, "llm.adapter.args": [{}], "federate.total_round_num": 2}
+    path = run(world.config(settings))
+    assert lines_of(path)[-1]["saved"] == "model"
+    assert (path / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("freq", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (-1, [0, 5])])
+def test_evaluation_keeps_its_rhythm_and_always_closes(world: World, freq: int, expected: list[int]) -> None:
+    path = run(world.config({**METHODS["forward_gradient"], "eval.freq": freq}))
+    assert [line["round"] for line in lines_of(path) if line.get("eval")] == expected
+
+
+def test_without_evaluation_data_a_run_still_runs(world: World) -> None:
+    path = run(world.config({**METHODS["forward_gradient"], "data.splits": [1.0, 0.0, 0.0]}))
+    assert not any(line.get("eval") for line in lines_of(path))
+
+
+@pytest.mark.parametrize("method", ["mezo", "forward_gradient", "fedavg"])
+def test_the_prefix_cache_does_not_change_a_bit_of_a_run(world: World, method: str) -> None:
+    head = {**METHODS[method], "llm.adapter.args": [{"adapter_method": "head"}]}
+    cached, plain = run(world.config(head)), run(world.config({**head, "fwdllm.prefix_cache_mib": 0}))
+    assert final_digest(plain) == final_digest(cached)
+
+
+def test_sampling_is_a_function_of_seed_and_round() -> None:
+    clients = list(range(1, 21))
+    rounds = [sample_clients(3, index, clients, 6) for index in range(40)]
+    assert rounds == [sample_clients(3, index, clients, 6) for index in range(40)]
+    assert all(chosen == sorted(set(chosen)) and len(chosen) == 6 for chosen in rounds)
+    assert len({tuple(chosen) for chosen in rounds}) == 40
+    assert {client for chosen in rounds for client in chosen} == set(clients)
+    assert rounds != [sample_clients(4, index, clients, 6) for index in range(40)]
+    asked = [sum(client in chosen for chosen in rounds) for client in clients]
+    assert max(asked) <= 12 + 5 * math.sqrt(40 * 0.3 * 0.7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 10),
+        ({"federate.sample_client_num": 4}, 4),
+        ({"federate.sample_client_rate": 0.25}, 2),
+        ({"federate.sample_client_rate": 1.0}, 10),
+        ({"federate.sample_client_rate": 0.01}, 1),
+        ({"federate.sample_client_num": 4, "federate.sample_client_rate": 0.9}, 4),
+    ],
+)
+def test_how_many_clients_a_round_asks(world: World, settings: dict[str, Any], expected: int) -> None:
+    assert clients_per_round(world.config(settings), 10) == expected
+
+
+def test_a_sampled_run_asks_whom_the_sampling_says(world: World) -> None:
+    settings = {"federate.client_num": 6, "federate.sample_client_rate": 0.5, "federate.total_round_num": 6}
+    path = run(world.config({**METHODS["mezo"], **settings}))
+    asked = [tuple(row["client"] for row in rows_of(path) if row["round"] == number) for number in range(1, 7)]
+    assert all(len(set(clients)) == 3 for clients in asked)
+    assert len(set(asked)) > 1
+
+
+def broken_model(world: World, value: float) -> str:
+    """A model with one weight spoiled, as a checkpoint of a diverged run has it."""
+    folder = save_tiny_model(world.root / "broken", "bert")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"{folder}@transformers"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@every_method
+def test_a_model_without_a_finite_loss_stops_the_run(world: World, method: str, value: float) -> None:
+    """No round has a usable update: three lines that say so, then an error; never a step."""
+    config = world.config({**METHODS[method], "model.type": broken_model(world, value)})
+    with pytest.raises(TrainingStalledError, match=r"no usable update for 3 rounds.*not_finite"):
+        run(config)
+    (path,) = Path(config.outdir).iterdir()
+    lines = lines_of(path)
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert len({line["digest"] for line in lines}) == 1
+    for line in lines[1:]:
+        assert line["train_loss"] is None and line["eval"]["loss"] is None
+        assert line["rejected"] == dict.fromkeys("1234", "not_finite")

@@ -1,0 +1,222 @@
+"""Whom the server believes: one bad answer costs that answer, never the round, never the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fs_fwdllm.errors import DataError, TrainingStalledError
+from fs_fwdllm.method import RoundReport
+from fs_fwdllm.wire import ClientUpdate, DenseUpdate, ScalarUpdate
+from tests.host.small import METHODS, Federation, World
+
+LIAR = 2
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def with_value(value: float) -> Callable[[ClientUpdate], ClientUpdate]:
+    def change(update: ClientUpdate) -> ClientUpdate:
+        values = update.values.copy()
+        values[len(values) // 2] = value
+        return replace(update, values=values)
+
+    return change
+
+
+def other_kind(update: ClientUpdate) -> ClientUpdate:
+    kind = DenseUpdate if isinstance(update, ScalarUpdate) else ScalarUpdate
+    return kind(**{field.name: getattr(update, field.name) for field in fields(update)})
+
+
+#: ``{what the client did: (how, the reason the server gives)}``
+LIES: dict[str, tuple[Callable[[ClientUpdate], ClientUpdate], str]] = {
+    "answers an earlier round": (lambda u: replace(u, round_index=u.round_index - 1), "other_round"),
+    "answers a later round": (lambda u: replace(u, round_index=u.round_index + 1), "other_round"),
+    "starts from other parameters": (lambda u: replace(u, digest=bytes(16)), "other_digest"),
+    "sends another kind": (other_kind, "other_kind"),
+    "sends too few values": (lambda u: replace(u, values=u.values[:-1]), "wrong_length"),
+    "sends too many values": (lambda u: replace(u, values=np.append(u.values, 1.0)), "wrong_length"),
+    "sends no value": (lambda u: replace(u, values=u.values[:0]), "wrong_length"),
+    "saw no sample": (lambda u: replace(u, samples=0), "no_samples"),
+    "sends NaN": (with_value(math.nan), "not_finite"),
+    "sends infinity": (with_value(math.inf), "not_finite"),
+    "sends minus infinity": (with_value(-math.inf), "not_finite"),
+    "reports a NaN loss": (lambda u: replace(u, loss=math.nan), "not_finite"),
+    "reports an infinite loss": (lambda u: replace(u, loss=math.inf), "not_finite"),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def without(updates: list[ClientUpdate], client: int) -> list[ClientUpdate]:
+    return [update for update in updates if update.client != client]
+
+
+def opened(world: World, method: str, **settings: Any) -> Federation:
+    """A federation in its second round."""
+    federation = Federation(world.config({**METHODS[method], **settings}))
+    federation.round(0)
+    return federation
+
+
+#: The rules are the same for every method; length and kind of an answer are not.
+_LIES_EVERYWHERE = ("sends another kind", "sends too few values", "sends too many values", "sends NaN")
+
+
+@pytest.mark.parametrize(
+    ("method", "lie"),
+    [(method, lie) for method in METHODS for lie in LIES if method in ("forward_gradient", "fedavg")
+     or lie in _LIES_EVERYWHERE],
+)  # fmt: skip
+def test_a_bad_answer_is_left_out_and_the_round_goes_on(world: World, method: str, lie: str) -> None:
+    change, reason = LIES[lie]
+    lied_to, honest = opened(world, method), opened(world, method)
+    report = lied_to.round(
+        1, meddle=lambda updates: [change(update) if update.client == LIAR else update for update in updates]
+    )
+    expected = honest.round(1, meddle=lambda updates: without(updates, LIAR))
+    assert report.rejected == {LIAR: reason}
+    assert expected.rejected == {LIAR: "no_answer"}
+    assert lied_to.server.digest == honest.server.digest == report.digest
+    assert replace(report, rejected={}) == replace(expected, rejected={})
+    assert LIAR not in report.losses and LIAR not in report.learning_rates
+    assert lied_to.server.failed_rounds == 0
+
+
+@every_method
+def test_an_answer_nobody_asked_for_is_left_out(world: World, method: str) -> None:
+    uninvited, honest = opened(world, method), opened(world, method)
+    extra = uninvited.answers(1, [4])
+    stranger = replace(extra[0], client=77)
+    report = uninvited.round(1, [1, 2, 3], meddle=lambda updates: [*extra, *updates, stranger])
+    expected = honest.round(1, [1, 2, 3])
+    assert report.rejected == {4: "not_assigned", 77: "not_assigned"}
+    assert replace(report, rejected={}) == expected
+    assert uninvited.server.digest == honest.server.digest
+
+
+@every_method
+def test_the_first_answer_counts(world: World, method: str) -> None:
+    twice, once = opened(world, method), opened(world, method)
+
+    def repeat(updates: list[ClientUpdate]) -> list[ClientUpdate]:
+        again = [replace(update, values=update.values * 2) for update in updates if update.client == LIAR]
+        return [*updates, *again, *again]
+
+    report, expected = twice.round(1, meddle=repeat), once.round(1)
+    assert report.rejected == {LIAR: "duplicate"}
+    assert replace(report, rejected={}) == expected
+    assert twice.server.digest == once.server.digest
+
+
+@every_method
+def test_a_late_answer_does_not_shut_out_the_right_one(world: World, method: str) -> None:
+    """What a slow client sent for the last round arrives first; its answer for this round follows."""
+    slow, prompt = opened(world, method), opened(world, method)
+    late = slow.answers(1, [LIAR])
+    slow.server.absorb([])
+    prompt.answers(1, [LIAR])
+    prompt.server.absorb([])
+    report, expected = slow.round(2, meddle=lambda updates: [*late, *updates]), prompt.round(2)
+    assert report.rejected == {LIAR: "other_round"}
+    assert LIAR in report.losses
+    assert slow.server.digest == prompt.server.digest
+    assert replace(report, rejected={}) == expected
+
+
+@every_method
+def test_clients_that_do_not_answer_are_named(world: World, method: str) -> None:
+    federation = opened(world, method)
+    report = federation.round(1, meddle=lambda updates: updates[:1])
+    assert report.rejected == {2: "no_answer", 3: "no_answer", 4: "no_answer"}
+    assert set(report.losses) == {1}
+
+
+@every_method
+def test_a_round_of_liars_changes_nothing_and_training_stops_in_time(world: World, method: str) -> None:
+    federation = opened(world, method, **{"fwdllm.max_failed_rounds": 3})
+    before, momentum = federation.server.digest, federation.server.state_tensors()
+    spoil = with_value(math.nan)
+
+    def all_bad(updates: list[ClientUpdate]) -> list[ClientUpdate]:
+        return [spoil(update) for update in updates]
+
+    for round_index in (1, 2):
+        report = federation.round(round_index, meddle=all_bad)
+        assert report.rejected == dict.fromkeys(federation.clients, "not_finite")
+        assert report.digest == federation.server.digest == before
+        assert math.isnan(report.train_loss) and report.forward_passes == 0
+    with pytest.raises(TrainingStalledError) as stopped:
+        federation.round(3, meddle=all_bad)
+    for fragment in ("round 3", "3 rounds in a row", "not_finite", "train.optimizer.lr", "fwdllm.radius",
+                     "fwdllm.max_failed_rounds"):  # fmt: skip
+        assert fragment in str(stopped.value)
+    assert federation.server.digest == before == federation.server.trainables.digest()
+    after = federation.server.state_tensors()
+    assert after.keys() == momentum.keys()
+    assert all(after[name].equal(value) for name, value in momentum.items())
+
+
+@every_method
+def test_one_good_answer_ends_the_count_of_failed_rounds(world: World, method: str) -> None:
+    federation = opened(world, method, **{"fwdllm.max_failed_rounds": 2})
+    for round_index in range(1, 7):
+        failing = round_index % 2 == 0
+        federation.round(round_index, meddle=lambda updates, failing=failing: [] if failing else updates[:1])
+    with pytest.raises(TrainingStalledError, match="no_answer"):
+        federation.round(7, meddle=lambda updates: [])
+
+
+@every_method
+def test_nothing_a_client_reports_can_break_the_server(world: World, method: str) -> None:
+    """Finite but absurd: losses and weights whose sums and products leave the range of numbers."""
+    absurd = [
+        {1: {"loss": 1e308}, 2: {"loss": 1e308}},
+        {1: {"loss": 1e308, "samples": 2**62}, 2: {"loss": -1e308, "samples": 2**62}},
+        {1: {"forward_passes": 2**62, "backward_passes": 2**62}},
+    ]
+    federation = Federation(world.config(METHODS[method]))
+    for round_index, changes in enumerate(absurd):
+        report: RoundReport = federation.round(
+            round_index,
+            meddle=lambda updates, changes=changes: [
+                replace(update, **changes.get(update.client, {})) for update in updates
+            ],
+        )
+        assert report.rejected == {}
+        assert np.isfinite(federation.parameters()).all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@every_method
+def test_a_step_out_of_the_range_of_numbers_stops_training(world: World, method: str) -> None:
+    """Every value is finite, their sum is not: no further round, and no checkpoint, is built on the result."""
+    federation = opened(world, method, **{"train.optimizer.lr": 100.0, "train.optimizer.type": "SGD"})
+    with pytest.raises(TrainingStalledError, match=r"round [12]: .*train.optimizer.lr.*last checkpoint is intact"):
+        for round_index in (1, 2):
+            answers = absent_work(federation, round_index)
+            federation.server.absorb([replace(answer, values=answer.values + LARGEST) for answer in answers])
+
+
+def absent_work(federation: Federation, round_index: int) -> list[ClientUpdate]:
+    """Answers in form, without the work: parameters this large are no place to measure a slope."""
+    kind = federation.server.answer
+    return [
+        kind(
+            round_index=round_index, client=client, digest=federation.server.digest, samples=4, loss=1.0,
+            forward_passes=0, backward_passes=0,
+            values=np.zeros(federation.server._expected_values(assignment)),
+        )
+        for client, assignment in federation.server.assign(round_index, federation.clients).items()
+    ]  # fmt: skip
+
+
+def test_work_without_samples_is_an_error_of_the_caller(world: World) -> None:
+    federation = Federation(world.config(METHODS["mezo"]))
+    (assignment,) = federation.server.assign(0, [1]).values()
+    with pytest.raises(DataError, match="client 1 was given work but holds no training sample"):
+        federation.worker(1).work(assignment, [])

