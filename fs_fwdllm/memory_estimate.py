@@ -93,7 +93,7 @@ def estimate_memory(session: Session, clients_per_round: int, steps: int, before
         replicas_bytes=_replicas(session.config, trainable_bytes),
         messages_bytes=_messages(session.config, trainable_bytes, clients_per_round),
         work_bytes=_forward_only(session, shape, work, steps) if scalars else _backprop(session, shape, work),
-        evaluation_bytes=max((shape.forward(_evaluation_pass(batch)) for batch in session._evaluation), default=0),
+        evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
         prefix_cache_bytes=_prefix_cache(session, examples),
     )
 
@@ -226,5 +226,5 @@ def _prefix_cache(session: Session, examples: list[Example]) -> int:
     )[0]  # fmt: skip
     with torch.no_grad():
         session.parts.objective.on(batch)
-    samples = len(examples) + sum(map(len, session._evaluation))
+    samples = len(examples) + sum(map(len, session.evaluation_batches))
     return min(cache.budget_bytes, cache.used_bytes * samples // len(batch))

@@ -285,7 +285,7 @@ class _Walk:
 
     def _step_bytes(self, round_index: int, clients: Sequence[int]) -> int:
         participants = tuple((client, self._plans[client].steps, self._plans[client].probes) for client in clients)
-        record = RoundUpdate(round_index, _DIGEST, _DIGEST, 1.0, 0.0, 0.0, participants)
+        record = RoundUpdate(round_index, _DIGEST, _DIGEST, 1.0, 1.0, 0.0, 0.0, participants)
         return frame_bytes(record, sum(steps * probes for _, steps, probes in participants))
 
 

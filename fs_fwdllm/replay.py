@@ -18,6 +18,7 @@ directions are added: memory is read and written once however many contributions
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,12 +26,12 @@ import numpy as np
 import torch
 
 from fs_fwdllm.direction import DirectionKey, Distribution
-from fs_fwdllm.trainables import Trainables
+from fs_fwdllm.trainables import DIGEST_BYTES, Trainables
 
 __all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contributions", "perturb"]
 
 #: Elements per chunk: one float32 chunk and its signs fit a core's second-level cache.
-DEFAULT_CHUNK = 1 << 18
+DEFAULT_CHUNK = 1 << 19
 #: Contributions whose signs are generated together, bounding the sign block to this many elements.
 _SIGN_BLOCK = 1 << 20
 
@@ -42,10 +43,13 @@ class Contributions:
     Attributes:
         seeds: direction seeds.
         coefficients: float32 array of the same length.
+        decayed: the coefficients for tensors that weight decay applies to, where they differ: what was added early in
+            a round has decayed since.
     """
 
     seeds: Sequence[int]
     coefficients: np.ndarray
+    decayed: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.coefficients):
@@ -59,15 +63,26 @@ def add_contributions(
     run_seed: int,
     distribution: Distribution,
     chunk: int = DEFAULT_CHUNK,
+    decays: Sequence[bool] | None = None,
 ) -> None:
-    """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` is the tensor with id ``k``."""
+    """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` is the tensor with id ``k``.
+
+    Args:
+        decays: per tensor, whether the decayed coefficients apply; needed only where there are such.
+    """
     keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
-    coefficients = [float(value) for value in np.asarray(contributions.coefficients, dtype=np.float32)]
+    plain = _as_floats(contributions.coefficients)
+    decayed = plain if contributions.decayed is None else _as_floats(contributions.decayed)
     for tensor_id, buffer in enumerate(buffers):
+        coefficients = decayed if decays is not None and decays[tensor_id] else plain
         flat = buffer.view(-1)
         for start in range(0, flat.numel(), chunk):
             part = flat[start : start + chunk]
             _add_to_chunk(part, keys, coefficients, tensor_id, start, distribution)
+
+
+def _as_floats(coefficients: np.ndarray) -> list[float]:
+    return [float(value) for value in np.asarray(coefficients, dtype=np.float32)]
 
 
 def _add_to_chunk(
@@ -124,6 +139,14 @@ class Replayer:
         self.chunk = chunk
         self.momentum: list[torch.Tensor] | None = None
 
+    def digest(self) -> bytes:
+        """16 bytes that name the whole state: the trainables' digest, extended by the momentum where there is one."""
+        if self.momentum is None:
+            return self.trainables.digest()
+        state = Trainables(dict(zip(self.trainables.names, self.momentum, strict=True)))
+        both = self.trainables.digest() + state.digest()
+        return hashlib.blake2b(both, digest_size=DIGEST_BYTES).digest()
+
     @torch.no_grad()
     def apply(self, contributions: Contributions, *, decay: float, momentum: float, rate: float) -> None:
         """One server step.
@@ -155,4 +178,5 @@ class Replayer:
 
     def _add(self, buffers: Sequence[torch.Tensor], contributions: Contributions) -> None:
         if len(contributions.seeds):
-            add_contributions(buffers, contributions, self.run_seed, self.distribution, self.chunk)
+            decays = self.trainables.decays()
+            add_contributions(buffers, contributions, self.run_seed, self.distribution, self.chunk, decays)

@@ -205,7 +205,7 @@ class FwdllmConfig(Section):
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backprop baselines")
     attention: Literal["auto", "eager", "sdpa"] = Field(
-        "auto", description="attention kernel; auto is eager for forward_mode, else the model's default"
+        "auto", description="attention kernel; auto is eager for forward_mode and batched probes, else the default"
     )
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the frozen base; auto is float32, or float16 with train.is_enable_half"

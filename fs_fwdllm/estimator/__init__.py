@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fs_fwdllm.config.schema import FwdllmConfig
-from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.direction import Distribution
 from fs_fwdllm.estimator.backprop import Backprop
 from fs_fwdllm.estimator.base import Estimator, Slopes
 from fs_fwdllm.estimator.differences import CentralDifference, OneSidedDifference
@@ -24,9 +24,15 @@ __all__ = [
 ]
 
 
-def make_estimator(model: nn.Module, trainables: Trainables, config: FwdllmConfig, *, full: bool) -> Estimator:
-    """The estimator a configuration asks for; ``full`` says that the model's own weights are trained."""
-    distribution = make_distribution(config.direction)
+def make_estimator(
+    model: nn.Module, trainables: Trainables, distribution: Distribution, config: FwdllmConfig, *, full: bool
+) -> Estimator:
+    """The estimator a configuration asks for.
+
+    Args:
+        distribution: the one the updates are replayed with, so that a direction's bits are generated once per step.
+        full: whether the model's own weights are trained.
+    """
     if config.estimator == "forward_mode":
         return ForwardMode(distribution, config.probes_per_batch)
     perturbation = make_perturbation(model, trainables, distribution, streamed=full)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.data import Batch, FederatedData, evaluation_batches, load_federated_data
+from fs_fwdllm.data import Batch, FederatedData, load_federated_data
+from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import parse_data_type
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation import check_metrics, evaluate
@@ -39,7 +40,7 @@ class Session:
     device: torch.device
     client_samples: dict[int, int]
     _metrics: list[str]
-    _evaluation: list[Batch] = field(default_factory=list)
+    evaluation_batches: list[Batch] = field(default_factory=list)
     _warned: bool = False
 
     @classmethod
@@ -72,7 +73,7 @@ class Session:
             client_samples=samples,
             _metrics=check_metrics(config.eval.metrics, loaded.task),
         )
-        session._evaluation = session._evaluation_split(tokenizer.pad_token_id)
+        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
         return session
 
     def announce(self, say: Callable[[str], None]) -> None:
@@ -114,10 +115,10 @@ class Session:
 
     def evaluate(self, trainables: Trainables) -> dict[str, float] | None:
         """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
-        if not self._evaluation:
+        if not self.evaluation_batches:
             return None
         with self.parts.trainables.holding([tensor.detach() for tensor in trainables.tensors]):
-            return evaluate(self.parts.objective, self._evaluation, self._metrics)
+            return evaluate(self.parts.objective, self.evaluation_batches, self._metrics)
 
     def save(self, folder: Path, trainables: Trainables) -> Path:
         """Write the trained adapter or model in Hugging Face's format."""
@@ -132,7 +133,7 @@ class Session:
             examples = {"test": self.data.test, "val": self.data.val}.get(name, [])
             if examples:
                 size = max(_EVALUATION_BATCH, self.config.dataloader.batch_size)
-                return evaluation_batches(examples, size, pad_token_id, name)
+                return cut_evaluation_batches(examples, size, pad_token_id, name)
         return []
 
 

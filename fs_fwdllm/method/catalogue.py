@@ -23,7 +23,9 @@ __all__: list[str] = []
 
 def _scalar_worker(parts: Parts, *, local_steps: bool) -> ClientWorker:
     config = parts.config
-    estimator = make_estimator(parts.model, parts.trainables, config.fwdllm, full=parts.full)
+    estimator = make_estimator(
+        parts.model, parts.trainables, parts.replica.replayer.distribution, config.fwdllm, full=parts.full
+    )
     settings = ScalarSettings(
         local_steps=local_steps,
         dense_upload=config.fwdllm.upload == "dense",

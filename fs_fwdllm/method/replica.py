@@ -36,12 +36,28 @@ def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
     if expected != len(record.values):
         raise WireError(f"a round update names {expected} probes but carries {len(record.values)} coefficients")
     seeds = seeds_of(record.round_index, record.participants)
+    coefficients = np.asarray(record.values)
+    decayed = None if record.step_decay == 1.0 else coefficients * _later_decay(record)
     replayer.apply(
-        Contributions(seeds, np.asarray(record.values)),
+        Contributions(seeds, coefficients, decayed),
         decay=record.decay,
         momentum=record.momentum,
         rate=record.rate,
     )
+
+
+def _later_decay(record: RoundUpdate) -> np.ndarray:
+    """Per coefficient, how much of its contribution is left at the end of the round: one factor per later local step.
+
+    Powers are repeated products, since ``pow`` rounds differently from library to library.
+    """
+    factors = []
+    for _, steps, probes in record.participants:
+        left = np.ones(steps, dtype=np.float64)
+        for step in range(steps - 2, -1, -1):
+            left[step] = left[step + 1] * record.step_decay
+        factors.append(np.repeat(left, probes))
+    return np.concatenate(factors) if factors else np.ones(0)
 
 
 class Replica:
@@ -49,7 +65,7 @@ class Replica:
 
     def __init__(self, replayer: Replayer) -> None:
         self.replayer = replayer
-        self.digest = self.trainables.digest()
+        self.digest = replayer.digest()
 
     @property
     def trainables(self) -> Trainables:
@@ -81,7 +97,7 @@ class Replica:
             apply_round_update(self.replayer, record)
         else:
             raise WireError(f"a {type(record).__name__} cannot bring a replica up to date")
-        self.digest = self.trainables.digest()
+        self.digest = self.replayer.digest()
 
     def _load(self, state: DenseState) -> None:
         values = np.asarray(state.values)

@@ -160,8 +160,7 @@ class ScalarServer(RoundServer):
             plan = self.settings.plans[update.client]
             slopes = np.asarray(update.values, dtype=np.float64).reshape(plan.steps, plan.probes)
             if self._local_steps:
-                later_decay = factor ** np.arange(plan.steps - 1, -1, -1, dtype=np.float64)
-                coefficients.append(-rate * weight / plan.probes * later_decay[:, None] * slopes)
+                coefficients.append(-rate * weight / plan.probes * slopes)
                 decay += float(weight) * factor**plan.steps
             else:
                 sign = 1.0 if self._momentum else -rate
@@ -171,6 +170,7 @@ class ScalarServer(RoundServer):
             digest_before=self.digest,
             digest_after=self.digest,
             decay=decay if self._local_steps else factor,
+            step_decay=factor if self._local_steps else 1.0,
             momentum=self._momentum,
             rate=rate,
             participants=tuple(self._participant(update) for update in accepted),

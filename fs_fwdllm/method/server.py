@@ -61,7 +61,7 @@ class RoundReport:
     """What a round did.
 
     Attributes:
-        digest: of the server's trainables after the round.
+        digest: of the server's trainables (and momentum, where there is one) after the round.
         train_loss: sample-weighted mean of the accepted clients' losses; NaN without any.
         losses, learning_rates: per accepted client.
         rejected: ``{client: reason}`` of updates that were left out, and of clients that did not answer.
@@ -96,7 +96,7 @@ class RoundServer(ABC):
         self.settings = settings
         self.round_index = 0
         self.failed_rounds = 0
-        self._digest = self.trainables.digest()
+        self._digest = self.replayer.digest()
         self._assigned: dict[int, Assignment] = {}
         self._catch_up = CatchUpLog(self.trainables.bytes)
         self._dense_frame: bytes | None = None
@@ -204,7 +204,7 @@ class RoundServer(ABC):
                 f"round {self.round_index}: the step left the range of float32; lower train.optimizer.lr. The last "
                 "checkpoint is intact"
             )
-        self._digest = self.trainables.digest()
+        self._digest = self.replayer.digest()
         self._dense_frame = None
         if record is None:
             self._catch_up.forget_until(self.round_index)
@@ -266,7 +266,7 @@ class RoundServer(ABC):
         self.replayer.momentum = [buffer.to(self.trainables.device) for buffer in momentum] or None
         self.failed_rounds = int(str(numbers["failed_rounds"]))
         self._catch_up.load_state(tensors, numbers)
-        self._digest = self.trainables.digest()
+        self._digest = self.replayer.digest()
         self._dense_frame = None
 
 

@@ -133,9 +133,10 @@ def _is_forward_only(config: Config) -> bool:
 def _attention(config: Config) -> dict[str, str]:
     if config.fwdllm.attention != "auto":
         return {"attn_implementation": config.fwdllm.attention}
-    # The fused kernels have no forward-mode derivative.
-    forward_mode = _is_forward_only(config) and config.fwdllm.estimator == "forward_mode"
-    return {"attn_implementation": "eager"} if forward_mode else {}
+    # The fused kernels have neither a forward-mode derivative nor a batching rule.
+    own = config.fwdllm
+    transformed = own.estimator == "forward_mode" or own.probes_per_batch > 1
+    return {"attn_implementation": "eager"} if transformed and _is_forward_only(config) else {}
 
 
 def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:

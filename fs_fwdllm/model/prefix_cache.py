@@ -9,10 +9,11 @@ as usual. Nothing is recomputed in another order or shape, so the loss is bit fo
 code may write into what it is given, so it is given copies; where glue code itself reads a trainable parameter, the
 first site whose input depends on one is the boundary.
 
-Most recorded outputs are never looked at: layer 3's output only fed layer 4, which is played back as well. One
-backward pass, done once per model, tells which recorded tensors the rest of the model really reads; the others are
-replaced by stand-ins of the right shape that occupy four bytes and contain NaN, so that a wrong guess cannot stay
-unnoticed. A head-only run thus keeps one pooled vector per sample.
+Most recorded outputs are never looked at: layer 3's output only fed layer 4, which is played back as well. So, once per
+model, each recorded tensor in turn is replaced by a stand-in of the right shape that occupies four bytes and contains
+NaN. If the loss stays finite, nobody reads that tensor, and the stand-in is all that is kept of it from then on; a
+wrong guess could not stay unnoticed. A head-only run thus keeps one pooled vector per sample. No backward pass is
+involved: a device that cannot run one can use the cache.
 """
 
 from __future__ import annotations
@@ -213,21 +214,35 @@ def _owns_trainable(module: nn.Module) -> bool:
     return hasattr(module, "adapter_layer_names") or hasattr(module, "parametrizations")
 
 
+@torch.no_grad()
 def _leaves_that_are_read(calls: list[_Call], run: Callable[[], torch.Tensor]) -> list[list[bool]]:
-    """Which recorded tensors influence the loss, found by one backward pass through what follows the boundary.
+    """Which recorded tensors the rest of the model reads: those whose replacement by NaN reaches the loss.
 
-    All of them, where the model has no backward pass (quantised kernels): a forward-only method needs none.
+    A tensor that cannot be replaced (glue code writes into it, the loss is not finite to begin with) counts as read.
     """
-    probes = [[leaf.detach().requires_grad_() if _is_float(leaf) else leaf for leaf in call.leaves] for call in calls]
-    watched = [_Call(call.site, leaves, call.structure) for call, leaves in zip(calls, probes, strict=True)]
-    with torch.enable_grad(), Prefix(watched).replayed():
-        loss = run()
-    inputs = [leaf for leaves in probes for leaf in leaves if _is_float(leaf)]
-    try:
-        gradients = iter(torch.autograd.grad(loss, inputs, allow_unused=True))
-    except RuntimeError:
-        return [[True for _ in leaves] for leaves in probes]
-    return [[next(gradients) is not None if _is_float(leaf) else True for leaf in leaves] for leaves in probes]
+    prefix = Prefix(calls)
+
+    def loss_is_finite() -> bool:
+        with prefix.replayed():
+            return bool(torch.isfinite(run()))
+
+    if not loss_is_finite():
+        return [[True for _ in call.leaves] for call in calls]
+    read: list[list[bool]] = []
+    for call in calls:
+        read.append([])
+        for index, leaf in enumerate(call.leaves):
+            if not _is_float(leaf):
+                read[-1].append(True)
+                continue
+            call.leaves[index] = _stand_in(leaf)
+            try:
+                read[-1].append(not loss_is_finite())
+            except RuntimeError:
+                read[-1].append(True)
+            finally:
+                call.leaves[index] = leaf
+    return read
 
 
 def _depends_on_trainables(values: Any) -> bool:

@@ -104,7 +104,8 @@ class RunConsole:
     def close(self) -> None:
         """Stop the bar and close the log; closing twice is fine."""
         self.stop_bar()
-        self._log_file.close()
+        with disk_errors_named(self._log_path):
+            self._log_file.close()
 
     def _write_log(self, item: str | Table) -> None:
         with disk_errors_named(self._log_path):

@@ -67,7 +67,8 @@ class JsonLinesSink(MetricSink):
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with disk_errors_named(self._path):
+            self._file.close()
 
 
 class TensorBoardSink(MetricSink):

@@ -64,7 +64,8 @@ class TrafficLog:
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
-        self._file.close()
+        with disk_errors_named(self._path):
+            self._file.close()
 
 
 def _as_csv(rows: Iterable[tuple[object, ...]]) -> str:

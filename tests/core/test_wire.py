@@ -35,7 +35,7 @@ EXAMPLES = [
     an_update([1.5, -2.0, np.inf, np.nan]),
     an_update([0.0] * 9, DenseUpdate),
     Assignment(3, 4, DIGEST, 1e-5, 6, 7, (b"frame", b"")),
-    RoundUpdate(1, DIGEST, DIGEST[::-1], 0.5, 0.9, 1e-3, ((1, 2, 3), (9, 1, 3)), values=np.arange(9)),
+    RoundUpdate(1, DIGEST, DIGEST[::-1], 0.5, 0.75, 0.9, 1e-3, ((1, 2, 3), (9, 1, 3)), values=np.arange(9)),
     DenseState(1, DIGEST, True, values=np.arange(4)),
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fs_fwdllm.direction import DirectionKey
+from fs_fwdllm.direction import DirectionKey, make_distribution
 from fs_fwdllm.estimator import Estimator, make_estimator
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import BatchLoss, Objective
@@ -50,7 +50,8 @@ class Ready:
     def estimator(self, **settings: Any) -> Estimator:
         """What the configuration section ``fwdllm:`` with these settings gives."""
         config = tiny_config("unused", "full", **{f"fwdllm.{key}": value for key, value in settings.items()}).fwdllm
-        return make_estimator(self.model, self.trainables, config, full=self.method == "full")
+        distribution = make_distribution(config.direction)
+        return make_estimator(self.model, self.trainables, distribution, config, full=self.method == "full")
 
 
 def ready(

@@ -201,7 +201,7 @@ def test_other_errors_are_not_mistaken_for_it(tmp_path):
 def test_the_configuration_chooses(tmp_path, settings, full, kind, perturbation):
     it = ready(tmp_path, "bert", "full")
     config = tiny_config("unused", "full", **{f"fwdllm.{key}": value for key, value in settings.items()}).fwdllm
-    estimator = make_estimator(it.model, it.trainables, config, full=full)
+    estimator = make_estimator(it.model, it.trainables, make_distribution(config.direction), config, full=full)
     assert type(estimator) is kind
     if perturbation is not None:
         assert type(estimator._losses.perturbation) is perturbation

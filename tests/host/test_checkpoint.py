@@ -213,9 +213,6 @@ def test_a_disk_that_fills_up_costs_no_round_that_was_saved(world: World, monkey
     assert read_jsonl(path / "metrics.jsonl")[-1]["digest"] == read_jsonl(whole / "metrics.jsonl")[-1]["digest"]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="closing the sink writes what the full disk refused and hides the named error"
-)
 def test_a_full_disk_for_the_metrics_is_named_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     config = world.config(METHODS["forward_gradient"])
     original, lines = JsonLinesSink.write, []

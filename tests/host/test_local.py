@@ -112,7 +112,7 @@ def test_the_adapter_is_one_that_peft_loads(world: World, method: str, language_
     with quiet_transformers():
         base = loader.from_pretrained(config.model.type.rpartition("@")[0], **options)
         loaded: nn.Module = PeftModel.from_pretrained(base, path / "adapter").eval()
-    batch = session._evaluation[0]
+    batch = session.evaluation_batches[0]
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         untrained = session.loaded.model(**inputs).logits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fs_fwdllm.direction import DirectionKey
+from fs_fwdllm.direction import DirectionKey, make_distribution
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
@@ -78,7 +78,7 @@ class Twin:
 
     def estimator(self, **settings):
         config = tiny_config("unused", "full", **{f"fwdllm.{key}": value for key, value in settings.items()}).fwdllm
-        return make_estimator(self.model, self.trainables, config, full=False)
+        return make_estimator(self.model, self.trainables, make_distribution(config.direction), config, full=False)
 
     def gradient(self, batch_loss, **settings):
         for tensor in self.trainables.tensors:
