@@ -45,6 +45,7 @@ __all__ = [
     "direction_seed",
     "make_distribution",
     "raw_words",
+    "signs_from_octets",
 ]
 
 _WORDS_PER_BLOCK = 4
@@ -188,10 +189,14 @@ class Rademacher(Distribution):
             inverted = np.unpackbits(~octets, axis=-1, bitorder="little")[:, skip : skip + count].view(np.int8)
             return torch.sub(_ONE, torch.from_numpy(inverted), alpha=2)
         # Only the packed bits cross the bus: a thirty-second of what float32 values would be.
-        moved = torch.from_numpy(octets).to(device)
-        shifts = torch.arange(8, dtype=torch.uint8, device=device)
-        bits_there = moved.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).flatten(1)
-        return bits_there[:, skip : skip + count].to(torch.int8).mul_(2).sub_(1)
+        return signs_from_octets(torch.from_numpy(octets).to(device))[:, skip : skip + count]
+
+
+def signs_from_octets(octets: torch.Tensor) -> torch.Tensor:
+    """Signs ``[rows, 8 * octets]`` from packed bits (uint8, lowest bit first), with operations every device has."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=octets.device)
+    bits = octets.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).flatten(1)
+    return bits.to(torch.int8).mul_(2).sub_(1)
 
 
 def _as_octets(words: np.ndarray) -> np.ndarray:

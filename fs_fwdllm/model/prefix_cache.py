@@ -32,6 +32,9 @@ __all__ = ["Prefix", "PrefixCache"]
 
 #: Below this share of the model's matrix parameters the prefix saves less than it costs to keep.
 _WORTHWHILE_SHARE = 0.05
+#: Above the largest size that the C library serves from its heap, so that a block is a mapping of its own.
+_BLOCK_BYTES = 64 << 20
+_ALIGNMENT_BYTES = 64
 #: Layers whose ``forward`` is one product with their own weight and never calls a child.
 _MATRIX_LAYERS = (nn.Linear, Conv1D)
 
@@ -50,8 +53,7 @@ class _Call:
         return pytree.tree_unflatten([_copy(leaf) for leaf in self.leaves], self.structure)
 
     def nbytes(self) -> int:
-        tensors = {id(leaf.untyped_storage()): leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)}
-        return sum(leaf.untyped_storage().nbytes() for leaf in tensors.values())
+        return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves if _occupies_memory(leaf))
 
 
 class Prefix:
@@ -85,6 +87,29 @@ class Prefix:
         return self.replayed(self._position)
 
 
+class _Shelf:
+    """Kept tensors side by side in large blocks.
+
+    As thousands of separate allocations among short-lived ones they would fragment the heap and occupy twice their size.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def keep(self, leaf: Any) -> Any:
+        """A copy of a tensor on the shelf; anything that occupies no memory as it is."""
+        if not _occupies_memory(leaf):
+            return leaf
+        count = leaf.numel() * leaf.element_size()
+        if self._used + count > len(self._block) or self._block.device != leaf.device:
+            self._block = torch.empty(max(_BLOCK_BYTES, count), dtype=torch.uint8, device=leaf.device)
+            self._used = 0
+        place = self._block[self._used : self._used + count].view(leaf.dtype).view(leaf.shape)
+        self._used += -(-count // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return place.copy_(leaf)
+
+
 class PrefixCache:
     """Records prefixes and keeps them, per batch key, within a byte budget.
 
@@ -104,6 +129,7 @@ class PrefixCache:
         self._model = model
         self._sites, self._boundaries = _partition(model)
         self._kept: dict[Hashable, Prefix] = {}
+        self._shelf = _Shelf()
         self._read: list[list[bool]] | None = None
         self._enabled = budget_bytes > 0 and bool(self._sites)
 
@@ -125,6 +151,8 @@ class PrefixCache:
         self.misses += 1
         prefix = self._record(run)
         if prefix is not None and key is not None and self.used_bytes + prefix.bytes <= self.budget_bytes:
+            for call in prefix.calls:
+                call.leaves = [self._shelf.keep(leaf) for leaf in call.leaves]
             self._kept[key] = prefix
             self.used_bytes += prefix.bytes
         return prefix
@@ -252,9 +280,12 @@ def _depends_on_trainables(values: Any) -> bool:
 
 def _copy(leaf: Any) -> Any:
     """A copy that may be written to; a stand-in is left as it is."""
-    if not isinstance(leaf, torch.Tensor) or (leaf.dim() and not any(leaf.stride())):
-        return leaf
-    return leaf.clone()
+    return leaf.clone() if _occupies_memory(leaf) else leaf
+
+
+def _occupies_memory(leaf: Any) -> bool:
+    """Whether this is a tensor, and not a stand-in."""
+    return isinstance(leaf, torch.Tensor) and not (leaf.dim() and not any(leaf.stride()))
 
 
 def _is_float(leaf: Any) -> bool:

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fs_fwdllm.direction import DirectionKey, Gaussian, Rademacher, direction_seed, make_distribution, raw_words
+from fs_fwdllm.direction import (
+    DirectionKey,
+    Gaussian,
+    Rademacher,
+    direction_seed,
+    make_distribution,
+    raw_words,
+    signs_from_octets,
+)
 from fs_fwdllm.errors import ConfigError
 
 U64 = st.integers(0, 2**64 - 1)
@@ -49,6 +57,20 @@ def test_vectorised_words_equal_numpys(seeds, first, count):
     together = raw_words(keys, 3, first, count)
     for row, key in zip(together, keys, strict=True):
         np.testing.assert_array_equal(row, raw_words([key], 3, first, count)[0])
+
+
+@given(seed=U64, words=st.integers(1, 40))
+def test_signs_unpacked_on_a_device_equal_those_unpacked_on_the_host(seed, words):
+    """Accelerators unpack the bits themselves; here with the same operations on the CPU."""
+    key = DirectionKey(11, seed)
+    octets = torch.from_numpy(raw_words([key], 4, 0, words).view(np.uint8))
+    assert torch.equal(signs_from_octets(octets), Rademacher().values([key], 4, 0, 64 * words))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_an_accelerator_holds_the_same_signs():
+    here, there = (Rademacher().values([GOLDEN_KEY], 5, 3, 70_001, device) for device in ("cpu", "cuda"))
+    assert torch.equal(here, there.cpu())
 
 
 @pytest.mark.parametrize("distribution", [Rademacher(), Gaussian()], ids=lambda d: d.name)
