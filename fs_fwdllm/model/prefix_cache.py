@@ -90,7 +90,7 @@ class Prefix:
 class _Shelf:
     """Kept tensors side by side in large blocks.
 
-    As thousands of separate allocations among short-lived ones they would fragment the heap and occupy twice their size.
+    Thousands of separate allocations among short-lived ones would fragment the heap and occupy far more than their size.
     """
 
     def __init__(self) -> None:
