@@ -90,7 +90,7 @@ class Prefix:
 class _Shelf:
     """Kept tensors side by side in large blocks.
 
-    Thousands of separate allocations among short-lived ones would fragment the heap and occupy far more than their size.
+    Thousands of separate allocations among short-lived ones would fragment the heap and occupy far more memory.
     """
 
     def __init__(self) -> None:
