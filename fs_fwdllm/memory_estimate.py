@@ -21,6 +21,8 @@ forward pass (central ``2 B``, one-sided ``B``, each 1 where ``B = 1``; forward 
 * layer: the outputs of all linear layers of one block for one batch, and the scores where attention is eager.
   logits: two float32 numbers per labelled position and class.
 * evaluation: ``layer + logits`` of the largest evaluation batch.
+* not counted: what checkpoints and the saved model copy for a moment (a few ``T``), and the heap's fragmentation. With
+  all parameters trained, the part above libraries and data has been measured at up to 2.6 times the estimate.
 * prefix cache: what one batch occupies, measured, for all samples; at most its budget.
 """
 

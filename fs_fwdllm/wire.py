@@ -198,7 +198,8 @@ def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
     return record_type(**named, values=np.frombuffer(payload, dtype="<f4"))
 
 
-def _split(frame: bytes) -> tuple[bytes, bytes]:
+def _split(frame: bytes) -> tuple[memoryview, memoryview]:
+    """Header and payload, as views: a frame may be as large as the model."""
     try:
         magic, version, length = _PREFIX.unpack_from(frame)
         start = _PREFIX.size
@@ -213,7 +214,8 @@ def _split(frame: bytes) -> tuple[bytes, bytes]:
         raise WireError(f"frame version {version} is not supported; this package speaks version {_VERSION}")
     if start + length > len(frame):
         raise WireError("a frame is truncated inside its header")
-    return frame[start : start + length], frame[start + length :]
+    view = memoryview(frame)
+    return view[start : start + length], view[start + length :]
 
 
 def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
