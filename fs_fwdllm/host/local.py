@@ -10,20 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from fs_fwdllm.config import Config
-from fs_fwdllm.errors import CheckpointError, WireError
-from fs_fwdllm.host.accounting import Accounting
-from fs_fwdllm.host.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
-from fs_fwdllm.host.sampling import clients_per_round, sample_clients
+from fs_fwdllm.host.driver import RunDriver, answer, read_own_checkpoint
+from fs_fwdllm.host.sampling import clients_per_round
 from fs_fwdllm.host.session import Session
-from fs_fwdllm.method import RoundReport, assemble_server, assemble_worker
-from fs_fwdllm.report import RunFolder, RunReporter
-from fs_fwdllm.wire import Assignment, ClientUpdate, decode, encode
+from fs_fwdllm.method import assemble_worker
+from fs_fwdllm.report import RunFolder
 
 if TYPE_CHECKING:
-    from fs_fwdllm.method import ClientWorker, RoundServer
+    from fs_fwdllm.host.checkpoint import Checkpoint
 
 __all__ = ["resume", "run"]
 
@@ -46,90 +41,22 @@ def resume(path: str | Path) -> Path:
         CheckpointError: no run or no checkpoint there, or its configuration was changed.
     """
     folder = RunFolder.open(path)
-    config = folder.config()
-    checkpoint = read_checkpoint(folder.checkpoint_path)
-    if checkpoint.fingerprint != config_fingerprint(config):
-        raise CheckpointError(f"{folder.config_path}: was changed after the checkpoint was written; start a new run")
-    return _train(Session.open(config), folder, checkpoint)
+    checkpoint = read_own_checkpoint(folder)
+    return _train(Session.open(folder.config()), folder, checkpoint)
 
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:
-    config, data = session.config, session.data
     worker = assemble_worker(session.parts)
-    server = assemble_server(session.parts, session.client_samples)
-    accounting = Accounting(session.device)
-    start = 0
-    if checkpoint is not None:
-        start = checkpoint.next_round
-        server.load_state(checkpoint.tensors, checkpoint.numbers)
-        accounting.restore(checkpoint.counters)
-        worker.replica.follow([server.dense_frame()], server.digest)
-
-    total = config.federate.total_round_num
-    per_round = clients_per_round(config, len(session.client_samples))
-    with RunReporter(folder, config, total_rounds=total, start_round=start + 1 if start else 0) as reporter:
-        session.announce(reporter.say)
-        if start == 0:
-            initial = {"round": 0, "digest": server.digest.hex(), "eval": session.evaluate(server.trainables)}
-            reporter.round({**initial, **accounting.columns()})
-        for round_index in range(start, total):
-            clients = sample_clients(config.seed, round_index, sorted(session.client_samples), per_round)
-            updates = []
-            for client, assignment in server.assign(round_index, clients).items():
-                download = encode(assignment)
-                accounting.ledger.download(client, download)
-                upload = _work(worker, download, data.clients[client].train)
-                accounting.ledger.upload(client, upload)
-                updates.append(_receive(upload))
-            report = server.absorb(updates)
-            session.watch(report, reporter.say)
-            traffic = accounting.close_round(report)
-            line = {**_line(report), **accounting.columns()}
-            if session.evaluates_after(round_index):
-                line["eval"] = session.evaluate(server.trainables)
-            reporter.round(line, traffic)
-            # After its line: a run killed in between repeats the round, and the line is written anew.
-            if session.checkpoints_after(round_index):
-                _write(folder, config, server, accounting, round_index + 1)
-        trained = session.save(folder.path, server.trainables)
-        reporter.finish({"round": total, "digest": server.digest.hex(), "saved": trained.name, **accounting.columns()})
+    with RunDriver(session, folder, checkpoint) as driver:
+        server = driver.server
+        if checkpoint is None:
+            driver.record_start(session.evaluate(server.trainables))
+        else:
+            worker.replica.follow([server.dense_frame()], server.digest)
+        while not driver.finished:
+            for client, frame in driver.open_round().items():
+                driver.receive(client, answer(worker, frame, session.data.clients[client].train))
+            driver.close_round()
+            driver.record(session.evaluate(server.trainables) if driver.evaluation_is_due else None)
+        driver.finish()
     return folder.path
-
-
-def _work(worker: ClientWorker, download: bytes, examples: list) -> bytes:
-    """The client's side of the wire."""
-    assignment = decode(download)
-    if not isinstance(assignment, Assignment):
-        raise WireError(f"a client was sent a {type(assignment).__name__} instead of an assignment")
-    return encode(worker.work(assignment, examples))
-
-
-def _receive(upload: bytes) -> ClientUpdate:
-    """The server's side of the wire."""
-    update = decode(upload)
-    if not isinstance(update, ClientUpdate):
-        raise WireError(f"the server was sent a {type(update).__name__} instead of an update")
-    return update
-
-
-def _line(report: RoundReport) -> dict[str, object]:
-    return {
-        "round": report.round_index + 1,
-        "digest": report.digest.hex(),
-        "train_loss": report.train_loss,
-        "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
-        "loss": {str(client): loss for client, loss in report.losses.items()},
-        "rejected": {str(client): reason for client, reason in report.rejected.items()},
-    }
-
-
-@torch.no_grad()
-def _write(folder: RunFolder, config: Config, server: RoundServer, accounting: Accounting, next_round: int) -> None:
-    checkpoint = Checkpoint(
-        next_round=next_round,
-        tensors=server.state_tensors(),
-        numbers=server.state_numbers(),
-        counters=accounting.counters(),
-        fingerprint=config_fingerprint(config),
-    )
-    write_checkpoint(folder.checkpoint_path, checkpoint)

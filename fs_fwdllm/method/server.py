@@ -127,6 +127,18 @@ class RoundServer(ABC):
         }
         return dict(self._assigned)
 
+    def current_state_for(self, client: int) -> Assignment:
+        """An assignment of no work: what ``client`` needs to hold the server's present parameters."""
+        return Assignment(
+            round_index=self.round_index,
+            client=client,
+            digest=self._digest,
+            learning_rate=0.0,
+            steps=0,
+            probes=0,
+            catch_up=self._catch_up.frames_for(client, self.dense_frame),
+        )
+
     def absorb(self, updates: Iterable[ClientUpdate]) -> RoundReport:
         """Close the round with the answers that came, in any order; missing ones are reported as ``no_answer``.
 

@@ -12,7 +12,7 @@ import pytest
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import CheckpointError
-from fs_fwdllm.host import local
+from fs_fwdllm.host import driver
 from fs_fwdllm.host.local import resume, run
 from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import ClientWorker
@@ -102,7 +102,7 @@ def test_a_run_killed_between_its_line_and_its_checkpoint(
 ) -> None:
     config = world.config(CASES[case])
     whole = run(config)
-    original = local.write_checkpoint
+    original = driver.write_checkpoint
 
     def die(folder: Path, checkpoint: Any) -> None:
         if checkpoint.next_round == 3:
@@ -110,7 +110,7 @@ def test_a_run_killed_between_its_line_and_its_checkpoint(
         original(folder, checkpoint)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "write_checkpoint", die)
+        patch.setattr(driver, "write_checkpoint", die)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     path = started(config, {whole})
