@@ -86,8 +86,8 @@ def run(
         raise ConfigError(f"--host {host}: is not known; hosts are {', '.join(HOSTS)}{nearest(host, HOSTS)}")
     if not has_landed(host):
         raise ConfigError(f"--host {host}: is not in this version yet; use --host local, which runs the same files")
-    config = _read_config(cfg, overrides)
-    importlib.import_module(f"fs_fwdllm.host.{host}").run(config)
+    _refuse_stray_options(overrides)
+    importlib.import_module(f"fs_fwdllm.host.{host}").run_file(cfg, overrides or [])
 
 
 @app.command(context_settings=_WITH_OVERRIDES)
@@ -129,6 +129,29 @@ def resume(run: RunArgument) -> None:
     importlib.import_module("fs_fwdllm.host.local").resume(run)
 
 
+hook = typer.Typer(help="Make a FederatedScope checkout know this package: one file, placed or taken out.")
+app.add_typer(hook, name="hook")
+
+Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="A FederatedScope checkout, branch llm.")]
+
+
+@hook.command("install")
+def hook_install(path: Checkout) -> None:
+    """Place our one guarded file in federatedscope/contrib/configs/; doing it again changes nothing."""
+    from fs_fwdllm.host.federatedscope.hook import install
+
+    _say(f"placed {install(path)}; now python federatedscope/main.py --cfg FILE works in {path}")
+
+
+@hook.command("remove")
+def hook_remove(path: Checkout) -> None:
+    """Take the file out again."""
+    from fs_fwdllm.host.federatedscope.hook import remove
+
+    removed = remove(path)
+    _say(f"removed {removed}" if removed else f"nothing of ours in {path}")
+
+
 @app.command()
 def doctor() -> None:
     """Say which versions, devices, extras and hosts are found here."""
@@ -146,10 +169,14 @@ def main() -> None:
 def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
     from fs_fwdllm.config import load_config
 
+    _refuse_stray_options(overrides)
+    return load_config(cfg, overrides or [])
+
+
+def _refuse_stray_options(overrides: list[str] | None) -> None:
     stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
     if stray is not None:
         raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--host'])}")
-    return load_config(cfg, overrides or [])
 
 
 def _say(text: str) -> None:

@@ -107,7 +107,7 @@ class LLMConfig(Section):
 
 
 class DataloaderConfig(Section):
-    batch_size: int = Field(8, ge=1, description="samples per batch; a client with fewer samples uses all it has")
+    batch_size: int = Field(64, ge=1, description="samples per batch; a client with fewer samples uses all it has")
     shuffle: bool = Field(True, description="draw a client's batches in an order keyed by (seed, client, round)")
     type: str = host_only("base")
     num_workers: int = host_only(0)
@@ -212,6 +212,10 @@ class FwdllmConfig(Section):
     )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
     max_failed_rounds: int = Field(3, ge=1, description="rounds in a row without a usable update before giving up")
+    deadline_s: float = Field(
+        600.0, gt=0, description="seconds a host of several processes waits for clients to join, to answer, to evaluate"
+    )
+    min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
     data: FwdllmDataConfig = FwdllmDataConfig()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.data.readers import parse_data_type, read_test_table, read_train_table
+from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, parse_data_type, read_test_table, read_train_table
 from fs_fwdllm.data.seeding import seeded_permutation
 from fs_fwdllm.data.splitters import divide_shares, split_iid, split_lda, split_meta, split_natural
 from fs_fwdllm.data.table import Table, category_codes, name_of, sorted_names
@@ -84,6 +84,8 @@ def _check_splitter(config: Config) -> None:
             f"data.splitter: {config.data.splitter!r} is not known; allowed are {', '.join(_SPLITTERS)}, or empty for "
             f"iid{nearest(splitter, _SPLITTERS)}"
         )
+    if parse_data_type(config.data.type)[0].lower() == PRESPLIT:
+        return
     if splitter != "natural" and config.federate.client_num == 0:
         raise ConfigError(f"federate.client_num: 0 needs data.splitter natural, but it is {splitter or 'iid'!r}")
     if splitter == "natural" and not config.fwdllm.data.natural:
@@ -154,6 +156,8 @@ def _tokenise(
 
 def _split(table: Table, config: Config) -> list[np.ndarray]:
     clients, seed = config.federate.client_num, config.seed
+    if parse_data_type(config.data.type)[0].lower() == PRESPLIT:
+        return split_natural(category_codes(table.names(CLIENT_FIELD, "")), clients)
     choose: dict[str, Callable[[], list[np.ndarray]]] = {
         "": lambda: split_iid(len(table), clients, seed),
         "iid": lambda: split_iid(len(table), clients, seed),

@@ -4,7 +4,8 @@
 ``instruction``, ``input``, ``output`` and ``category`` beside their own. The names and the file each stands for are
 FederatedScope's; a file named directly is recognised by the fields of its first row. ``FILE@text`` is text
 classification, with the text and label fields named by ``fwdllm.data.text`` and ``fwdllm.data.label``;
-``installed_docstrings@text`` needs no file at all (:mod:`fs_fwdllm.data.docstrings`).
+``installed_docstrings@text`` needs no file at all (:mod:`fs_fwdllm.data.docstrings`). ``presplit@llm`` and
+``presplit@text`` read one file a client.
 
 Nothing is downloaded: the message for an absent file says where it is expected.
 """
@@ -22,12 +23,17 @@ from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
-__all__ = ["parse_data_type", "read_test_table", "read_train_table"]
+__all__ = ["CLIENT_FIELD", "PRESPLIT", "parse_data_type", "read_test_table", "read_train_table"]
 
 logger = logging.getLogger("fs_fwdllm.data")
 
 #: Name of the data set read from the installed packages, and the only one that needs no file.
 DOCSTRINGS = "installed_docstrings"
+
+#: Name of data that comes divided already: one file a client.
+PRESPLIT = "presplit"
+#: The field that says, in pre-split data, which client's file a row is from.
+CLIENT_FIELD = "fs_fwdllm client"
 
 #: A category the host leaves out of the code data when it gives each client one language.
 _LEFT_OUT_BY_META = "X86-64 Assembly"
@@ -72,7 +78,7 @@ def parse_data_type(data_type: str) -> tuple[str, Task]:
     task = _TASKS.get(kind.lower())
     path = Path(name)
     is_file = path.suffix.lower() in FILE_ENDINGS and bool(path.stem)
-    known = name.lower() in _NAMED if task == "causal_lm" else name.lower() == DOCSTRINGS
+    known = name.lower() == PRESPLIT or (name.lower() in _NAMED if task == "causal_lm" else name.lower() == DOCSTRINGS)
     if task is None or not (is_file or known):
         raise ConfigError(
             f"data.type: {data_type!r} is not known; allowed are {', '.join(_KNOWN_TYPES)}, FILE@llm and FILE@text "
@@ -89,6 +95,8 @@ def read_train_table(config: Config) -> Table:
         DataError: the file is missing or malformed, or a row lacks a field it needs.
     """
     name, task = parse_data_type(config.data.type)
+    if name.lower() == PRESPLIT:
+        return _read_presplit(config, task)
     if task == "classification":
         if name.lower() == DOCSTRINGS:
             return installed_docstrings()
@@ -108,6 +116,26 @@ def read_test_table(config: Config) -> Table:
     if parse_data_type(config.data.type)[1] == "causal_lm":
         return _read_instructions(path, config)
     return read_table(path, config.fwdllm.data.columns)
+
+
+def _read_presplit(config: Config, task: Task) -> Table:
+    """The rows of ``client_1.jsonl``, ``client_2.jsonl``, ... under ``data.root`` (or another known ending), each
+    marked with its client."""
+    folder = Path(config.data.root)
+    found = [path for path in folder.glob("client_*") if path.suffix.lower() in FILE_ENDINGS]
+    numbered = {int(digits): path for path in found if (digits := path.stem.removeprefix("client_")).isdecimal()}
+    if len(numbered) < len(found) or sorted(numbered) != list(range(1, len(found) + 1)) or not found:
+        names = ", ".join(sorted(path.name for path in found)) or "none"
+        raise DataError(
+            f"{folder}: data.type {config.data.type!r} needs one file a client, client_1.jsonl to client_N.jsonl (or "
+            f"{', '.join(FILE_ENDINGS)}), each number once; there are {names}"
+        )
+    records, numbers = [], []
+    for client, path in sorted(numbered.items()):
+        part = _read_instructions(path, config) if task == "causal_lm" else read_table(path, config.fwdllm.data.columns)
+        records += [{**record, CLIENT_FIELD: f"{client:09d}"} for record in part.records]
+        numbers += list(part.numbers)
+    return Table(str(folder), records, numbers)
 
 
 def _read_instructions(path: Path, config: Config, layout: _Layout | None = None) -> Table:

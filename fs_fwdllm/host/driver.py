@@ -123,6 +123,11 @@ class RunDriver:
         return self.next_round >= self.total_rounds
 
     @property
+    def answered(self) -> int:
+        """Clients of the open round whose answer could be read."""
+        return len(self._answers)
+
+    @property
     def evaluation_is_due(self) -> bool:
         """Whether the round that was just closed is to be followed by an evaluation."""
         return self.session.evaluates_after(self.next_round)
@@ -142,6 +147,12 @@ class RunDriver:
             self.accounting.ledger.download(client, frame)
         self.missing, self._answers, self._unreadable = set(frames), [], {}
         return frames
+
+    def reopen_for(self, client: int) -> bytes:
+        """The open round's frame anew, for a client that came back and has not answered."""
+        frame = encode(self.server.reassign(client))
+        self.accounting.ledger.download(client, frame)
+        return frame
 
     def current_state_for(self, client: int) -> bytes:
         """A frame without work, that brings ``client`` to the server's present parameters (for an evaluation)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,17 +53,26 @@ class Session:
         """
         check_combination(config)
         _check_task(config)
+        tokenizer = load_tokenizer(config)
+        session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
+        if not session.client_samples:
+            raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
+        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
+        return session
+
+    @classmethod
+    def assemble(cls, config: Config, tokenizer: Any, data: FederatedData) -> Session:
+        """Load the model around data that a host has read; the clients may be elsewhere.
+
+        Raises:
+            ConfigError, ModelError: see their messages.
+        """
         if config.threads:
             torch.set_num_threads(config.threads)
         device = select_device(config)
-        tokenizer = load_tokenizer(config)
-        data = load_federated_data(config, tokenizer)
         loaded = load_model(config, tokenizer, len(data.label_names))
         loaded.model.to(device)
-        samples = {client: len(held.train) for client, held in sorted(data.clients.items()) if held.train}
-        if not samples:
-            raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
-        session = cls(
+        return cls(
             config=config,
             data=data,
             loaded=loaded,
@@ -70,11 +80,9 @@ class Session:
                 config, loaded.model, loaded.task, tokenizer.pad_token_id, full=loaded.peft_method == "full"
             ),
             device=device,
-            client_samples=samples,
+            client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
             _metrics=check_metrics(config.eval.metrics, loaded.task),
         )
-        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
-        return session
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Say what is about to be trained, on what."""

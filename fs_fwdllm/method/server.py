@@ -96,6 +96,7 @@ class RoundServer(ABC):
         self.settings = settings
         self.round_index = 0
         self.failed_rounds = 0
+        self._next_round = 0
         self._digest = self.replayer.digest()
         self._assigned: dict[int, Assignment] = {}
         self._catch_up = CatchUpLog(self.trainables.bytes)
@@ -111,7 +112,7 @@ class RoundServer(ABC):
 
     def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
         """Open a round. Each client's assignment carries what it needs to reach the server's current parameters."""
-        self.round_index = round_index
+        self.round_index = self._next_round = round_index
         rate = self.settings.schedule(round_index)
         self._assigned = {
             client: Assignment(
@@ -139,6 +140,21 @@ class RoundServer(ABC):
             catch_up=self._catch_up.frames_for(client, self.dense_frame),
         )
 
+    def reassign(self, client: int) -> Assignment:
+        """The open round's assignment anew, for a client that asks again (it may have been restarted)."""
+        given = self._assigned[client]
+        self._assigned[client] = replace(given, catch_up=self._catch_up.frames_for(client, self.dense_frame))
+        return self._assigned[client]
+
+    def note_holds(self, client: int, digest: bytes) -> None:
+        """``client`` says that it holds the parameters of ``digest``: from there it needs only the records since."""
+        self._catch_up.note_holds(client, digest, self._digest, self._next_round)
+
+    def note_parameters_changed(self) -> None:
+        """The trainables were set from outside (before the first round): take the digest anew."""
+        self._digest = self.replayer.digest()
+        self._dense_frame = None
+
     def absorb(self, updates: Iterable[ClientUpdate]) -> RoundReport:
         """Close the round with the answers that came, in any order; missing ones are reported as ``no_answer``.
 
@@ -160,6 +176,7 @@ class RoundServer(ABC):
                 rejected.setdefault(client, "no_answer")
         # Only an answer proves that a client holds the round's parameters: what was sent may never have arrived.
         self._catch_up.note_started(accepted, self.round_index)
+        self._next_round = self.round_index + 1
         ordered = [accepted[client] for client in sorted(accepted)]
         self._count_failures(ordered, rejected)
         if ordered:

@@ -196,16 +196,16 @@ def _draw_fresh(model: nn.Module, fresh: set[str], head: tuple[str, ...], seed: 
 
 @torch.no_grad()
 def _fit_embeddings(model: Any, tokenizer: Any, source: ModelSource) -> None:
-    """Give an added padding token a row: the mean of the old rows, in the input and the output table."""
+    """Give added special tokens rows: the mean of the old rows, in the input and the output table."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= rows:
         return
-    if tokenizer.pad_token_id != rows or len(tokenizer) != rows + 1:
+    if len(tokenizer) > rows + len(set(tokenizer.all_special_ids)) or tokenizer.pad_token_id is None:
         raise ModelError(f"{source.name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")
-    model.resize_token_embeddings(rows + 1, mean_resizing=False)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     for tensor in [tensor for table in tables for tensor in table.parameters(recurse=False)]:
-        tensor[rows] = tensor[:rows].double().mean(dim=0).to(tensor.dtype)
+        tensor[rows:] = tensor[:rows].double().mean(dim=0).to(tensor.dtype)
 
 
 def _check_positions(config: Config, model: nn.Module) -> None:
