@@ -24,8 +24,9 @@ from fs_fwdllm.data.types import Batch
 from fs_fwdllm.direction import DirectionKey, direction_seed
 from fs_fwdllm.estimator import Estimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.replica import Replica, apply_round_update
+from fs_fwdllm.method.replica import Replica, apply_round_update, later_decay, seeds_of
 from fs_fwdllm.method.server import RoundServer, ServerSettings
+from fs_fwdllm.method.update_norms import ScalarChange, scalar_distances
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.replay import Contributions, Replayer, add_contributions
 from fs_fwdllm.trainables import flatten
@@ -192,3 +193,14 @@ class ScalarServer(RoundServer):
 
     def _own_factor(self, update: ClientUpdate) -> float:
         return decay_factor(self._own_rate(update), self.settings.weight_decay)
+
+    def _distances(self, accepted: list[ClientUpdate]) -> list[float]:
+        return scalar_distances(self.replayer, [self._change(update) for update in accepted])
+
+    def _change(self, update: ClientUpdate) -> ScalarChange:
+        """The client's local steps, unrolled."""
+        plan, factor = self.settings.plans[update.client], self._own_factor(update)
+        coefficients = -self._own_rate(update) / plan.probes * np.asarray(update.values, dtype=np.float64)
+        decayed = coefficients * later_decay(plan.steps, plan.probes, factor) if self._decays_within_rounds else None
+        seeds = seeds_of(self.round_index, [self._participant(update)])
+        return ScalarChange(Contributions(seeds, coefficients, decayed), decay=factor**plan.steps)
