@@ -227,7 +227,9 @@ class _Walk:
         self._per_round = per_round
         self._plans = work_plans(session.config, session.client_samples)
         self._count = session.parts.trainables.count
-        self._forward_only = resolve_method(session.config).forward_only
+        method = resolve_method(session.config)
+        self._forward_only = method.forward_only
+        self._decays_within_rounds = method.local_steps and session.config.train.optimizer.weight_decay != 0.0
         self._scalars = self._forward_only and session.config.fwdllm.upload == "scalars"
         self._catch_up = CatchUpLog(session.parts.trainables.bytes)
 
@@ -285,7 +287,8 @@ class _Walk:
 
     def _step_bytes(self, round_index: int, clients: Sequence[int]) -> int:
         participants = tuple((client, self._plans[client].steps, self._plans[client].probes) for client in clients)
-        record = RoundUpdate(round_index, _DIGEST, _DIGEST, 1.0, 1.0, 0.0, 0.0, participants)
+        step_decay = (1.0,) * len(participants) if self._decays_within_rounds else ()
+        record = RoundUpdate(round_index, _DIGEST, _DIGEST, 1.0, step_decay, 0.0, 0.0, participants)
         return frame_bytes(record, sum(steps * probes for _, steps, probes in participants))
 
 

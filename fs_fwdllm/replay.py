@@ -28,7 +28,7 @@ import torch
 from fs_fwdllm.direction import DirectionKey, Distribution
 from fs_fwdllm.trainables import DIGEST_BYTES, Trainables
 
-__all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contributions", "perturb"]
+__all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contribution_slice", "add_contributions", "perturb"]
 
 #: Elements per chunk: one float32 chunk and its signs fit a core's second-level cache.
 DEFAULT_CHUNK = 1 << 19
@@ -55,6 +55,11 @@ class Contributions:
         if len(self.seeds) != len(self.coefficients):
             raise ValueError(f"{len(self.seeds)} seeds but {len(self.coefficients)} coefficients")
 
+    def coefficients_for(self, decays: bool) -> list[float]:
+        """The coefficients of a tensor that decays or does not, as float32 numbers."""
+        values = self.coefficients if self.decayed is None or not decays else self.decayed
+        return [float(value) for value in np.asarray(values, dtype=np.float32)]
+
 
 @torch.no_grad()
 def add_contributions(
@@ -71,28 +76,24 @@ def add_contributions(
         decays: per tensor, whether the decayed coefficients apply; needed only where there are such.
     """
     keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
-    plain = _as_floats(contributions.coefficients)
-    decayed = plain if contributions.decayed is None else _as_floats(contributions.decayed)
+    plain, decayed = contributions.coefficients_for(False), contributions.coefficients_for(True)
     for tensor_id, buffer in enumerate(buffers):
         coefficients = decayed if decays is not None and decays[tensor_id] else plain
         flat = buffer.view(-1)
         for start in range(0, flat.numel(), chunk):
             part = flat[start : start + chunk]
-            _add_to_chunk(part, keys, coefficients, tensor_id, start, distribution)
+            add_contribution_slice(part, keys, coefficients, tensor_id, start, distribution)
 
 
-def _as_floats(coefficients: np.ndarray) -> list[float]:
-    return [float(value) for value in np.asarray(coefficients, dtype=np.float32)]
-
-
-def _add_to_chunk(
+def add_contribution_slice(
     part: torch.Tensor,
-    keys: list[DirectionKey],
-    coefficients: list[float],
+    keys: Sequence[DirectionKey],
+    coefficients: Sequence[float],
     tensor_id: int,
     start: int,
     distribution: Distribution,
 ) -> None:
+    """Add ``sum_i c_i z_i`` in place to ``part``, the elements from ``start`` on of tensor ``tensor_id``."""
     count = part.numel()
     # A single contribution needs no running sum: 0 + c z is c z exactly.
     total = part if len(keys) == 1 else torch.zeros_like(part)

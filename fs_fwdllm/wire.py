@@ -132,7 +132,8 @@ class RoundUpdate(Record):
     Attributes:
         participants: ``(client, steps, probes)`` triples; with the round they give every direction's seed.
         decay, momentum, rate: as :meth:`fs_fwdllm.replay.Replayer.apply` has them.
-        step_decay: decay factor of one local step, one where contributions do not decay within the round.
+        step_decay: decay factor of one local step, a number per participant; empty where contributions do not decay
+            within the round.
     """
 
     kind: ClassVar[int] = 4
@@ -140,7 +141,7 @@ class RoundUpdate(Record):
     digest_before: bytes
     digest_after: bytes
     decay: float
-    step_decay: float
+    step_decay: tuple[float, ...]
     momentum: float
     rate: float
     participants: tuple[tuple[int, int, int], ...]
@@ -230,9 +231,11 @@ def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
             valid = isinstance(value, tuple) and all(isinstance(part, bytes) for part in value)
         elif name == "participants":
             valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
+        elif name == "step_decay":
+            valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
         elif name == "has_momentum":
             valid = isinstance(value, bool)
-        elif name in ("loss", "learning_rate", "decay", "step_decay", "momentum", "rate"):
+        elif name in ("loss", "learning_rate", "decay", "momentum", "rate"):
             valid = isinstance(value, float)
         else:
             valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

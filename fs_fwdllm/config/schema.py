@@ -140,7 +140,9 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     is_enable_half: bool = Field(False, description="hold the frozen base in half precision (see fwdllm.base_dtype)")
-    train_strategy: Literal["frozen"] = Field("frozen", description="per-client learning-rate strategy")
+    train_strategy: Literal["frozen", "random", "round-wise", "five-round", "model-diff"] = Field(
+        "frozen", description="how a client's learning rate follows from the schedule's; frozen takes it as it is"
+    )
     data_para_dids: list[int] = host_only([])
 
 
@@ -211,6 +213,7 @@ class FwdllmConfig(Section):
         "auto", description="dtype of the frozen base; auto is float32, or float16 with train.is_enable_half"
     )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
+    strategy_span: float = Field(5e-6, ge=0, description="farthest train.train_strategy moves a learning rate")
     max_failed_rounds: int = Field(3, ge=1, description="rounds in a row without a usable update before giving up")
     deadline_s: float = Field(
         600.0, gt=0, description="seconds a host of several processes waits for clients to join, to answer, to evaluate"

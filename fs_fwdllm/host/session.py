@@ -99,6 +99,12 @@ class Session:
         differences = method.forward_only and own.estimator != "forward_mode"
         if differences and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
             say(f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01")
+        train = self.config.train
+        if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
+            say(
+                f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "
+                f"{train.optimizer.lr}: {train.train_strategy} can give a client the learning rate 0"
+            )
         ignored = self.config.ignored_keys()
         if ignored:
             say(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")

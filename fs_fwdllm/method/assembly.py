@@ -21,6 +21,7 @@ from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.registry import resolve_method
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
+from fs_fwdllm.method.strategy import StrategySettings
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.replay import Replayer
 from fs_fwdllm.trainables import Trainables
@@ -91,6 +92,7 @@ def assemble_server(parts: Parts, client_samples: dict[int, int]) -> RoundServer
         weight_decay=config.train.optimizer.weight_decay,
         equal_weights=config.federate.ignore_weight,
         max_failed_rounds=config.fwdllm.max_failed_rounds,
+        strategy=StrategySettings(config.train.train_strategy, config.fwdllm.strategy_span, config.seed),
     )
     return resolve_method(config).make_server(parts, settings)
 
@@ -115,6 +117,12 @@ def check_combination(config: Config) -> None:
     """
     method = resolve_method(config)
     own = config.fwdllm
+    if config.train.train_strategy != "frozen" and not method.local_steps:
+        raise ConfigError(
+            f"train.train_strategy {config.train.train_strategy!r}: with {method.name} the server takes the steps, so "
+            "clients have no learning rate of their own; set train.train_strategy: frozen, or use a method whose "
+            "clients step: federate.method fedmezo, or FedAvg with trainer.type mezotrainer or llmtrainer"
+        )
     if not method.forward_only:
         return
     if method.name == "mezo" and own.server_momentum:

@@ -73,6 +73,7 @@ register_method(
         forward_only=True,
         make_worker=lambda parts: _scalar_worker(parts, local_steps=True),
         make_server=lambda parts, settings: _scalar_server(parts, settings, local_steps=True),
+        local_steps=True,
     )
 )
 register_method(
@@ -91,6 +92,7 @@ register_method(
         forward_only=False,
         make_worker=lambda parts: _backprop_worker(parts, local_steps=True),
         make_server=lambda parts, settings: AverageServer(parts.server_replayer(), settings),
+        local_steps=True,
     )
 )
 register_method(

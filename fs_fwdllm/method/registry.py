@@ -29,6 +29,7 @@ class Method:
         name: canonical name, used in reports.
         spellings: ``(federate.method, trainer.type)`` pairs, lower case, that select it.
         forward_only: whether clients never backpropagate.
+        local_steps: whether clients step at a learning rate of their own, rather than the server.
         make_worker, make_server: assemble the two halves from shared parts.
     """
 
@@ -37,6 +38,7 @@ class Method:
     forward_only: bool
     make_worker: Callable[[Parts], ClientWorker]
     make_server: Callable[[Parts, ServerSettings], RoundServer]
+    local_steps: bool = False
 
 
 METHODS: dict[str, Method] = {}

@@ -17,7 +17,7 @@ from fs_fwdllm.replay import Contributions, Replayer
 from fs_fwdllm.trainables import Trainables
 from fs_fwdllm.wire import DenseState, RoundUpdate, decode
 
-__all__ = ["Replica", "apply_round_update", "seeds_of"]
+__all__ = ["Replica", "apply_round_update", "later_decay", "seeds_of"]
 
 
 def seeds_of(round_index: int, participants: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -35,9 +35,13 @@ def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
     expected = sum(steps * probes for _, steps, probes in record.participants)
     if expected != len(record.values):
         raise WireError(f"a round update names {expected} probes but carries {len(record.values)} coefficients")
+    if record.step_decay and len(record.step_decay) != len(record.participants):
+        raise WireError(
+            f"a round update names {len(record.participants)} participants but {len(record.step_decay)} decay factors"
+        )
     seeds = seeds_of(record.round_index, record.participants)
     coefficients = np.asarray(record.values)
-    decayed = None if record.step_decay == 1.0 else coefficients * _later_decay(record)
+    decayed = coefficients * _later_decay(record) if record.step_decay else None
     replayer.apply(
         Contributions(seeds, coefficients, decayed),
         decay=record.decay,
@@ -47,17 +51,24 @@ def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
 
 
 def _later_decay(record: RoundUpdate) -> np.ndarray:
-    """Per coefficient, how much of its contribution is left at the end of the round: one factor per later local step.
+    """:func:`later_decay` of every participant, one after the other."""
+    factors = [
+        later_decay(steps, probes, factor)
+        for (_, steps, probes), factor in zip(record.participants, record.step_decay, strict=True)
+    ]
+    return np.concatenate(factors) if factors else np.ones(0)
+
+
+def later_decay(steps: int, probes: int, factor: float) -> np.ndarray:
+    """Per coefficient of a participant (step after step, probe after probe), what is left of its contribution at the
+    end of the round: one ``factor`` per later local step.
 
     Powers are repeated products, since ``pow`` rounds differently from library to library.
     """
-    factors = []
-    for _, steps, probes in record.participants:
-        left = np.ones(steps, dtype=np.float64)
-        for step in range(steps - 2, -1, -1):
-            left[step] = left[step + 1] * record.step_decay
-        factors.append(np.repeat(left, probes))
-    return np.concatenate(factors) if factors else np.ones(0)
+    left = np.ones(steps, dtype=np.float64)
+    for step in range(steps - 2, -1, -1):
+        left[step] = left[step + 1] * factor
+    return np.repeat(left, probes)
 
 
 class Replica:

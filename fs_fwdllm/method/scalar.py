@@ -24,8 +24,9 @@ from fs_fwdllm.data.types import Batch
 from fs_fwdllm.direction import DirectionKey, direction_seed
 from fs_fwdllm.estimator import Estimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.replica import Replica, apply_round_update
+from fs_fwdllm.method.replica import Replica, apply_round_update, later_decay, seeds_of
 from fs_fwdllm.method.server import RoundServer, ServerSettings
+from fs_fwdllm.method.update_norms import ScalarChange, scalar_distances
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.replay import Contributions, Replayer, add_contributions
 from fs_fwdllm.trainables import flatten
@@ -154,14 +155,13 @@ class ScalarServer(RoundServer):
 
     def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> RoundUpdate:
         rate = self.settings.schedule(self.round_index)
-        factor = decay_factor(rate, self.settings.weight_decay)
         coefficients, decay = [], 0.0
         for update, weight in zip(accepted, weights, strict=True):
             plan = self.settings.plans[update.client]
             slopes = np.asarray(update.values, dtype=np.float64).reshape(plan.steps, plan.probes)
             if self._local_steps:
-                coefficients.append(-rate * weight / plan.probes * slopes)
-                decay += float(weight) * factor**plan.steps
+                coefficients.append(-self._own_rate(update) * weight / plan.probes * slopes)
+                decay += float(weight) * self._own_factor(update) ** plan.steps
             else:
                 sign = 1.0 if self._momentum else -rate
                 coefficients.append(sign * weight / slopes.size * slopes)
@@ -169,8 +169,8 @@ class ScalarServer(RoundServer):
             round_index=self.round_index,
             digest_before=self.digest,
             digest_after=self.digest,
-            decay=decay if self._local_steps else factor,
-            step_decay=factor if self._local_steps else 1.0,
+            decay=decay if self._local_steps else decay_factor(rate, self.settings.weight_decay),
+            step_decay=tuple(map(self._own_factor, accepted)) if self._decays_within_rounds else (),
             momentum=self._momentum,
             rate=rate,
             participants=tuple(self._participant(update) for update in accepted),
@@ -182,3 +182,25 @@ class ScalarServer(RoundServer):
     def _participant(self, update: ClientUpdate) -> tuple[int, int, int]:
         plan = self.settings.plans[update.client]
         return update.client, plan.steps, plan.probes
+
+    @property
+    def _decays_within_rounds(self) -> bool:
+        return self._local_steps and self.settings.weight_decay != 0.0
+
+    def _own_rate(self, update: ClientUpdate) -> float:
+        """The rate of the client's local steps."""
+        return self._assigned[update.client].learning_rate
+
+    def _own_factor(self, update: ClientUpdate) -> float:
+        return decay_factor(self._own_rate(update), self.settings.weight_decay)
+
+    def _distances(self, accepted: list[ClientUpdate]) -> list[float]:
+        return scalar_distances(self.replayer, [self._change(update) for update in accepted])
+
+    def _change(self, update: ClientUpdate) -> ScalarChange:
+        """The client's local steps, unrolled."""
+        plan, factor = self.settings.plans[update.client], self._own_factor(update)
+        coefficients = -self._own_rate(update) / plan.probes * np.asarray(update.values, dtype=np.float64)
+        decayed = coefficients * later_decay(plan.steps, plan.probes, factor) if self._decays_within_rounds else None
+        seeds = seeds_of(self.round_index, [self._participant(update)])
+        return ScalarChange(Contributions(seeds, coefficients, decayed), decay=factor**plan.steps)

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
+from fs_fwdllm.errors import ConfigError, TrainingStalledError, UpdateRejected
 from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method.catch_up import CatchUpLog
+from fs_fwdllm.method.strategy import ClientRates, StrategySettings
 from fs_fwdllm.replay import Replayer
 from fs_fwdllm.trainables import Trainables, flatten
 from fs_fwdllm.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
@@ -47,6 +48,7 @@ class ServerSettings:
         weight_decay: decoupled decay per unit of learning rate.
         equal_weights: weigh clients equally instead of by samples.
         max_failed_rounds: rounds in a row without a usable update before training stops.
+        strategy: how each client's learning rate follows from the schedule's.
     """
 
     plans: dict[int, WorkPlan]
@@ -54,6 +56,7 @@ class ServerSettings:
     weight_decay: float = 0.0
     equal_weights: bool = False
     max_failed_rounds: int = 3
+    strategy: StrategySettings = field(default_factory=StrategySettings)
 
 
 @dataclass
@@ -99,6 +102,7 @@ class RoundServer(ABC):
         self._next_round = 0
         self._digest = self.replayer.digest()
         self._assigned: dict[int, Assignment] = {}
+        self._rates = ClientRates(settings.strategy)
         self._catch_up = CatchUpLog(self.trainables.bytes)
         self._dense_frame: bytes | None = None
 
@@ -113,13 +117,13 @@ class RoundServer(ABC):
     def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
         """Open a round. Each client's assignment carries what it needs to reach the server's current parameters."""
         self.round_index = self._next_round = round_index
-        rate = self.settings.schedule(round_index)
+        rates = self._rates.rates(self.settings.schedule(round_index), round_index, clients)
         self._assigned = {
             client: Assignment(
                 round_index=round_index,
                 client=client,
                 digest=self._digest,
-                learning_rate=rate,
+                learning_rate=rates[client],
                 steps=self.settings.plans[client].steps,
                 probes=self.settings.plans[client].probes,
                 catch_up=self._catch_up.frames_for(client, self.dense_frame),
@@ -180,7 +184,9 @@ class RoundServer(ABC):
         ordered = [accepted[client] for client in sorted(accepted)]
         self._count_failures(ordered, rejected)
         if ordered:
+            reports = self._client_reports(ordered)  # of changes from where the round started, so before the step
             self._advance(ordered)
+            self._rates.complete_round(reports)
         return self._report(ordered, rejected)
 
     @abstractmethod
@@ -195,6 +201,22 @@ class RoundServer(ABC):
     @abstractmethod
     def _expected_values(self, assignment: Assignment) -> int:
         """Payload length of a correct answer."""
+
+    def _distances(self, accepted: list[ClientUpdate]) -> list[float]:
+        """How far each client's change is from the mean change (see :mod:`fs_fwdllm.method.update_norms`)."""
+        raise ConfigError(
+            f"train.train_strategy 'model-diff': a {type(self).__name__} does not learn how far its clients moved; set "
+            "round-wise, five-round, random or frozen"
+        )
+
+    def _client_reports(self, accepted: list[ClientUpdate]) -> dict[int, float]:
+        """What the learning-rate strategy looks back on. A single change is the mean change: that says nothing."""
+        if not self._rates.needs_distances:
+            return {update.client: update.loss for update in accepted}
+        if len(accepted) == 1:
+            return {}
+        clients = [update.client for update in accepted]
+        return dict(zip(clients, self._distances(accepted), strict=True))
 
     def _judge(self, update: ClientUpdate, accepted: dict[int, ClientUpdate]) -> None:
         client = update.client
@@ -286,7 +308,7 @@ class RoundServer(ABC):
 
     def state_numbers(self) -> dict[str, object]:
         """Everything else, as JSON values."""
-        return {"failed_rounds": self.failed_rounds} | self._catch_up.state_numbers()
+        return {"failed_rounds": self.failed_rounds} | self._rates.state_numbers() | self._catch_up.state_numbers()
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
         """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
@@ -294,6 +316,7 @@ class RoundServer(ABC):
         momentum = numbered(tensors, "momentum")
         self.replayer.momentum = [buffer.to(self.trainables.device) for buffer in momentum] or None
         self.failed_rounds = int(str(numbers["failed_rounds"]))
+        self._rates.load_state(numbers)
         self._catch_up.load_state(tensors, numbers)
         self._digest = self.replayer.digest()
         self._dense_frame = None

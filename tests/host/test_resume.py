@@ -21,6 +21,12 @@ from tests.host.small import METHODS, World, bits_of, read_jsonl
 #: Every state a server can have: none, momentum over scalars, a dense optimiser's moments, PyTorch's momentum.
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {**METHODS["mezo"], "train.optimizer.weight_decay": 0.1},
+    "mezo, five-round": {
+        **METHODS["mezo"], "train.train_strategy": "five-round", "fwdllm.strategy_span": 0.04
+    },
+    "mezo, model-diff": {
+        **METHODS["mezo"], "train.train_strategy": "model-diff", "fwdllm.strategy_span": 0.04
+    },
     "forward, momentum": {**METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9},
     "forward, dense, momentum": {
         **METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9, "fwdllm.upload": "dense"

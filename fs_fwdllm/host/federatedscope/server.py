@@ -62,6 +62,7 @@ class FwdLLMServer(Server):
         self.aggregators = [self.aggregator]
         self._samples: dict[int, int] = {}
         self._incarnations: dict[int, int] = {}
+        self._digests: dict[int, bytes] = {}
         self._driver: RunDriver | None = None
         self._evaluating: set[int] = set()
         self._waiting_since = time.monotonic()
@@ -90,11 +91,12 @@ class FwdLLMServer(Server):
             return
         self._incarnations[client] = content["incarnation"]
         self._samples[client] = int(content["samples"])
+        self._digests[client] = bytes.fromhex(content["digest"])
         if self.mode == "distributed":
             self._tell(client, "assign_client_id", str(client))
             logger.info("client %d is here (%s)", client, "again" if self._driver else "joined")
         if self._driver is not None:
-            self._welcome_back(client, content)
+            self._welcome_back(client)
         elif len(self._samples) == self.client_num:
             self._start()
 
@@ -107,8 +109,8 @@ class FwdLLMServer(Server):
             return known[content["incarnation"]]
         return max(self._samples, default=0) + 1
 
-    def _welcome_back(self, client: int, content: Any) -> None:
-        self.driver.server.note_holds(client, bytes.fromhex(content["digest"]))
+    def _welcome_back(self, client: int) -> None:
+        self.driver.server.note_holds(client, self._digests[client])
         if client in self.driver.missing:
             self._tell(client, MESSAGE_WORK, to_text(self.driver.reopen_for(client)))
         if client in self._evaluating:
@@ -126,6 +128,9 @@ class FwdLLMServer(Server):
         if checkpoint is None:
             self._restore_parameters()
             self._driver.record_start(None)
+        else:  # the clients went on, or were restarted too, while the server was away
+            for client, digest in self._digests.items():
+                self._driver.server.note_holds(client, digest)
         self.state = self._driver.next_round
         if self._cfg.federate.make_global_eval:
             self.trainer.held = self._driver.server.trainables

@@ -151,5 +151,6 @@ def complete(node: Any, splits_with_data: list[str]) -> None:
             "eval.best_res_update_round_wise_key %r belongs to a split without samples; using %r",
             key, node.eval.best_res_update_round_wise_key,
         )  # fmt: skip
-    # Our server continues runs and loads parameters itself, without unpickling.
     node.eval.count_flops = False
+    if node.federate.mode.lower() == "distributed":
+        node.federate.share_local_model = False  # nobody to share with, and the host's client fails over it
