@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import runpy
@@ -59,7 +60,7 @@ def launch(arguments: Sequence[str]) -> None:
 
 def _register() -> None:
     """Fill the registries, and the configuration once more after the host: registered first, we were overwritten."""
-    import fs_fwdllm.host.federatedscope.plugin  # noqa: F401 - registers on import
+    importlib.import_module("fs_fwdllm.host.federatedscope.plugin")  # it prepares the process, so it goes first
     from federatedscope.core.configs.config import global_cfg
 
     from fs_fwdllm.host.federatedscope.settings import extend_host_config

@@ -1,4 +1,4 @@
-"""What FederatedScope's registries are told, on import. Only ``federatedscope.register`` is imported at this level.
+"""What FederatedScope's registries are told, on import. Of the host, only ``federatedscope.register`` is imported here.
 
 The host calls every registered callable for every name, and takes the first answer that is not ``None``. So each
 callable here first asks whether the run is one of ours; for all others it returns ``None`` and nothing has changed.
@@ -6,24 +6,17 @@ callable here first asks whether the run is one of ours; for all others it retur
 
 from __future__ import annotations
 
-import os
 import sys
-from importlib import metadata
 from typing import Any
 
 import federatedscope.register as host
+
+from fs_fwdllm.host.federatedscope.messages import provide_messages
 
 __all__: list[str] = []
 
 #: Names under which the callables are kept; the host only ever iterates over the values.
 _NAME = "fs_fwdllm"
-
-
-def _prepare_process() -> None:
-    """Set what must be set before the host imports its generated protocol buffers, made for protobuf 3."""
-    release = tuple(int(part) for part in metadata.version("protobuf").split(".")[:2])
-    if release > (3, 20) and "google.protobuf" not in sys.modules:
-        os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
 
 
 def _extend_config(config: Any) -> None:
@@ -93,5 +86,5 @@ def _register() -> None:
         host.register_metric(f"{_NAME}.{name}", _metric(name))
 
 
-_prepare_process()
+provide_messages(sys.modules["federatedscope"])
 _register()
