@@ -145,8 +145,7 @@ class Starter:
     def close(self) -> None:
         """End the forking process and everything it started."""
         self.kill_all()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait(20)
 
 

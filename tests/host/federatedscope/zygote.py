@@ -19,7 +19,7 @@ from typing import Any
 __all__: list[str] = []
 
 _HEAVY = (
-    "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "peft", "matplotlib.figure",
+    "torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "matplotlib.figure",
     "federatedscope.core.cmd_args", "federatedscope.core.auxiliaries.data_builder",
     "federatedscope.core.auxiliaries.worker_builder", "federatedscope.core.auxiliaries.runner_builder",
     "federatedscope.llm.dataloader", "federatedscope.llm.trainer.trainer", "pympler.asizeof",
