@@ -53,7 +53,8 @@ def write_config(world: World, settings: Mapping[str, Any], *, language_model: b
     defaults = {
         "federate.client_num": 3, "federate.total_round_num": 4, "federate.make_global_eval": True, "eval.freq": 100,
         "eval.best_res_update_round_wise_key": "test_loss", "data.root": str(world.root / "data"),
-        "data.splits": [0.5, 0.0, 0.5], "data.splitter": "iid", "train.local_update_steps": 2, "dataloader.batch_size": 2, "use_gpu": False,
+        "data.splits": [0.5, 0.0, 0.5], "data.splitter": "iid",
+        "train.local_update_steps": 2, "dataloader.batch_size": 2, "use_gpu": False,
         "early_stop.patience": 0, "eval.metrics": ["loss"],
     }  # fmt: skip
     tree = world.tree({**defaults, **settings}, language_model=language_model)

@@ -131,7 +131,8 @@ def test_a_restarted_client_rejoins_and_catches_up(world: World, launcher: Start
 def test_a_restarted_server_ends_where_the_uninterrupted_one_does(
     world: World, launcher: Starter, tmp_path: Path, flag: Path
 ) -> None:
-    federation = _federation(world, launcher, tmp_path, clients=2, fwdllm__server_momentum=0.5)
+    momentum = {"federate__method": "fedfwd", "fwdllm__server_momentum": 0.5}
+    federation = _federation(world, launcher, tmp_path, clients=2, **momentum)
     expected = federation.local()
     server, clients = _start(federation, {1: _waits_for(flag, turn=3)})
     _reached(flag)
