@@ -19,17 +19,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from fs_fwdllm.config import Config
+from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.data.types import ClientData, FederatedData
 from fs_fwdllm.errors import CheckpointError, nearest
+from fs_fwdllm.host.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
 from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import ClientWorker, assemble_worker
+from fs_fwdllm.report import RunFolder
+from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.trainables import Trainables
 
 __all__ = [
     "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",
-    "named_values", "open_process", "save_values", "splits_of",
+    "named_values", "open_folder", "open_process", "save_values", "splits_of",
 ]  # fmt: skip
+
+_FOLDER = "fwdllm"
 
 
 class HostProcess:
@@ -151,6 +156,29 @@ def load_values(path: str, trainables: Trainables) -> int:
         raise CheckpointError(f"federate.restore_from {path!r}: is no checkpoint of the host ({error})") from error
     load_named_values(trainables, values)
     return finished_rounds
+
+
+def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoint | None]:
+    """Our run folder, inside the host's; with ``federate.restore_from`` naming one of ours, what it stopped at.
+
+    Raises:
+        CheckpointError: the run that is to be continued has no checkpoint, had another configuration, or has finished.
+    """
+    folder = RunFolder(outdir / _FOLDER)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder.config_path, dump_config(process.config))
+    source = Path(process.restore_from)
+    if not process.restore_from or not source.is_dir():
+        return folder, None
+    checkpoint = read_checkpoint(RunFolder(source).checkpoint_path)
+    if checkpoint.fingerprint != config_fingerprint(process.config):
+        raise CheckpointError(
+            f"federate.restore_from {str(source)!r}: that run had another configuration; a run continues with the one "
+            "it was started with"
+        )
+    if checkpoint.next_round >= process.config.federate.total_round_num:
+        raise CheckpointError(f"federate.restore_from {str(source)!r}: that run has finished; nothing is left to do")
+    return folder, checkpoint
 
 
 _current: HostProcess | None = None

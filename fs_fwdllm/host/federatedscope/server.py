@@ -11,36 +11,22 @@ waits for messages itself, with deadlines: for clients to join, to answer, to ev
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from federatedscope.core.message import Message
-from federatedscope.core.workers import Server
 from rich.console import Console
 
-from fs_fwdllm.config import dump_config
 from fs_fwdllm.errors import CheckpointError, FwdLLMError, TrainingStalledError, WireError
-from fs_fwdllm.host.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
 from fs_fwdllm.host.driver import RunDriver
 from fs_fwdllm.host.federatedscope import process as processes
+from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.process import HostModel
-from fs_fwdllm.host.federatedscope.transport import (
-    Hello,
-    HostError,
-    Sender,
-    frame_in,
-    next_message,
-    own_port_is_free,
-    reachable,
-)
-from fs_fwdllm.report import RunFolder
-from fs_fwdllm.report.files import write_text_atomically
+from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
+from fs_fwdllm.host.federatedscope.transport import HostError, frame_in, next_message
 from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMServer"]
@@ -50,11 +36,9 @@ logger = logging.getLogger("federatedscope.fs_fwdllm")
 #: What a server takes in distributed mode; the host's other messages need not be honoured, and some are unpickled.
 _TAKEN = ("join_in", MESSAGE_UPDATE, "metrics")
 _LOOK_AT_DEADLINES_EVERY_S = 0.2
-_LOOK_FOR_CLIENTS_EVERY_S = 2.0
-_FOLDER = "fwdllm"
 
 
-class FwdLLMServer(Server):
+class FwdLLMServer(MemberServer):
     """The server of any of our methods. Arguments as the host's own server."""
 
     is_finish: bool
@@ -62,23 +46,15 @@ class FwdLLMServer(Server):
     def __init__(
         self, *arguments: Any, config: Any = None, model: HostModel | None = None, data: Any = None, **named: Any
     ) -> None:
-        if config is not None and config.federate.mode.lower() == "distributed":
-            _refuse_taken_port(named)
         super().__init__(*arguments, config=config, model=model, data=data, **named)
         if config is None or model is None:  # the host asks an unconfigured worker for its handlers
             return
         self._process = model.process
         self.aggregator = TrainedParameters(self)
         self.aggregators = [self.aggregator]
-        self._clients: dict[int, Hello] = {}
-        self._undelivered: set[int] = set()
         self._driver: RunDriver | None = None
         self._evaluating: set[int] = set()
         self._waiting_since = time.monotonic()
-        self._looked_for_clients = 0.0
-        self._sender: Sender | None = None
-        if self.mode == "distributed":
-            self._sender = Sender(self.comm_manager, self._process.config.fwdllm.deadline_s)
 
     def _register_default_handlers(self) -> None:
         super()._register_default_handlers()
@@ -86,51 +62,14 @@ class FwdLLMServer(Server):
         self.register_handlers("model_para", self.callback_funcs_for_foreign_message, [None])
 
     @property
+    def _is_running(self) -> bool:
+        return self._driver is not None
+
+    @property
     def driver(self) -> RunDriver:
         if self._driver is None:
             raise RuntimeError("the run has not started: clients are still joining")
         return self._driver
-
-    # --- joining -----------------------------------------------------------------------------------------------
-
-    def callback_funcs_for_join_in(self, message: Any) -> None:
-        """A client says that it is there: for the first time, again, or anew after it was restarted.
-
-        Raises:
-            WireError: the message is malformed.
-        """
-        hello = Hello.read(message.content)
-        client = self._number_of(hello)
-        if not 0 < client <= self.client_num:
-            self._refuse(client, hello)
-            return
-        known, self._clients[client] = self._clients.get(client), hello
-        self.comm_manager.add_neighbors(client, {"host": hello.host, "port": hello.port})
-        if known is None or known.incarnation != hello.incarnation:
-            self._admit(client, "joined" if known is None else "is here again")
-        elif client in self._undelivered:  # it was out of reach when it was sent something
-            self._catch_up(client)
-
-    def _number_of(self, hello: Hello) -> int:
-        if hello.client > 0:
-            return hello.client
-        known = {joined.incarnation: client for client, joined in self._clients.items()}
-        return known.get(hello.incarnation, max(self._clients, default=0) + 1)
-
-    def _refuse(self, client: int, hello: Hello) -> None:
-        logger.warning("refused client %d: federate.client_num is %d", client, self.client_num)
-        if self._sender is not None:
-            reason = f"distribute.data_idx {client}: this run has clients 1 to {self.client_num}"
-            self._sender(f"{hello.host}:{hello.port}", self._message(client, "finish", reason))
-
-    def _admit(self, client: int, how: str) -> None:
-        if self._sender is not None:
-            self._tell({client: str(client)}, "assign_client_id")
-            logger.info("client %d %s", client, how)
-        if self._driver is not None:
-            self._catch_up(client)
-        elif len(self._clients) == self.client_num:
-            self._start()
 
     def _catch_up(self, client: int) -> None:
         """Send a client what it missed, if the run is waiting for it."""
@@ -147,8 +86,8 @@ class FwdLLMServer(Server):
         session.client_samples = {
             client: hello.samples for client, hello in sorted(self._clients.items()) if hello.samples
         }
-        folder, checkpoint = self._open_folder()
-        console = Console(file=cast(IO[str], _LogLines()), highlight=False, width=200, color_system=None)
+        folder, checkpoint = processes.open_folder(self._process, Path(self._cfg.outdir))
+        console = Console(file=cast(IO[str], LogLines()), highlight=False, width=200, color_system=None)
         self._driver = RunDriver(session, folder, checkpoint, console)
         self._driver.__enter__()
         if checkpoint is None:
@@ -162,22 +101,6 @@ class FwdLLMServer(Server):
             self.trainer.held = self._driver.server.trainables
         logger.info("----------- Starting training (Round #%d) -------------", self.state)
         self._open_round()
-
-    def _open_folder(self) -> tuple[RunFolder, Checkpoint | None]:
-        """Our run folder, inside the host's; with ``federate.restore_from`` naming one of ours, what it stopped at."""
-        folder = RunFolder(Path(self._cfg.outdir) / _FOLDER)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder.config_path, dump_config(self._process.config))
-        source = Path(self._process.restore_from)
-        if not self._process.restore_from or not source.is_dir():
-            return folder, None
-        checkpoint = read_checkpoint(RunFolder(source).checkpoint_path)
-        if checkpoint.fingerprint != config_fingerprint(self._process.config):
-            raise CheckpointError(
-                f"federate.restore_from {str(source)!r}: that run had another configuration; a run continues with the "
-                "one it was started with"
-            )
-        return folder, checkpoint
 
     def _restore_parameters(self) -> None:
         """Start from parameters in the host's own format."""
@@ -234,7 +157,7 @@ class FwdLLMServer(Server):
         if client not in self._evaluating or message.state != self.state:
             return
         self.driver.server.note_holds(client, self.driver.server.digest)
-        self.msg_buffer["eval"].setdefault(self.state, {})[client] = _results_in(message.content)
+        self.msg_buffer["eval"].setdefault(self.state, {})[client] = results_in(message.content)
         self._evaluating.discard(client)
         if not self._evaluating:
             self._merge_and_format_eval_results()
@@ -256,26 +179,10 @@ class FwdLLMServer(Server):
 
     def check_and_save(self) -> None:
         """After an evaluation: record it, let the host save and decide on stopping, then go on."""
-        self.driver.record(self._latest_evaluation())
+        self.driver.record(latest_evaluation(self.history_results, self._cfg.eval.split))
         super().check_and_save()
         if not self.is_finish:
             self._open_round()
-
-    def _latest_evaluation(self) -> dict[str, float] | None:
-        """The last merged results in our report's terms: the first evaluated split, without its prefix."""
-        for form in ("Results_weighted_avg", "Results_avg", "Results_raw"):
-            merged = self.history_results.get(form)
-            if not merged:
-                continue
-            for split in self._cfg.eval.split:
-                values = {
-                    key.removeprefix(f"{split}_"): float(series[-1] if isinstance(series, list) else series)
-                    for key, series in merged.items()
-                    if key.startswith(f"{split}_")
-                }
-                if values:
-                    return {"loss": values.pop("avg_loss", values.get("loss", float("nan"))), **_without(values)}
-        return None
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -358,18 +265,6 @@ class FwdLLMServer(Server):
         logger.warning("starts with %d of %d clients: the others did not join", len(self._clients), self.client_num)
         self._start()
 
-    def _drop_gone(self, waiting: set[int]) -> None:
-        """Stop waiting for clients whose port is closed: their process has ended."""
-        if time.monotonic() - self._looked_for_clients < _LOOK_FOR_CLIENTS_EVERY_S:
-            return
-        listens = reachable(self.comm_manager.neighbors[client] for client in sorted(waiting))
-        self._looked_for_clients = time.monotonic()
-        for client in sorted(waiting):
-            address = self.comm_manager.neighbors[client]
-            if not listens[address]:
-                logger.warning("client %d is gone: nothing listens at %s", client, address)
-                waiting.discard(client)
-
     def _close_with_who_answered(self, minimum: int) -> None:
         answered = self.driver.answered
         if answered < minimum:
@@ -379,21 +274,6 @@ class FwdLLMServer(Server):
                 f"federate.restore_from {str(self.driver.folder.path)!r} when they are back"
             )
         self._close_round()
-
-    def _tell(self, contents: Mapping[int, str], kind: str) -> None:
-        """Send a message of one kind to each client; who cannot be reached gets it when it says that it is there."""
-        messages = {client: self._message(client, kind, content) for client, content in contents.items()}
-        if self._sender is None:
-            for message in messages.values():
-                self.comm_manager.send(message)
-            return
-        addresses = self.comm_manager.neighbors
-        delivered = self._sender.to_many([(addresses[client], message) for client, message in messages.items()])
-        for client, arrived in zip(messages, delivered, strict=True):
-            (self._undelivered.discard if arrived else self._undelivered.add)(client)
-
-    def _message(self, client: int, kind: str, content: str) -> Any:
-        return Message(msg_type=kind, sender=self.ID, receiver=[client], state=self.state, content=content)
 
 
 class TrainedParameters:
@@ -412,30 +292,3 @@ class TrainedParameters:
         finished_rounds = processes.load_values(path, server.trainables)
         server.note_parameters_changed()
         return finished_rounds
-
-
-class _LogLines(io.TextIOBase):
-    """Passes what our console prints to the host's log, line by line."""
-
-    def write(self, text: str) -> int:
-        for line in text.splitlines():
-            if line.strip():
-                logger.info(line.rstrip())
-        return len(text)
-
-
-def _results_in(content: Any) -> dict[str, float] | None:
-    """A client's results, ``None`` if it has none or they are something else."""
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        return None
-    return content if all(isinstance(value, int | float) for value in content.values()) else None
-
-
-def _without(values: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if key not in ("loss", "total", "acc")}
-
-
-def _refuse_taken_port(named: dict[str, Any]) -> None:
-    host, port = str(named.get("host", "")), int(named.get("port", 0))
-    if not own_port_is_free(host, port):
-        raise HostError(f"distribute.server_port {port}: something else listens at {host}:{port}; choose another port")

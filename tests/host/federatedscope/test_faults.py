@@ -144,6 +144,9 @@ def test_a_restarted_server_ends_where_the_uninterrupted_one_does(
     lines = read_jsonl(federation.folder("again") / "metrics.jsonl")
     assert [line["round"] for line in lines] == [3, 4, 4]
     assert [line["digest"] for line in lines] == expected.digests[-3:]
+    finished = federation.start_standalone("federate.restore_from", federation.folder("again"), name="finished")
+    assert finished.wait(_BOUND_S) != 0
+    assert "that run has finished; nothing is left to do" in finished.text
 
 
 def test_clients_give_up_on_a_server_that_stays_away(
