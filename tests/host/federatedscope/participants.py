@@ -78,7 +78,8 @@ class Starter:
     started: list[Participant] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        path = [str(self.home)] if self.way == "hooked" else []
+        path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        path += [str(self.home)] if self.way == "hooked" else []
         environment = {
             **os.environ, "FEDERATEDSCOPE_HOME": str(self.home), "PYTHONPATH": os.pathsep.join([*path, str(_ROOT)]),
             "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
