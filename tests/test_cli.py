@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fs_fwdllm import doctor
 from fs_fwdllm._version import __version__
 from fs_fwdllm.cli import app
-from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config import Config, load_config, parse_config
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.report import RunFolder, RunReporter
 
@@ -41,6 +41,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         module = ModuleType(f"fs_fwdllm.{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
         vars(module).update(functions)
+        if name == "host.local":
+            run = functions.get("run", Config)
+            vars(module)["run_file"] = lambda path, overrides: run(load_config(path, overrides))
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return put
