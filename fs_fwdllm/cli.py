@@ -77,17 +77,25 @@ def _options(
 
 @app.command(context_settings=_WITH_OVERRIDES)
 def run(
-    cfg: ConfigFile,
+    cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")] = None,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
+    cf: Annotated[Path | None, typer.Option("--cf", metavar="FILE", help="FedML's file, with --host fedml.")] = None,
 ) -> None:
     """Train: run a configuration from the first round to the last."""
     if host not in HOSTS:
         raise ConfigError(f"--host {host}: is not known; hosts are {', '.join(HOSTS)}{nearest(host, HOSTS)}")
     if not has_landed(host):
         raise ConfigError(f"--host {host}: is not in this version yet; use --host local, which runs the same files")
-    config = _read_config(cfg, overrides)
-    importlib.import_module(f"fs_fwdllm.host.{host}").run(config)
+    option, file, other = ("--cf", cf, cfg) if host == "fedml" else ("--cfg", cfg, cf)
+    if file is None or other is not None:
+        raise ConfigError(f"{option} FILE: is what --host {host} reads; --cf goes with --host fedml, --cfg with others")
+    _refuse_stray_options(overrides)
+    if host == "fedml":
+        importlib.import_module("fs_fwdllm.host.fedml").run(file, overrides or [])
+    else:
+        config = _read_config(file, overrides)
+        importlib.import_module(f"fs_fwdllm.host.{host}").run(config)
 
 
 @app.command(context_settings=_WITH_OVERRIDES)
@@ -126,7 +134,17 @@ def compare(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Go on with a stopped run from its last checkpoint."""
-    importlib.import_module("fs_fwdllm.host.local").resume(run)
+    host = "fedml" if (run / "fedml.yaml").is_file() else "local"
+    importlib.import_module(f"fs_fwdllm.host.{host}").resume(run)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+def fedml(ctx: typer.Context) -> None:
+    """FedML's own commands, and one of ours: fedml run local --cf FILE."""
+    importlib.import_module("fs_fwdllm.host.fedml.command").main(ctx.args)
 
 
 @app.command()
@@ -146,10 +164,14 @@ def main() -> None:
 def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
     from fs_fwdllm.config import load_config
 
+    _refuse_stray_options(overrides)
+    return load_config(cfg, overrides or [])
+
+
+def _refuse_stray_options(overrides: list[str] | None) -> None:
     stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
     if stray is not None:
-        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--host'])}")
-    return load_config(cfg, overrides or [])
+        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--cf', '--host'])}")
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ Sampling, accounting, reporting, checkpoints and resumption are the same for all
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -149,6 +150,14 @@ class RunDriver:
         self.accounting.ledger.download(client, frame)
         return frame
 
+    def whole_state_for(self, client: int) -> bytes:
+        """A frame without work that carries all parameters, for a process that was started anew by a resumed run.
+
+        It is not counted: the files of a resumed run read as if the run had never stopped.
+        """
+        state = replace(self.server.current_state_for(client), catch_up=(self.server.dense_frame(),))
+        return encode(state)
+
     def receive(self, client: int, frame: bytes) -> None:
         """Take what arrived from ``client``. What cannot be read, or speaks for another client, is left out and
         named in the round's report."""
@@ -161,10 +170,15 @@ class RunDriver:
             if update.client != client:
                 raise WireError(f"client {client} sent an update in the name of client {update.client}")
         except WireError as error:
-            self._unreadable[client] = "unreadable"
-            self.say(f"warning: round {self.next_round + 1}: client {client}: {error}")
+            self.refuse(client, error)
         else:
             self._answers.append(update)
+
+    def refuse(self, client: int, error: WireError) -> None:
+        """Leave out what came instead of ``client``'s frame: the transport handed over something that is not one."""
+        self.missing.discard(client)
+        self._unreadable[client] = "unreadable"
+        self.say(f"warning: round {self.next_round + 1}: client {client}: {error}")
 
     def close_round(self) -> RoundReport:
         """Step with the answers that came; clients that are still missing are reported as such.
