@@ -4,7 +4,7 @@
 :mod:`~.settings`, :mod:`~.words`       FedML's file and our section ``fwdllm_args``
 :mod:`~.trainer`, :mod:`~.aggregator`   a silo's and the server's half of a round, as FedML's classes
 :mod:`~.payload`, :mod:`~.placement`    frames in what FedML sends; which client lives in which silo
-:mod:`~.build`                          arguments in, what ``FedMLRunner`` is given out
+:mod:`~.program`                        arguments in, what ``FedMLRunner`` is given out
 :mod:`~.simulators`, :mod:`~.patches`   the simulators that use them, and what is changed inside FedML
 :mod:`~.process`, :mod:`~.launch`       one process; all of them, supervised
 :mod:`~.watchdog`                       a deadline for every wait
@@ -34,10 +34,10 @@ __all__ = ["FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "i
 _NEEDS_FEDML = {
     "FwdLLMAggregator": "aggregator",
     "FwdLLMTrainer": "trainer",
-    "Program": "build",
-    "build": "build",
+    "Program": "program",
+    "build": "program",
     "enable": "patches",
-    "init": "build",
+    "init": "program",
 }
 _MODULES = {**_NEEDS_FEDML, "resume": "launch", "run": "launch"}
 

@@ -94,7 +94,7 @@ def _carry_out(settings: FedMLSettings, folder: RunFolder, *, resume: bool) -> P
 def _run_here(folder: RunFolder, *, resume: bool) -> None:
     from types import SimpleNamespace
 
-    from fs_fwdllm.host.fedml.build import build, init
+    from fs_fwdllm.host.fedml.program import build, init
 
     file = folder.path / SETTINGS_FILE
     args = SimpleNamespace(**{**read_settings(file).args, "role": "server", "yaml_config_file": str(file)})

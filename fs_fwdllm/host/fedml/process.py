@@ -139,7 +139,7 @@ def _mpi_rank_and_size() -> tuple[int, int]:
 
 
 def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: RunFolder | None) -> None:
-    from fs_fwdllm.host.fedml.build import build, init
+    from fs_fwdllm.host.fedml.program import build, init
 
     role = "server" if rank == 0 else "client"
     own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": given.cf}

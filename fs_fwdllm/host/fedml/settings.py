@@ -208,7 +208,7 @@ def _complete(flat: dict[str, Any], config: Config) -> dict[str, Any]:
         "batch_size": config.dataloader.batch_size,
         "learning_rate": config.train.optimizer.lr,
     }
-    workers = args.setdefault("worker_num", args["client_num_per_round"])
+    workers = args.setdefault("worker_num", max(1, args["client_num_per_round"]))
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise ConfigError(f"worker_num: must be a number of client processes from 1 on, but is {workers!r}")
     return args
