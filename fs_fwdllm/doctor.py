@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, why_it_cannot_be_installed
 
 __all__ = ["HOSTS", "Finding", "examine", "has_landed"]
 
@@ -31,7 +32,7 @@ _EXTRAS = (
 #: The framework behind a host, by host; ``local`` needs none.
 _FRAMEWORKS = {
     "federatedscope": ("federatedscope", "pip install --no-deps -e on a FederatedScope checkout (branch llm)"),
-    "fedml": ("fedml", "pip install 'fs-fwdllm[fedml]' (Python below 3.12)"),
+    "fedml": ("fedml", why_it_cannot_be_installed() or HOW_TO_INSTALL),
 }
 
 

@@ -87,6 +87,28 @@ def test_run_hands_over_the_configuration_with_overrides_anywhere(
     assert given[0].expname == "example"
 
 
+def test_fedmls_file_reaches_its_host_as_it_was_given(
+    call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path
+) -> None:
+    given: list[Any] = []
+    stand_in("host.fedml", run=lambda *arguments: given.append(arguments))
+    done = call("run", "--host", "fedml", "--cf", cfg, "comm_round", "3", "data.root", "x")
+    assert done.exit_code == 0, done.stderr
+    assert given == [(cfg, ["comm_round", "3", "data.root", "x"])]
+
+
+def test_resuming_goes_to_the_host_that_made_the_run(
+    call: Callable[..., Result], stand_in: Callable[..., None], tmp_path: Path
+) -> None:
+    given: list[str] = []
+    for host in ("local", "fedml"):
+        stand_in(f"host.{host}", resume=lambda run, host=host: given.append(host))
+    call("resume", tmp_path)
+    (tmp_path / "fedml.yaml").touch()
+    call("resume", tmp_path)
+    assert given == ["local", "fedml"]
+
+
 def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], cfg: Path) -> None:
     done = call("plan", "--cfg", cfg, "train.optimizer.lr", "-1e-3")
     assert done.exit_code == 2
@@ -100,6 +122,8 @@ def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], 
         (["seed"], ["'seed' stands alone"]),
         (["sed", "3"], ["sed: unknown key", "'seed'"]),
         (["--hots", "local"], ["--hots", "did you mean '--host'?"]),
+        (["--cf", "fedml.yaml"], ["--cfg FILE: is what --host local reads", "--cf goes with --host fedml"]),
+        (["--host", "fedml"], ["--cf FILE: is what --host fedml reads"]),
     ],
 )
 def test_mistakes_are_one_message_on_stderr(

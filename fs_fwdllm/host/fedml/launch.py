@@ -212,7 +212,7 @@ class Processes:
         found = re.search(r"PID (\d+)", said)
         pids = {path.read_text(encoding="utf-8").strip(): path.stem for path in where.glob("rank-*.pid")}
         if found is not None and found[1] in pids:
-            how = re.search(r"EXIT STRING: (.+)|EXIT CODE: (\d+)", said)
+            how = re.search(r"EXIT STRING: .+", said) or re.search(r"EXIT CODE: \d+", said)
             rank = int(pids[found[1]].removeprefix("rank-"))
             return f"{_name(rank)}: died without a word ({how[0].lower() if how else 'unknown reason'})"
         return f"mpiexec ended with status {failed.process.returncode}:\n{said}"
