@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, plot, compare, resume, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, resume, hook, doctor.
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -100,6 +100,22 @@ def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     for name, value in importlib.import_module("fs_fwdllm.plan").make_plan(config).rows():
         table.add_row(Text(name), Text(value))
     Console(highlight=False).print(table)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def profile(
+    cfg: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where table, picture and winner.yaml go.")] = Path(
+        "profile"
+    ),
+    probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
+    passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
+) -> None:
+    """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
+    config = _read_config(cfg, overrides)
+    profiler = importlib.import_module("fs_fwdllm.profiler")
+    _say(f"use it with: fs-fwdllm run --cfg {profiler.run_profile(config, output, probes, passes, _say)}")
 
 
 @app.command()

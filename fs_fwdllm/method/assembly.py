@@ -6,7 +6,7 @@ from the same :class:`Parts`, built once per process: one base model however man
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -63,6 +63,10 @@ class Parts:
             ),
             full=full,
         )
+
+    def with_config(self, config: Config) -> Parts:
+        """The same model and objective under another configuration, with a replica of its own."""
+        return replace(self, config=config, replica=Replica(_replayer(config, self.trainables)))
 
     def server_replayer(self) -> Replayer:
         """The server's own copy of the trainables, so that clients really have to rebuild it."""
