@@ -12,6 +12,9 @@ test split is that, and clients divide their rows in train and validation in the
 ``data.splits``. With ``fwdllm.data.partition`` a file says who holds which training and which test rows. With
 ``fwdllm.data.held_out_clients`` a seeded share of the clients is never trained on: all their rows are the server's test
 split, and a run says how well it does on people it has never met.
+
+``fwdllm.data.centralised`` hands what all clients hold to a single one, after all of that: the reference that a
+federation is measured against sees the same training and test rows.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
             clients[number].test = given.examples(rows)
     return FederatedData(
         task=task,
-        clients=clients,
+        clients={1: _together(clients.values())} if config.fwdllm.data.centralised else clients,
         val=list(chain.from_iterable(client.val for client in clients.values())),
         test=list(chain.from_iterable(_draw(test, config.fwdllm.data.max_test_samples, config.seed))),
         label_names=labels,
@@ -124,6 +127,16 @@ class _Pool:
     def taught(self, positions: Iterable[int]) -> list[Example]:
         """Only examples from which there is something to learn."""
         return [example for example in self.examples(positions) if example.is_taught]
+
+
+def _together(clients: Iterable[ClientData]) -> ClientData:
+    """One client that holds what all have: the centralised reference."""
+    everything = ClientData()
+    for client in clients:
+        everything.train += client.train
+        everything.val += client.val
+        everything.test += client.test
+    return everything
 
 
 def _check_splitter(config: Config) -> None:
