@@ -195,6 +195,7 @@ class FwdllmDataConfig(Section):
     partition_method: str = Field("", description="name of a partition in that file, e.g. uniform_client_1000")
     allow_overlap: bool = Field(False, description="accept a partition that deals a row twice")
     held_out_clients: float = Field(0.0, ge=0, lt=1, description="share of the clients whose rows are the test split")
+    centralised: bool = Field(False, description="one client holds what all would: the centralised reference")
     stride: int = Field(64, ge=0, description="tokens that neighbouring windows on a long context share (FILE@qa)")
     prompt: str = Field("{text}\nLabel:", description="what a language model reads to classify (FILE@text)")
     label_words: list[str] = Field([], description="words of the classes, in order; empty takes their names")
