@@ -98,7 +98,7 @@ class BatchLoss:
         if not len(self.targets):
             raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
         self.size = len(batch)
-        self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._plain_loss)
+        self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._probing_loss)
 
     @property
     def trainables(self) -> Trainables:
@@ -154,6 +154,10 @@ class BatchLoss:
 
     def _plain_loss(self) -> torch.Tensor:
         return self._loss_of(self._logits(self.model))
+
+    def _probing_loss(self) -> torch.Tensor:
+        """A loss in which every row counts, so that it is finite also where windows without an answer make a batch."""
+        return F.cross_entropy(self._logits(self.model), self.targets.clamp_min(0))
 
     def _loss_of(self, logits: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, self.targets)

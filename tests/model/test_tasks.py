@@ -108,7 +108,7 @@ def test_a_difference_along_a_direction_is_the_backpropagated_slope(tmp_path, ta
     assert objective.trainables.digest() == before
 
 
-@pytest.mark.parametrize(("task", "architecture"), [case for case in CASES if case[1] not in DISENTANGLED])
+@pytest.mark.parametrize(("task", "architecture"), CASES)
 def test_batched_probes_and_forward_mode_see_the_same_loss(tmp_path, task, architecture):
     _, objective = load(tmp_path, task, architecture)
     batch_loss = objective.on(batch_of(task))
@@ -183,6 +183,20 @@ def test_the_prefix_cache_does_not_change_a_span_loss(tmp_path):
         assert torch.equal(cached.on(batch).here(), expected)
         assert torch.equal(cached.on(batch).here(), expected)
     assert cached.cache.hits == 1 and cached.cache.used_bytes > 0
+
+
+def test_a_batch_without_any_answer_does_not_spoil_the_prefix_cache(tmp_path):
+    """What the rest of the model reads is found out on the first batch; there the loss must be a number."""
+    used = []
+    for spoil in (False, True):
+        (tmp_path / str(spoil)).mkdir()
+        loaded, plain = load(tmp_path / str(spoil), "question_answering", "bert", "lora", layers_to_transform=[1])
+        cached = Objective(loaded.model, plain.trainables, "question_answering", 1 << 24)
+        batch = replace(batch_of("question_answering"), key=(1, 0))
+        first = replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL)) if spoil else batch
+        cached.on(first)
+        used.append(cached.cache.used_bytes)
+    assert used[0] == used[1]
 
 
 def test_only_a_batch_with_segments_has_them_moved():
