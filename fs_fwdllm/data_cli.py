@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table as Printed
@@ -109,10 +109,10 @@ def _class_rows(data: Any) -> list[list[str]]:
     return [[label, *(f"{part.count(label):,}" for part in counts)] for label in data.labels]
 
 
-def _spread(parts: list[np.ndarray]) -> str:
+def _spread(parts: list[Any]) -> str:
     """Fewest, median and most rows of a client."""
     sizes = [len(part) for part in parts]
-    return f"{min(sizes)} / {np.median(sizes):g} / {max(sizes)}" if sizes else "none"
+    return f"{min(sizes)} / {median(sizes):g} / {max(sizes)}" if sizes else "none"
 
 
 def _skew(data: Any, made: Any) -> str:
@@ -125,7 +125,7 @@ def _skew(data: Any, made: Any) -> str:
         held = [label_of[index] for index in part.tolist() if index in label_of]
         if held:
             shares.append(max(held.count(label) for label in set(held)) / len(held))
-    return f"{min(shares):.2f} / {np.median(shares):.2f} / {max(shares):.2f}" if shares else "none"
+    return f"{min(shares):.2f} / {median(shares):.2f} / {max(shares):.2f}" if shares else "none"
 
 
 def _classes(data: Any) -> str:
