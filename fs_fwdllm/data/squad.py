@@ -38,6 +38,8 @@ def is_squad_document(content: Any) -> bool:
 def squad_rows(content: dict[str, Any], source: str) -> Iterator[dict[str, Any]]:
     """One row per question of a SQuAD v1.1 document; ``answer_text`` repeats the answer that is taught.
 
+    White space at the end of an answer is left out, as FedNLP's files have it.
+
     Raises:
         DataError: an article, paragraph or question lacks a part.
     """
@@ -45,15 +47,16 @@ def squad_rows(content: dict[str, Any], source: str) -> Iterator[dict[str, Any]]
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
+                    answers = [{**answer, "text": answer["text"].rstrip()} for answer in question["answers"]]
                     yield {
                         "title": article["title"],
                         "id": name_of(question["id"]),
                         "context": paragraph["context"],
                         "question": question["question"],
-                        "answers": list(question["answers"]),
-                        "answer_text": question["answers"][0]["text"] if question["answers"] else "",
+                        "answers": answers,
+                        "answer_text": answers[0]["text"] if answers else "",
                     }
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source}: is not a SQuAD document: {type(error).__name__} {error}") from error
 
 

@@ -44,7 +44,7 @@ def squad_document(articles=4, questions=5, prefix=""):
         for number in range(questions):
             answers = [{"text": "three", "answer_start": 8}]
             if number % 3 == 0:
-                answers.append({"text": "four five", "answer_start": 14})
+                answers.append({"text": "four five ", "answer_start": 14})  # the space is no part of the answer
             qas.append({"id": f"{prefix}{article}-{number}", "question": "add the numbers ?", "answers": answers})
         context = "one two three four five six seven eight nine ten"
         data.append({"title": f"{prefix}article {article}", "paragraphs": [{"context": context, "qas": qas}]})
