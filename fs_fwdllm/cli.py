@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, resume, hook, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, resume, data, hook, doctor.
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.data_cli import data_app
 from fs_fwdllm.doctor import HOSTS, examine, has_landed
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
 
@@ -49,6 +50,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+app.add_typer(data_app)
 
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}

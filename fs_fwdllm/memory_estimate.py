@@ -42,6 +42,7 @@ from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.estimator.backprop import transformer_layers
 from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import resolve_method
+from fs_fwdllm.model.source import model_task
 
 __all__ = ["MemoryEstimate", "estimate_memory", "resident_bytes"]
 
@@ -129,12 +130,16 @@ class _Shape:
         blocks = transformer_layers(model)
         trained = [index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
         layers = getattr(settings, "num_hidden_layers", len(blocks))
-        classifies = bool(config.model.task)
+        classes = {
+            "classification": getattr(settings, "num_labels", 0),
+            "question_answering": config.llm.tok_len,
+            "causal_lm": getattr(settings, "vocab_size", 0),
+        }
         return cls(
             width=max((sum(map(_outputs, block.modules())) for block in blocks), default=0),
             hidden=settings.hidden_size,
             heads=settings.num_attention_heads,
-            classes=settings.num_labels if classifies else settings.vocab_size,
+            classes=classes[model_task(config)],
             layers=layers,
             trained_layers=layers - trained[0] if trained else 0,
             element_bytes=max(parameter.element_size() for parameter in model.parameters() if parameter.dim() > 1),

@@ -60,7 +60,7 @@ class FederateConfig(Section):
 
 class DataConfig(Section):
     root: str = Field("data", description="folder of the data file")
-    type: str = Field("", description="NAME@llm, FILE.json@llm, FILE.jsonl@llm, FILE.csv@text or FILE.jsonl@text")
+    type: str = Field("", description="NAME@llm, FILE@llm, FILE@text or FILE@qa; FILE.json, .jsonl, .csv, .tsv or .h5")
     splits: list[float] = Field([0.8, 0.1, 0.1], description="shares of train, validation and test")
     splitter: str = Field("", description="iid, lda, meta or natural; empty is iid")
     splitter_args: list[dict[str, Any]] = Field([], description="e.g. [{alpha: 0.5}] for lda")
@@ -117,7 +117,7 @@ class DataloaderConfig(Section):
 
 class ModelConfig(Section):
     type: str = Field("", description="PATH_OR_NAME@huggingface_llm or PATH_OR_NAME@transformers")
-    task: str = Field("", description="SequenceClassification for @transformers; empty for language models")
+    task: str = Field("", description="SequenceClassification or QuestionAnswering; empty for language models")
     num_labels: int = Field(0, ge=0, description="classes of a classifier; 0 takes them from the data")
     dropout: float = host_only(0.0)
 
@@ -185,7 +185,7 @@ class GradConfig(Section):
 
 
 class FwdllmDataConfig(Section):
-    text: str = Field("text", description="column or field of the text (FILE@text)")
+    text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
     label: str = Field("label", description="column or field of the label (FILE@text)")
     columns: list[str] = Field([], description="column names of a CSV file without a header line")
     labels: list[Any] = Field([], description="the classes, in order; empty takes the sorted labels of the data")
@@ -193,6 +193,14 @@ class FwdllmDataConfig(Section):
     category: str = Field("", description="field that data.splitter meta and lda group by; empty is the task's own")
     test_file: str = Field("", description="file in data.root whose rows are the test split, instead of a share")
     max_test_samples: int = Field(0, ge=0, description="evaluate on this many test samples (seeded draw); 0 is all")
+    partition: str = Field("", description="FedNLP's NAME_partition.h5 in data.root: who holds which rows of FILE.h5")
+    partition_method: str = Field("", description="name of a partition in that file, e.g. uniform_client_1000")
+    allow_overlap: bool = Field(False, description="accept a partition that deals a row twice")
+    held_out_clients: float = Field(0.0, ge=0, lt=1, description="share of the clients whose rows are the test split")
+    centralised: bool = Field(False, description="one client holds what all would: the centralised reference")
+    stride: int = Field(64, ge=0, description="tokens that neighbouring windows on a long context share (FILE@qa)")
+    prompt: str = Field("{text}\nLabel:", description="what a language model reads to classify (FILE@text)")
+    label_words: list[str] = Field([], description="words of the classes, in order; empty takes their names")
 
 
 class FwdllmConfig(Section):

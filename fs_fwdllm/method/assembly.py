@@ -6,6 +6,7 @@ from the same :class:`Parts`, built once per process: one base model however man
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,14 +47,23 @@ class Parts:
     full: bool
 
     @classmethod
-    def build(cls, config: Config, model: nn.Module, task: Task, pad_token_id: int, *, full: bool) -> Parts:
+    def build(
+        cls,
+        config: Config,
+        model: nn.Module,
+        task: Task,
+        pad_token_id: int,
+        *,
+        full: bool,
+        label_tokens: Sequence[int] = (),
+    ) -> Parts:
         """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained)."""
         trainables = Trainables.of_model(model)
         return cls(
             config=config,
             model=model,
             trainables=trainables,
-            objective=Objective(model, trainables, task, config.fwdllm.prefix_cache_mib << 20),
+            objective=Objective(model, trainables, task, config.fwdllm.prefix_cache_mib << 20, label_tokens),
             replica=Replica(_replayer(config, trainables)),
             batches=BatchSettings(
                 batch_size=config.dataloader.batch_size,

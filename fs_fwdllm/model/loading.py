@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
@@ -32,6 +37,11 @@ __all__ = ["LoadedModel", "load_model", "load_tokenizer"]
 
 _FORWARD_ONLY_METHODS = ("fedmezo", "fedfwd")
 _FORWARD_ONLY_TRAINERS = ("mezotrainer", "fwdtrainer")
+_AUTO_CLASSES: dict[Task, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+}
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -41,7 +51,7 @@ class LoadedModel:
 
     Attributes:
         model: in eval mode; the parameters that require gradients are the trainables, all float32.
-        task: ``causal_lm`` or ``classification``.
+        task: what it was loaded for: ``causal_lm``, ``classification`` or ``question_answering``.
         peft_method: the ``adapter_method``, ``full`` without one.
         tokenizer: the tokenizer it was loaded with; saved beside a whole model.
         source: where the base came from.
@@ -84,7 +94,7 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     Args:
         config: the configuration; ``seed`` keys every new weight.
         tokenizer: what :func:`load_tokenizer` returned.
-        num_labels: classes in the data; ignored for a language model. 0 takes ``model.num_labels``.
+        num_labels: classes in the data; only a classifier asks for them. 0 takes ``model.num_labels``.
 
     Raises:
         ConfigError: ``model.num_labels`` contradicts the data, ``llm.tok_len`` exceeds the model's positions,
@@ -101,7 +111,7 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
         _fit_embeddings(model, tokenizer, source)
     _check_positions(config, model)
     _set_special_tokens(model, tokenizer)
-    head = _head(model, fresh) if source.task == "classification" else ()
+    head = () if source.task == "causal_lm" else _head(model, fresh)
     _draw_fresh(model, fresh, head, config.seed, source)
     model = attach(method, Request(model, source.task, head, config.seed, arguments))
     make_float32_masters(model, _places_of_head(model, head))
@@ -109,7 +119,7 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
 
 
 def _label_count(config: Config, task: Task, num_labels: int) -> int:
-    if task == "causal_lm":
+    if task != "classification":
         return 0
     wanted = config.model.num_labels
     if wanted and num_labels and wanted != num_labels:
@@ -153,9 +163,8 @@ def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
 def _load_base(config: Config, source: ModelSource, labels: int, dtype: torch.dtype) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_attention(config)}
-    auto: Any = AutoModelForCausalLM
+    auto: Any = _AUTO_CLASSES[source.task]
     if source.task == "classification":
-        auto = AutoModelForSequenceClassification
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification"
     with _reported(source, "model"), quiet_transformers():

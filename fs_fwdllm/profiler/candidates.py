@@ -49,7 +49,7 @@ def candidates_for(config: Config, model: nn.Module, task: Task) -> list[Candida
     found += [_adapter("ia3", "ia3"), _adapter("layernorm", "layernorm"), _adapter("bitfit", "bitfit")]
     for factor in _REDUCTION_FACTORS:
         found.append(_adapter("bottleneck", f"bottleneck 1/{factor}", reduction_factor=factor))
-    if task == "classification":
+    if task in ("classification", "question_answering"):
         found.append(_adapter("head", "head"))
     own = config.llm.adapter
     if own.use and own.args and own.args[0] and own.args[0] not in [candidate.arguments for candidate in found]:

@@ -16,6 +16,8 @@ __all__ = ["LOWER_IS_BETTER", "METRIC_NAMES", "RunRecord", "RunSummary", "evalua
 #: Names of what an evaluation may report, for axes and tables; the first one present is the metric of a run.
 METRIC_NAMES = {
     "accuracy": "accuracy",
+    "f1": "F1",
+    "exact_match": "exact match",
     "token_accuracy": "token accuracy",
     "macro_f1": "macro-F1",
     "mcc": "Matthews correlation",

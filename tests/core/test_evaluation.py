@@ -154,7 +154,7 @@ def test_the_hosts_names(names, task, expected):
         ("acuracy", "classification", ["'acuracy'", "did you mean 'accuracy'", "macro_f1"]),
         ("perplexity", "classification", ["'perplexity'", "classification"]),
         ("acc", "causal_lm", ["'acc'", "causal_lm", "token_accuracy"]),
-        ("f1", "causal_lm", ["'f1'", "perplexity"]),
+        ("mcc", "causal_lm", ["'mcc'", "perplexity"]),
     ],
 )
 def test_an_unknown_metric_names_the_key_the_value_and_the_choices(name, task, words):
