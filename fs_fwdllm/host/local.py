@@ -73,7 +73,8 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
             initial = {"round": 0, "digest": server.digest.hex(), "eval": session.evaluate(server.trainables)}
             reporter.round({**initial, **accounting.columns()})
         for round_index in range(start, total):
-            clients = sample_clients(config.seed, round_index, sorted(session.client_samples), per_round)
+            sampled_in = server.sampling_index_for(round_index)
+            clients = sample_clients(config.seed, sampled_in, sorted(session.client_samples), per_round)
             updates = []
             for client, assignment in server.assign(round_index, clients).items():
                 download = encode(assignment)
@@ -83,6 +84,7 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
                 updates.append(_receive(upload))
             report = server.absorb(updates)
             session.watch(report, reporter.say)
+            session.diagnose(server, report)
             traffic = accounting.close_round(report)
             line = {**_line(report), **accounting.columns()}
             if session.evaluates_after(round_index):
@@ -120,6 +122,7 @@ def _line(report: RoundReport) -> dict[str, object]:
         "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
         "loss": {str(client): loss for client, loss in report.losses.items()},
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
+        **({} if report.pooling is None else report.pooling.columns()),
     }
 
 
