@@ -11,7 +11,7 @@ client that missed a repeat has fewer probes but the same weight, so ``G`` estim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -159,9 +159,11 @@ class Pool:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for index, entry in enumerate(self.entries):
-            tensors[f"pool.slopes.{index}"] = torch.from_numpy(np.array(entry.slopes))
-            tensors[f"pool.along_reference.{index}"] = torch.from_numpy(np.array(entry.along_reference))
-            tensors[f"pool.choices.{index}"] = torch.from_numpy(np.frombuffer(entry.choices, dtype=np.uint8).copy())
+            tensors[f"pool.slopes.{index}"] = torch.from_numpy(entry.slopes.copy())
+            if entry.along_reference.size:
+                tensors[f"pool.along_reference.{index}"] = torch.from_numpy(entry.along_reference.copy())
+            if entry.choices:
+                tensors[f"pool.choices.{index}"] = torch.frombuffer(bytearray(entry.choices), dtype=torch.uint8)
         return tensors
 
     def state_numbers(self) -> dict[str, object]:
@@ -172,10 +174,17 @@ class Pool:
         """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
         rows = numbers["pool"]
         assert isinstance(rows, list)
-        self.entries = []
-        for index, (round_index, client, samples, scale) in enumerate(rows):
-            bare = PoolEntry(round_index, client, samples, tensors[f"pool.slopes.{index}"].numpy().copy())
-            along = tensors[f"pool.along_reference.{index}"].numpy().copy()
-            choices = tensors[f"pool.choices.{index}"].numpy().tobytes()
-            self.entries.append(replace(bare, along_reference=along, scale=scale, choices=choices))
+        none = torch.zeros(0)
+        self.entries = [
+            PoolEntry(
+                round_index,
+                client,
+                samples,
+                slopes=tensors[f"pool.slopes.{index}"].numpy().copy(),
+                along_reference=tensors.get(f"pool.along_reference.{index}", none).numpy().copy(),
+                scale=scale,
+                choices=tensors.get(f"pool.choices.{index}", none).numpy().tobytes(),
+            )
+            for index, (round_index, client, samples, scale) in enumerate(rows)
+        ]
         self.exchanges = int(str(numbers["exchanges"]))

@@ -162,4 +162,5 @@ def _entry(update: ClientUpdate, work: Assignment) -> PoolEntry:
     entry = PoolEntry(update.round_index, update.client, update.samples, slopes, choices=work.choices)
     if not work.reference_scale:
         return entry
-    return replace(entry, slopes=slopes[:, :-1], along_reference=slopes[:, -1], scale=work.reference_scale)
+    drawn, along = np.ascontiguousarray(slopes[:, :-1]), np.ascontiguousarray(slopes[:, -1])
+    return replace(entry, slopes=drawn, along_reference=along, scale=work.reference_scale)
