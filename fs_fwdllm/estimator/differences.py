@@ -56,9 +56,7 @@ class _PerturbedLosses:
     probes_per_batch: int
 
     @torch.no_grad()
-    def evaluate(
-        self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: tuple[float, ...]
-    ) -> torch.Tensor:
+    def evaluate(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: tuple[float, ...]) -> torch.Tensor:
         """Float32 ``[len(offsets), len(keys)]`` on the device; an offset is ``s * h``."""
         if self.probes_per_batch == 1:
             rows = [[self.perturbation.loss(batch_loss, key, offset) for offset in offsets] for key in keys]

@@ -184,6 +184,4 @@ def deal(choices: np.ndarray, shares: Mapping[int, int], seed: int, round_index:
     """Rows of ``choices`` for every client, by lot; ``shares`` says how many each one gets."""
     order = seeded_permutation(len(choices), "chosen directions", seed, round_index)
     ends = np.cumsum(list(shares.values()))[:-1]
-    return {
-        client: choices[rows].tobytes() for client, rows in zip(shares, np.split(order, ends), strict=True)
-    }
+    return {client: choices[rows].tobytes() for client, rows in zip(shares, np.split(order, ends), strict=True)}
