@@ -68,10 +68,8 @@ def test_prefix_cache_changes_no_slope() -> None:
 
 
 def test_long_run_compares_step_controls() -> None:
-    output = output_of("long_run.py")
-    assert [line.split()[0] for line in output.splitlines()[4:]] == ["none"] * 3 + ["normalised"] * 3 + [
-        "trust_ratio"
-    ] * 3
+    rows = output_of("long_run.py").splitlines()[5:]
+    assert [row.split()[0] for row in rows] == ["none"] * 3 + ["normalised"] * 3 + ["trust_ratio"] * 3
 
 
 def test_estimators_are_compared_at_equal_cost(shared_data: Callable[[str], Path]) -> None:
