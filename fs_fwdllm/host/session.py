@@ -15,8 +15,9 @@ from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation import check_metrics, evaluate
-from fs_fwdllm.method import Parts, RoundReport, check_combination, resolve_method
+from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, resolve_method
 from fs_fwdllm.method.assembly import select_device
+from fs_fwdllm.method.diagnosis import add_cosine
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
 from fs_fwdllm.model.source import model_task
 from fs_fwdllm.trainables import Trainables
@@ -124,6 +125,12 @@ class Session:
                 f"{self.config.fwdllm.radius} is below what the losses resolve; raise it (about 0.01 over a bfloat16 "
                 "base), or use fwdllm.estimator: forward_mode"
             )
+
+    def diagnose(self, server: RoundServer, report: RoundReport) -> None:
+        """Compare the step of a round that evaluates with backpropagation, if the server kept what that takes."""
+        if self.evaluates_after(report.round_index):
+            examples = {client: held.train for client, held in self.data.clients.items()}
+            add_cosine(self.parts, server, report, examples)
 
     def evaluates_after(self, round_index: int) -> bool:
         """Whether to evaluate after this round (always after the last)."""

@@ -137,6 +137,7 @@ def check_combination(config: Config) -> None:
             "clients have no learning rate of their own; set train.train_strategy: frozen, or use a method whose "
             "clients step: federate.method fedmezo, or FedAvg with trainer.type mezotrainer or llmtrainer"
         )
+    _check_pacing(config, method.name)
     if not method.forward_only:
         return
     if method.name == "mezo" and own.server_momentum:
@@ -158,6 +159,37 @@ def check_combination(config: Config) -> None:
         raise ConfigError(
             f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
             f"{own.probes}"
+        )
+
+
+def _check_pacing(config: Config, method: str) -> None:
+    """Refuse gate, sampling and step control where no server step is built from pooled slopes."""
+    own = config.fwdllm
+    asked = [
+        f"{name} {value!r}"
+        for name, value, neutral in (
+            ("fwdllm.gate.kind", own.gate.kind, "none"),
+            ("fwdllm.sampling.kind", own.sampling.kind, "none"),
+            ("fwdllm.step.control", own.step.control, "none"),
+            ("fwdllm.step.report_norms", own.step.report_norms, False),
+            ("fwdllm.step.report_cosine", own.step.report_cosine, False),
+        )
+        if value != neutral
+    ]
+    if asked and (method != "forward_gradient" or own.upload != "scalars"):
+        raise ConfigError(
+            f"{asked[0]}: needs a server that pools slopes, which federate.method {config.federate.method!r} with "
+            f"fwdllm.upload {own.upload!r} does not; use federate.method: fwdllm with fwdllm.upload: scalars"
+        )
+    if own.sampling.kind == "corrected" and own.probes < 2:
+        raise ConfigError(
+            f"fwdllm.probes {own.probes}: fwdllm.sampling.kind 'corrected' spends one probe of a step on the "
+            "reference; allowed are 2 or more"
+        )
+    if own.gate.tensor != "all" and own.gate.kind != "published":
+        raise ConfigError(
+            f"fwdllm.gate.tensor {own.gate.tensor!r}: only fwdllm.gate.kind 'published' looks at one tensor; set it to "
+            "'all' or the kind to 'published'"
         )
 
 

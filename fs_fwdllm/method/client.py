@@ -35,6 +35,19 @@ class BatchSettings:
     pad_token_id: int
     shuffle: bool = True
 
+    def cut(self, examples: Sequence[Example], *, client: int, batch_index: int, steps: int) -> list[Batch]:
+        """The mini-batches of ``client`` in round ``batch_index``."""
+        return client_batches(
+            examples,
+            client=client,
+            round_index=batch_index,
+            steps=steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            pad_token_id=self.pad_token_id,
+            shuffle=self.shuffle,
+        )
+
 
 class ClientWorker(ABC):
     """Does the work of clients on one model.
@@ -64,15 +77,8 @@ class ClientWorker(ABC):
         if not examples:
             raise DataError(f"client {assignment.client} was given work but holds no training sample")
         self.replica.follow(assignment.catch_up, assignment.digest)
-        batches = client_batches(
-            examples,
-            client=assignment.client,
-            round_index=assignment.round_index,
-            steps=assignment.steps,
-            batch_size=self._batches.batch_size,
-            seed=self._batches.seed,
-            pad_token_id=self._batches.pad_token_id,
-            shuffle=self._batches.shuffle,
+        batches = self._batches.cut(
+            examples, client=assignment.client, batch_index=assignment.batch_index, steps=assignment.steps
         )
         return self._train(assignment, batches)
 
