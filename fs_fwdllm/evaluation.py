@@ -25,6 +25,8 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "classification": ("accuracy", "majority_accuracy", "macro_f1", "mcc"),
     "causal_lm": ("token_accuracy", "perplexity"),
 }
+#: Computed only when asked for. ``binary_f1`` is the F1 of the second class: GLUE's for MRPC and QQP.
+ON_REQUEST: dict[Task, tuple[str, ...]] = {"classification": ("binary_f1",), "causal_lm": ()}
 #: FederatedScope's names for the same things.
 _ALIASES = {"acc": "accuracy", "f1": "macro_f1", "loss": "loss", "avg_loss": "loss", "total": "loss"}
 
@@ -35,12 +37,12 @@ def check_metrics(names: Sequence[str], task: Task) -> list[str]:
     Raises:
         ConfigError: an unknown name.
     """
-    allowed = METRICS[task]
+    allowed = (*METRICS[task], *ON_REQUEST[task])
     wanted = [_ALIASES.get(name, name) for name in names]
     for name, canonical in zip(names, wanted, strict=True):
         if canonical != "loss" and canonical not in allowed:
             raise ConfigError(f"eval.metrics {name!r}: a {task} task has {list(allowed)}{nearest(name, allowed)}")
-    return [name for name in wanted if name != "loss"] or list(allowed)
+    return [name for name in wanted if name != "loss"] or list(METRICS[task])
 
 
 def evaluate(objective: Objective, batches: Sequence[Batch], metrics: Sequence[str]) -> dict[str, float]:
@@ -69,4 +71,5 @@ def _metrics_of(
         "majority_accuracy": float(np.bincount(actual).max() / len(actual)),
         "macro_f1": float(f1_score(actual, predicted, average="macro")) if "macro_f1" in wanted else math.nan,
         "mcc": float(matthews_corrcoef(actual, predicted)) if "mcc" in wanted else math.nan,
+        "binary_f1": float(f1_score(actual == 1, predicted == 1)) if "binary_f1" in wanted else math.nan,
     }

@@ -144,7 +144,9 @@ def _tokenise(
     if labels:
         texts = table.texts(config.fwdllm.data.text, "fwdllm.data.text")
         indices = label_indices(table, config.fwdllm.data.label, labels)
-        examples, rows = classification_examples(table, texts, indices, tokenizer, tok_len)
+        second = config.fwdllm.data.text_pair
+        pairs = table.texts(second, "fwdllm.data.text_pair") if second else None
+        examples, rows = classification_examples(table, texts, indices, tokenizer, tok_len, pairs)
     else:
         examples, rows = instruction_examples(table, tokenizer, tok_len)
     if not examples:
