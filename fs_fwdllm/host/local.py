@@ -62,6 +62,7 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
     if checkpoint is not None:
         start = checkpoint.next_round
         server.load_state(checkpoint.tensors, checkpoint.numbers)
+        worker.load_state({name[7:]: value for name, value in checkpoint.tensors.items() if name[:7] == "worker."})
         accounting.restore(checkpoint.counters)
         worker.replica.follow([server.dense_frame()], server.digest)
 
@@ -73,7 +74,9 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
             initial = {"round": 0, "digest": server.digest.hex(), "eval": session.evaluate(server.trainables)}
             reporter.round({**initial, **accounting.columns()})
         for round_index in range(start, total):
-            clients = sample_clients(config.seed, round_index, sorted(session.client_samples), per_round)
+            available = sorted(session.client_samples)
+            wanted = server.wanted_clients(round_index, available)
+            clients = sample_clients(config.seed, round_index, available, per_round) if wanted is None else wanted
             updates = []
             for client, assignment in server.assign(round_index, clients).items():
                 download = encode(assignment)
@@ -90,7 +93,7 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
             reporter.round(line, traffic)
             # After its line: a run killed in between repeats the round, and the line is written anew.
             if session.checkpoints_after(round_index):
-                _write(folder, config, server, accounting, round_index + 1)
+                _write(folder, config, server, worker, accounting, round_index + 1)
         trained = session.save(folder.path, server.trainables)
         reporter.finish({"round": total, "digest": server.digest.hex(), "saved": trained.name, **accounting.columns()})
     return folder.path
@@ -120,14 +123,23 @@ def _line(report: RoundReport) -> dict[str, object]:
         "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
         "loss": {str(client): loss for client, loss in report.losses.items()},
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
+        **report.details,
     }
 
 
 @torch.no_grad()
-def _write(folder: RunFolder, config: Config, server: RoundServer, accounting: Accounting, next_round: int) -> None:
+def _write(
+    folder: RunFolder,
+    config: Config,
+    server: RoundServer,
+    worker: ClientWorker,
+    accounting: Accounting,
+    next_round: int,
+) -> None:
+    kept = {f"worker.{name}": tensor for name, tensor in worker.state_tensors().items()}
     checkpoint = Checkpoint(
         next_round=next_round,
-        tensors=server.state_tensors(),
+        tensors=server.state_tensors() | kept,
         numbers=server.state_numbers(),
         counters=accounting.counters(),
         fingerprint=config_fingerprint(config),

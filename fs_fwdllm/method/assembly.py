@@ -18,6 +18,7 @@ from fs_fwdllm.direction import make_distribution
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
+from fs_fwdllm.method.cybgd.combination import check_blocks
 from fs_fwdllm.method.registry import resolve_method
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
@@ -34,6 +35,7 @@ class Parts:
 
     Attributes:
         full: whether the model's own weights are trained, rather than an adapter beside them.
+        fresh: names of the parameters that start from random numbers.
     """
 
     config: Config
@@ -43,16 +45,30 @@ class Parts:
     replica: Replica
     batches: BatchSettings
     full: bool
+    fresh: frozenset[str] = frozenset()
 
     @classmethod
-    def build(cls, config: Config, model: nn.Module, task: Task, pad_token_id: int, *, full: bool) -> Parts:
+    def build(
+        cls,
+        config: Config,
+        model: nn.Module,
+        task: Task,
+        pad_token_id: int,
+        *,
+        full: bool,
+        fresh: frozenset[str] = frozenset(),
+    ) -> Parts:
         """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained)."""
-        trainables = Trainables.of_model(model)
+        select = resolve_method(config).select
+        if select is not None:
+            select(config, model, fresh)
+        trainables = Trainables.of_model(model, half=select is not None)
+        cache_mib = config.fwdllm.prefix_cache_mib if select is None else 0
         return cls(
             config=config,
             model=model,
             trainables=trainables,
-            objective=Objective(model, trainables, task, config.fwdllm.prefix_cache_mib << 20),
+            objective=Objective(model, trainables, task, cache_mib << 20),
             replica=Replica(_replayer(config, trainables)),
             batches=BatchSettings(
                 batch_size=config.dataloader.batch_size,
@@ -61,6 +77,7 @@ class Parts:
                 shuffle=config.dataloader.shuffle,
             ),
             full=full,
+            fresh=fresh,
         )
 
     def server_replayer(self) -> Replayer:
@@ -103,6 +120,8 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
         steps = config.train.local_update_steps
         if config.train.batch_or_epoch == "epoch":
             steps *= steps_per_epoch(samples, config.dataloader.batch_size)
+        else:
+            steps *= config.grad.grad_accum_count
         plans[client] = WorkPlan(steps=steps, probes=probes)
     return plans
 
@@ -115,6 +134,10 @@ def check_combination(config: Config) -> None:
     """
     method = resolve_method(config)
     own = config.fwdllm
+    if method.select is not None:
+        check_blocks(config)
+        return
+    _refuse_block_settings(config, method.name)
     if not method.forward_only:
         return
     if method.name == "mezo" and own.server_momentum:
@@ -136,6 +159,22 @@ def check_combination(config: Config) -> None:
         raise ConfigError(
             f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
             f"{own.probes}"
+        )
+
+
+def _refuse_block_settings(config: Config, method: str) -> None:
+    """What only block training honours must not be ignored elsewhere."""
+    only = "only federate.method: fedcybgd has it"
+    if config.grad.grad_clip > 0:
+        raise ConfigError(f"grad.grad_clip {config.grad.grad_clip}: {method} does not clip, {only}; set it to -1")
+    if config.grad.grad_accum_count > 1:
+        raise ConfigError(
+            f"grad.grad_accum_count {config.grad.grad_accum_count}: {method} does not accumulate, {only}; set it to 1 "
+            "and raise dataloader.batch_size"
+        )
+    if config.train.optimizer.type not in ("SGD", "AdamW"):
+        raise ConfigError(
+            f"train.optimizer.type {config.train.optimizer.type!r}: {method} has 'SGD' and 'AdamW', {only}"
         )
 
 
