@@ -34,10 +34,11 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "causal_lm": ("token_accuracy", "perplexity"),
     "question_answering": ("exact_match", "f1"),
 }
-#: What is reported only where ``eval.metrics`` names it.
+#: What is reported only where ``eval.metrics`` names it. ``binary_f1`` is the F1 of the second class: GLUE's for MRPC
+#: and QQP.
 METRICS_ON_REQUEST: dict[Task, tuple[str, ...]] = {
-    "classification": ("per_class",),
-    "label_words": ("per_class",),
+    "classification": ("per_class", "binary_f1"),
+    "label_words": ("per_class", "binary_f1"),
     "causal_lm": ("exact_match", "f1"),
     "question_answering": (),
 }
@@ -122,6 +123,7 @@ def _of_classes(
         "macro_f1": float(f1_score(actual, predicted, average="macro")) if "macro_f1" in wanted else math.nan,
         "mcc": float(matthews_corrcoef(actual, predicted)) if "mcc" in wanted else math.nan,
         "per_class": _per_class(predicted, actual, label_names) if "per_class" in wanted else {},
+        "binary_f1": float(f1_score(actual == 1, predicted == 1)) if "binary_f1" in wanted else math.nan,
     }
 
 

@@ -19,6 +19,7 @@ import binascii
 import dataclasses
 import struct
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -42,6 +43,7 @@ __all__ = [
     "decode",
     "encode",
     "from_text",
+    "register_record",
     "to_text",
 ]
 
@@ -59,13 +61,19 @@ Participant = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Record:
-    """Base of everything that is framed. ``values`` is the payload; all other fields go into the header."""
+    """Base of everything that is framed. ``values`` is the payload; all other fields go into the header.
+
+    A record whose payload is not float32 says so in ``payload_dtype`` (bytes: ``"|u1"``); one with header fields of
+    other types than those of this module brings their ``checks``.
+    """
 
     kind: ClassVar[int]
+    payload_dtype: ClassVar[str] = "<f4"
+    checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {}
     values: np.ndarray = field(default_factory=lambda: _EMPTY, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype="<f4"))
+        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=self.payload_dtype))
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,13 @@ _KINDS: dict[int, type[Record]] = {
 }
 
 
+def register_record(record_type: type[Record]) -> type[Record]:
+    """Let :func:`decode` know a further kind of record. Raises ``ValueError`` if its number is taken."""
+    if _KINDS.setdefault(record_type.kind, record_type) is not record_type:
+        raise ValueError(f"record kind {record_type.kind} is {_KINDS[record_type.kind].__name__}'s")
+    return record_type
+
+
 def encode(record: Record) -> bytes:
     """The frame of a record."""
     payload = record.values.tobytes()
@@ -205,14 +220,15 @@ def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
         record_type = _KINDS[kind]
     except Exception as error:  # msgpack raises a dozen types; whichever it is, these bytes are not a record
         raise WireError(f"a frame's header is not one of ours ({type(error).__name__}: {error})") from error
-    if not isinstance(count, int) or len(payload) != 4 * count or zlib.crc32(payload) != checksum:
+    width = np.dtype(record_type.payload_dtype).itemsize
+    if not isinstance(count, int) or len(payload) != width * count or zlib.crc32(payload) != checksum:
         raise WireError(f"a {record_type.__name__} frame is truncated or corrupted ({len(payload)} payload bytes)")
     expected = _header_fields(record_type)
     if len(values) != len(expected):
         raise WireError(f"a {record_type.__name__} frame has {len(values)} header fields, not {len(expected)}")
     named = {item.name: value for item, value in zip(expected, values, strict=True)}
     _check_types(record_type, named)
-    return record_type(**named, values=np.frombuffer(payload, dtype="<f4"))
+    return record_type(**named, values=np.frombuffer(payload, dtype=record_type.payload_dtype))
 
 
 def _split(frame: bytes) -> tuple[memoryview, memoryview]:
@@ -244,7 +260,9 @@ _FLOATS = ("loss", "learning_rate", "decay", "momentum", "rate", "reference", "r
 
 def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
     for name, value in named.items():
-        if name.startswith("digest"):
+        if name in record_type.checks:
+            valid = record_type.checks[name](value)
+        elif name.startswith("digest"):
             valid = isinstance(value, bytes) and len(value) == DIGEST_BYTES
         elif name == "catch_up":
             valid = isinstance(value, tuple) and all(isinstance(part, bytes) for part in value)

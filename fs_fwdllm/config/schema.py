@@ -12,7 +12,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-__all__ = ["Config", "FwdllmConfig", "FwdllmDataConfig", "GateConfig", "Section", "is_host_only"]
+__all__ = [
+    "BlockDownloadConfig",
+    "BlocksConfig",
+    "Config",
+    "FwdllmConfig",
+    "FwdllmDataConfig",
+    "GateConfig",
+    "Section",
+    "is_host_only",
+]
 
 
 class Section(BaseModel):
@@ -34,7 +43,9 @@ def is_host_only(field: FieldInfo) -> bool:
 
 class FederateConfig(Section):
     mode: Literal["standalone", "distributed"] = host_only("standalone")
-    method: str = Field("FedAvg", description="FedAvg, FedSGD, fedmezo, fedfwd or fwdllm; case does not matter")
+    method: str = Field(
+        "FedAvg", description="FedAvg, FedSGD, fedmezo, fedfwd, fwdllm or fedcybgd; case does not matter"
+    )
     client_num: int = Field(0, ge=0, description="number of clients; 0 takes the number the data has by nature")
     sample_client_num: int = Field(-1, ge=-1, description="clients per round; -1 is all")
     sample_client_rate: float = Field(-1.0, le=1.0, description="share of clients per round; -1 uses sample_client_num")
@@ -123,14 +134,18 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    type: Literal["SGD", "AdamW"] = Field("SGD", description="local optimiser of the backpropagation baselines")
+    type: Literal["SGD", "AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta"] = Field(
+        "SGD", description="local optimiser of fedcybgd; the backpropagation baselines have SGD and AdamW"
+    )
     lr: float = Field(0.1, ge=0, description="learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; biases and norms are exempt")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the local SGD of the baselines")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of SGD (fedcybgd also: RMSprop)")
 
 
 class SchedulerConfig(Section):
-    type: Literal["", "constant", "linear", "cosine"] = Field("", description="learning rate over the rounds")
+    type: Literal["", "constant", "linear", "cosine"] = Field(
+        "", description="learning rate over the rounds (fedcybgd: see fwdllm.blocks.learning_rate_over)"
+    )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the rounds with a linear warm-up")
 
 
@@ -164,7 +179,9 @@ class EarlyStopConfig(Section):
 
 
 class TrainerConfig(Section):
-    type: str = Field("", description="mezotrainer, fwdtrainer, llmtrainer; empty follows federate.method")
+    type: str = Field(
+        "", description="mezotrainer, fwdtrainer, cybgdtrainer, llmtrainer; empty follows federate.method"
+    )
 
 
 class CriterionConfig(Section):
@@ -180,12 +197,13 @@ class WandbConfig(Section):
 
 
 class GradConfig(Section):
-    grad_clip: float = host_only(-1.0)
-    grad_accum_count: int = host_only(1)
+    grad_clip: float = Field(-1.0, description="largest norm of fedcybgd's active block's gradient; not above 0 is off")
+    grad_accum_count: int = Field(1, ge=1, description="batches per optimiser step (fedcybgd)")
 
 
 class FwdllmDataConfig(Section):
     text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
+    text_pair: str = Field("", description="column or field of a second text, where a sample is a pair (FILE@text)")
     label: str = Field("label", description="column or field of the label (FILE@text)")
     columns: list[str] = Field([], description="column names of a CSV file without a header line")
     labels: list[Any] = Field([], description="the classes, in order; empty takes the sorted labels of the data")
@@ -232,6 +250,42 @@ class StepConfig(Section):
     )
 
 
+class BlockDownloadConfig(Section):
+    select: Literal["all", "changed"] = Field(
+        "changed", description="blocks a client is sent: all, or those that changed since it last received them"
+    )
+    inactive: Literal["exact", "int8", "int4"] = Field(
+        "exact", description="how blocks that are not trained in the visit are sent; the target block is always exact"
+    )
+    keep_ratio: float = Field(1.0, gt=0, le=1, description="share of an inactive matrix kept, by magnitude; 1 is all")
+    drop_ratio: float = Field(0.0, ge=0, lt=1, description="share of the other layers that a client skips in a visit")
+
+
+class BlocksConfig(Section):
+    granularity: Literal["layer", "attention-mlp", "matrix"] = Field("layer", description="what one block is")
+    group_size: int = Field(1, ge=1, description="consecutive layers in one block (granularity layer)")
+    embeddings: Literal["out", "in", "always"] = Field("out", description="frozen, a block, or trained in every visit")
+    head: Literal["out", "in", "always"] = Field("out", description="as embeddings; a random head is always trained")
+    norm: Literal["out", "in", "always"] = Field("out", description="as embeddings, for norms after the last layer")
+    schedule: Literal["ascending", "descending", "random", "rotating", "fixed", "full", "aggregate"] = Field(
+        "random", description="order of the blocks; fixed never switches, full trains the whole model in every visit"
+    )
+    first_block: int = Field(0, ge=0, description="the block of schedule fixed")
+    parallel_blocks: int = Field(1, ge=1, description="blocks visited in one round")
+    clients_per_block: int = Field(1, ge=1, description="clients that visit a block in one round; deltas are averaged")
+    optimizer_state: Literal["reset", "server", "client"] = Field(
+        "reset", description="start of a visit's optimiser state: fresh, the server's per block, or the client's own"
+    )
+    learning_rate_over: Literal["visit", "run"] = Field(
+        "visit", description="what train.scheduler runs over: the steps of a visit, or the rounds"
+    )
+    upload: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="form of the uploaded delta; int8 with error feedback on the client"
+    )
+    zstandard: bool = Field(True, description="compress block frames without loss where that makes them smaller")
+    download: BlockDownloadConfig = BlockDownloadConfig()
+
+
 class FwdllmConfig(Section):
     estimator: Literal["central", "one_sided", "forward_mode"] = Field(
         "central", description="how a slope along a direction is measured"
@@ -245,12 +299,14 @@ class FwdllmConfig(Section):
     probes_per_batch: int = Field(1, ge=1, description="directions evaluated in one batched (vmap) forward pass")
     upload: Literal["scalars", "dense"] = Field("scalars", description="what a forward-only client sends")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backprop baselines")
+    gradient_checkpointing: bool = Field(False, description="recompute activations wherever there is backpropagation")
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto", description="attention kernel; auto is eager for forward_mode and batched probes, else the default"
     )
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the frozen base; auto is float32, or float16 with train.is_enable_half"
+        "auto",
+        description="dtype of the frozen base (fedcybgd: of the model); auto is float32, or float16 with "
+        "train.is_enable_half",
     )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
     strategy_span: float = Field(5e-6, ge=0, description="farthest train.train_strategy moves a learning rate")
@@ -265,6 +321,7 @@ class FwdllmConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     step: StepConfig = StepConfig()
     data: FwdllmDataConfig = FwdllmDataConfig()
+    blocks: BlocksConfig = BlocksConfig()
 
 
 class Config(Section):

@@ -97,15 +97,20 @@ def instruction_examples(
 
 
 def classification_examples(
-    table: Table, texts: Sequence[str], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, tok_len: int
+    table: Table,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    tok_len: int,
+    pairs: Sequence[str] | None = None,
 ) -> tuple[list[Example], list[int]]:
-    """Tokenise texts with their class indices.
+    """Tokenise texts, or pairs of texts, with their class indices. The longer text of a pair is cut first.
 
     Returns:
         The examples (labels of shape ``[]``), and for each the row it is of.
     """
     examples, rows = [], []
-    framed = _token_ids(tokenizer, texts, add_special_tokens=True, truncation=True, max_length=tok_len)
+    framed = _token_ids(tokenizer, texts, pairs, add_special_tokens=True, truncation=True, max_length=tok_len)
     for row, (tokens, label) in enumerate(zip(framed, labels, strict=True)):
         if tokens:
             examples.append(Example(np.array(tokens, dtype=np.int32), np.array(label, dtype=np.int32)))
@@ -219,11 +224,16 @@ def _adds_start_token(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = False, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    add_special_tokens: bool = False,
+    **options: Any,
 ) -> Iterator[list[int]]:
     for first in range(0, len(texts), _TEXTS_PER_CALL):
-        part = list(texts[first : first + _TEXTS_PER_CALL])
-        yield from tokenizer(part, add_special_tokens=add_special_tokens, verbose=False, **options)["input_ids"]
+        window = slice(first, first + _TEXTS_PER_CALL)
+        given = [list(texts[window])] + ([list(pairs[window])] if pairs is not None else [])
+        yield from tokenizer(*given, add_special_tokens=add_special_tokens, verbose=False, **options)["input_ids"]
 
 
 def _report_left_out(table: Table, kept: int, reason: str) -> None:

@@ -76,4 +76,5 @@ class Tokeniser:
         indices = label_indices(table, own.label, self._labels)
         if self._words is not None:
             return label_word_examples(table, texts, indices, self._words, self._tokenizer, tok_len)
-        return classification_examples(table, texts, indices, self._tokenizer, tok_len)
+        pairs = table.texts(own.text_pair, "fwdllm.data.text_pair") if own.text_pair else None
+        return classification_examples(table, texts, indices, self._tokenizer, tok_len, pairs)

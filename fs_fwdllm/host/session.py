@@ -85,6 +85,7 @@ class Session:
                 tokenizer.pad_token_id,
                 full=loaded.peft_method == "full",
                 label_tokens=data.label_tokens,
+                fresh=loaded.fresh,
             ),
             device=device,
             client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
@@ -99,6 +100,8 @@ class Session:
             f"{method.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
             f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"
         )
+        if method.describe is not None:
+            say(method.describe(self.parts))
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
             say(f"{empty} clients hold no training sample and are never asked")
@@ -144,7 +147,9 @@ class Session:
         """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
         if not self.evaluation_batches:
             return None
-        with self.parts.trainables.holding([tensor.detach() for tensor in trainables.tensors]):
+        own = self.parts.trainables.tensors
+        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
+        with self.parts.trainables.holding(values):
             return evaluate(
                 self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
                 self.loaded.tokenizer,

@@ -19,6 +19,7 @@ from fs_fwdllm.direction import make_distribution
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
+from fs_fwdllm.method.cybgd.combination import check_blocks
 from fs_fwdllm.method.registry import resolve_method
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
@@ -36,6 +37,7 @@ class Parts:
 
     Attributes:
         full: whether the model's own weights are trained, rather than an adapter beside them.
+        fresh: names of the parameters that start from random numbers.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Parts:
     replica: Replica
     batches: BatchSettings
     full: bool
+    fresh: frozenset[str] = frozenset()
 
     @classmethod
     def build(
@@ -56,14 +59,19 @@ class Parts:
         *,
         full: bool,
         label_tokens: Sequence[int] = (),
+        fresh: frozenset[str] = frozenset(),
     ) -> Parts:
         """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained)."""
-        trainables = Trainables.of_model(model)
+        select = resolve_method(config).select
+        if select is not None:
+            select(config, model, fresh)
+        trainables = Trainables.of_model(model, half=select is not None)
+        cache_mib = config.fwdllm.prefix_cache_mib if select is None else 0
         return cls(
             config=config,
             model=model,
             trainables=trainables,
-            objective=Objective(model, trainables, task, config.fwdllm.prefix_cache_mib << 20, label_tokens),
+            objective=Objective(model, trainables, task, cache_mib << 20, label_tokens),
             replica=Replica(_replayer(config, trainables)),
             batches=BatchSettings(
                 batch_size=config.dataloader.batch_size,
@@ -72,6 +80,7 @@ class Parts:
                 shuffle=config.dataloader.shuffle,
             ),
             full=full,
+            fresh=fresh,
         )
 
     def with_config(self, config: Config) -> Parts:
@@ -119,6 +128,8 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
         steps = config.train.local_update_steps
         if config.train.batch_or_epoch == "epoch":
             steps *= steps_per_epoch(samples, config.dataloader.batch_size)
+        else:
+            steps *= config.grad.grad_accum_count
         plans[client] = WorkPlan(steps=steps, probes=probes)
     return plans
 
@@ -138,6 +149,10 @@ def check_combination(config: Config) -> None:
             "clients step: federate.method fedmezo, or FedAvg with trainer.type mezotrainer or llmtrainer"
         )
     _check_pacing(config, method.name)
+    if method.select is not None:
+        check_blocks(config)
+        return
+    _refuse_block_settings(config, method.name)
     if not method.forward_only:
         return
     if method.name == "mezo" and own.server_momentum:
@@ -190,6 +205,22 @@ def _check_pacing(config: Config, method: str) -> None:
         raise ConfigError(
             f"fwdllm.gate.tensor {own.gate.tensor!r}: only fwdllm.gate.kind 'published' looks at one tensor; set it to "
             "'all' or the kind to 'published'"
+        )
+
+
+def _refuse_block_settings(config: Config, method: str) -> None:
+    """What only block training honours must not be ignored elsewhere."""
+    only = "only federate.method: fedcybgd has it"
+    if config.grad.grad_clip > 0:
+        raise ConfigError(f"grad.grad_clip {config.grad.grad_clip}: {method} does not clip, {only}; set it to -1")
+    if config.grad.grad_accum_count > 1:
+        raise ConfigError(
+            f"grad.grad_accum_count {config.grad.grad_accum_count}: {method} does not accumulate, {only}; set it to 1 "
+            "and raise dataloader.batch_size"
+        )
+    if config.train.optimizer.type not in ("SGD", "AdamW"):
+        raise ConfigError(
+            f"train.optimizer.type {config.train.optimizer.type!r}: {method} has 'SGD' and 'AdamW', {only}"
         )
 
 

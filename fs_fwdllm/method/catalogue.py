@@ -6,6 +6,7 @@
 | ``forward_gradient`` | fedfwd, fwdllm, or fedavg with fwdtrainer | probes at one point | paced replay, momentum |
 | ``fedavg`` | fedavg, llmtrainer | local SGD or AdamW by backpropagation | averages changes |
 | ``fedsgd`` | fedsgd, llmtrainer | gradient by backpropagation | SGD or AdamW |
+| ``cybgd`` | fedcybgd, cybgdtrainer | visits a block by backpropagation | cycles through the blocks, adds deltas |
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.method.assembly import Parts
 from fs_fwdllm.method.client import ClientWorker
+from fs_fwdllm.method.cybgd.assembly import make_block_server, make_block_worker, plan_of, select_blocks
 from fs_fwdllm.method.dense import AverageServer, BackpropWorker, GradientServer, optimizer_factory
 from fs_fwdllm.method.discrimination import AimedDirections
 from fs_fwdllm.method.pacing import Pacing
@@ -113,5 +115,16 @@ register_method(
         forward_only=False,
         make_worker=lambda parts: _backprop_worker(parts, local_steps=False),
         make_server=_gradient_server,
+    )
+)
+register_method(
+    Method(
+        name="cybgd",
+        spellings=(("fedcybgd", ""), ("fedcybgd", "cybgdtrainer"), ("fedavg", "cybgdtrainer")),
+        forward_only=False,
+        make_worker=make_block_worker,
+        make_server=make_block_server,
+        select=select_blocks,
+        describe=lambda parts: plan_of(parts).describe(),
     )
 )

@@ -2,7 +2,8 @@
 
 :class:`ClientWorker` has one verb, :meth:`ClientWorker.work`. One worker serves any number of simulated clients in
 turn, because nothing of a client outlives its work: parameters end bitwise where they started, batches are a pure
-function of ``(seed, client, round)``, optimiser state is local to a visit.
+function of ``(seed, client, round)``, optimiser state is local to a visit. (Where a configuration of block training
+keeps something on the client, it is kept by client, and :meth:`ClientWorker.state_tensors` has it.)
 """
 
 from __future__ import annotations
@@ -85,6 +86,13 @@ class ClientWorker(ABC):
     @abstractmethod
     def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
         """The method's own work. Must leave the trainables bitwise as it found them."""
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What simulated clients keep between rounds, for a checkpoint; most methods' clients keep nothing."""
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:  # noqa: B027 - nothing is kept, nothing is loaded
+        """Inverse of :meth:`state_tensors`."""
 
     @contextmanager
     def _excursion(self) -> Iterator[list[torch.Tensor]]:

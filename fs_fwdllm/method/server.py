@@ -73,6 +73,7 @@ class RoundReport:
         zero_share: share of accepted values that are exactly zero; near one for slopes, the radius is below what the
             base's dtype resolves.
         pooling: of a server step that is paced (gate, sampling, step control).
+        details: further columns of the round's line in ``metrics.jsonl`` (JSON values).
     """
 
     round_index: int
@@ -85,6 +86,7 @@ class RoundReport:
     forward_passes: int = 0
     backward_passes: int = 0
     pooling: PoolingReport | None = None
+    details: dict[str, object] = field(default_factory=dict)
 
 
 class RoundServer(ABC):
@@ -129,6 +131,10 @@ class RoundServer(ABC):
         It is ``round_index`` itself unless a server step that began earlier is still looking.
         """
         return round_index
+
+    def wanted_clients(self, round_index: int, available: Sequence[int]) -> list[int] | None:
+        """Whom the method itself wants to ask in a round; ``None`` leaves the choice to the host's sampling."""
+        return None
 
     def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
         """Open a round. Each client's assignment carries what it needs to reach the server's current parameters."""
@@ -253,12 +259,16 @@ class RoundServer(ABC):
             raise UpdateRejected("other_digest", f"client {client} started from other parameters")
         if not isinstance(update, self.answer):
             raise UpdateRejected("other_kind", f"client {client} sent a {type(update).__name__}")
-        if len(update.values) != self._expected_values(assignment):
-            raise UpdateRejected("wrong_length", f"client {client} sent {len(update.values)} values")
         if update.samples < 1:
             raise UpdateRejected("no_samples", f"client {client} reports {update.samples} samples")
+        self._judge_values(update, assignment)
+
+    def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
+        """Length and finiteness of what was sent."""
+        if len(update.values) != self._expected_values(assignment):
+            raise UpdateRejected("wrong_length", f"client {update.client} sent {len(update.values)} values")
         if not (np.isfinite(update.values).all() and math.isfinite(update.loss)):
-            raise UpdateRejected("not_finite", f"client {client} sent NaN or infinity")
+            raise UpdateRejected("not_finite", f"client {update.client} sent NaN or infinity")
 
     def _count_failures(self, accepted: list[ClientUpdate], rejected: dict[int, str]) -> None:
         self.failed_rounds = 0 if accepted else self.failed_rounds + 1

@@ -42,6 +42,8 @@ _AUTO_CLASSES: dict[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }
+_BLOCK_METHODS = ("fedcybgd",)
+_BLOCK_TRAINERS = ("cybgdtrainer",)
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -50,12 +52,14 @@ class LoadedModel:
     """A model ready for training.
 
     Attributes:
-        model: in eval mode; the parameters that require gradients are the trainables, all float32.
+        model: in eval mode; the parameters that require gradients are the trainables, all float32 (in the model's own
+            dtype where blocks take turns).
         task: what it was loaded for: ``causal_lm``, ``classification`` or ``question_answering``.
         peft_method: the ``adapter_method``, ``full`` without one.
         tokenizer: the tokenizer it was loaded with; saved beside a whole model.
         source: where the base came from.
         arguments: the arguments of ``peft_method`` as configured.
+        fresh: names of the base's parameters that its checkpoint lacks, so that they start from random numbers.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class LoadedModel:
     tokenizer: Any
     source: ModelSource
     arguments: dict[str, Any] = field(default_factory=dict)
+    fresh: frozenset[str] = frozenset()
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -104,7 +109,8 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     source = model_source(config)
     method, arguments = adapter_request(config)
     labels = _label_count(config, source.task, num_labels)
-    dtype = torch.float32 if method == "full" else _base_dtype(config)
+    blocks = _is_block_cycle(config)
+    dtype = _base_dtype(config) if blocks or method != "full" else torch.float32
     _check_radius(config, method, dtype)
     with private_torch_rng(config.seed):
         model, fresh = _load_base(config, source, labels, dtype)
@@ -114,8 +120,9 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     head = () if source.task == "causal_lm" else _head(model, fresh)
     _draw_fresh(model, fresh, head, config.seed, source)
     model = attach(method, Request(model, source.task, head, config.seed, arguments))
-    make_float32_masters(model, _places_of_head(model, head))
-    return LoadedModel(model.eval(), source.task, method, tokenizer, source, arguments)
+    if not blocks:  # a block has its masters only while it is visited
+        make_float32_masters(model, _places_of_head(model, head))
+    return LoadedModel(model.eval(), source.task, method, tokenizer, source, arguments, frozenset(fresh))
 
 
 def _label_count(config: Config, task: Task, num_labels: int) -> int:
@@ -138,6 +145,10 @@ def _base_dtype(config: Config) -> torch.dtype:
 
 def _is_forward_only(config: Config) -> bool:
     return config.federate.method.lower() in _FORWARD_ONLY_METHODS or config.trainer.type in _FORWARD_ONLY_TRAINERS
+
+
+def _is_block_cycle(config: Config) -> bool:
+    return config.federate.method.lower() in _BLOCK_METHODS or config.trainer.type.lower() in _BLOCK_TRAINERS
 
 
 def _attention(config: Config) -> dict[str, str]:

@@ -40,6 +40,8 @@ def method_name(config: Config) -> str:
         name = "MeZO" if "mezo" in words else "forward gradient"
         probes = "1 probe" if settings.probes == 1 else f"{settings.probes} probes"
         return f"{name} ({settings.estimator.replace('_', ' ')}, {probes})"
+    if "cybgd" in words:
+        return f"cycle block descent ({settings.blocks.schedule})"
     return f"{'FedSGD' if 'fedsgd' in words else 'FedAvg'} (backpropagation)"
 
 

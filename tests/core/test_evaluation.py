@@ -161,3 +161,12 @@ def test_an_unknown_metric_names_the_key_the_value_and_the_choices(name, task, w
     with pytest.raises(ConfigError, match=r"eval\.metrics") as error:
         check_metrics([name], task)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_binary_f1_is_that_of_the_second_class_and_only_on_request():
+    from fs_fwdllm.evaluation import METRICS, _metrics_of
+
+    predicted, actual = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
+    assert _metrics_of("classification", 0.0, predicted, actual, ["binary_f1"])["binary_f1"] == pytest.approx(2 / 3)
+    assert check_metrics(["binary_f1"], "classification") == ["binary_f1"]
+    assert "binary_f1" not in METRICS["classification"] and "binary_f1" not in check_metrics([], "classification")
