@@ -50,8 +50,8 @@ def main() -> None:
 
     rows = []
     for clients in (3, 10, 100):
-        participants = tuple((1000 + client, 10, 1) for client in range(clients))
-        step = RoundUpdate(99_999, _DIGEST, _DIGEST, 1.0, 1.0, 0.0, 0.0, participants, values=values(10 * clients))
+        participants = tuple((99_999, 1000 + client, 10, 1) for client in range(clients))
+        step = RoundUpdate(99_999, _DIGEST, _DIGEST, 1.0, (), 0.0, 0.0, participants, values=values(10 * clients))
         state = len(encode(DenseState(99_999, _DIGEST, False, values=values(lora))))
         scalars = len(encode(step))
         rows.append((f"{clients} clients, K=10 P=1", f"{scalars:,}", f"{state:,}", f"{state / scalars:,.0f}"))

@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, plot, compare, resume, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, resume, data, hook, doctor.
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.data_cli import data_app
 from fs_fwdllm.doctor import HOSTS, examine, has_landed
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
 
@@ -49,6 +50,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+app.add_typer(data_app)
 
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
@@ -91,11 +94,7 @@ def run(
     if file is None or other is not None:
         raise ConfigError(f"{option} FILE: is what --host {host} reads; --cf goes with --host fedml, --cfg with others")
     _refuse_stray_options(overrides)
-    if host == "fedml":
-        importlib.import_module("fs_fwdllm.host.fedml").run(file, overrides or [])
-    else:
-        config = _read_config(file, overrides)
-        importlib.import_module(f"fs_fwdllm.host.{host}").run(config)
+    importlib.import_module(f"fs_fwdllm.host.{host}").run_file(file, overrides or [])
 
 
 @app.command(context_settings=_WITH_OVERRIDES)
@@ -108,6 +107,22 @@ def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     for name, value in importlib.import_module("fs_fwdllm.plan").make_plan(config).rows():
         table.add_row(Text(name), Text(value))
     Console(highlight=False).print(table)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def profile(
+    cfg: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where table, picture and winner.yaml go.")] = Path(
+        "profile"
+    ),
+    probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
+    passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
+) -> None:
+    """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
+    config = _read_config(cfg, overrides)
+    profiler = importlib.import_module("fs_fwdllm.profiler")
+    _say(f"use it with: fs-fwdllm run --cfg {profiler.run_profile(config, output, probes, passes, _say)}")
 
 
 @app.command()
@@ -145,6 +160,29 @@ def resume(run: RunArgument) -> None:
 def fedml(ctx: typer.Context) -> None:
     """FedML's own commands, and one of ours: fedml run local --cf FILE."""
     importlib.import_module("fs_fwdllm.host.fedml.command").main(ctx.args)
+
+
+hook = typer.Typer(help="Make a FederatedScope checkout know this package: one file, placed or taken out.")
+app.add_typer(hook, name="hook")
+
+Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="A FederatedScope checkout, branch llm.")]
+
+
+@hook.command("install")
+def hook_install(path: Checkout) -> None:
+    """Place our one guarded file in federatedscope/contrib/configs/; doing it again changes nothing."""
+    from fs_fwdllm.host.federatedscope.hook import install
+
+    _say(f"placed {install(path)}; now python federatedscope/main.py --cfg FILE works in {path}")
+
+
+@hook.command("remove")
+def hook_remove(path: Checkout) -> None:
+    """Take the file out again."""
+    from fs_fwdllm.host.federatedscope.hook import remove
+
+    removed = remove(path)
+    _say(f"removed {removed}" if removed else f"nothing of ours in {path}")
 
 
 @app.command()

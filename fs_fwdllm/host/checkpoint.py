@@ -46,8 +46,9 @@ class Checkpoint:
 
 
 def config_fingerprint(config: Config) -> str:
-    """A digest of everything that determines the result; where it is written does not."""
-    neutral = config.model_copy(update={"outdir": "", "expname": ""})
+    """A digest of everything that determines the result; where it is written and how long a host waits do not."""
+    patient = config.fwdllm.model_copy(update={"deadline_s": 1.0})
+    neutral = config.model_copy(update={"outdir": "", "expname": "", "fwdllm": patient})
     return hashlib.blake2b(dump_config(neutral).encode(), digest_size=16).hexdigest()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fs_fwdllm.config import Config
+from fs_fwdllm.config import Config, load_config
 from fs_fwdllm.host.driver import RunDriver, answer, read_own_checkpoint
 from fs_fwdllm.host.sampling import clients_per_round
 from fs_fwdllm.host.session import Session
@@ -20,7 +20,7 @@ from fs_fwdllm.report import RunFolder
 if TYPE_CHECKING:
     from fs_fwdllm.host.checkpoint import Checkpoint
 
-__all__ = ["resume", "run"]
+__all__ = ["resume", "run", "run_file"]
 
 
 def run(config: Config) -> Path:
@@ -32,6 +32,11 @@ def run(config: Config) -> Path:
     session = Session.open(config)
     clients_per_round(config, len(session.client_samples))  # refused before there is a folder
     return _train(session, RunFolder.create(config), None)
+
+
+def run_file(cfg: Path, overrides: list[str]) -> Path:
+    """Train as the file ``cfg`` with ``key value`` overrides says. Raises as :func:`run`."""
+    return run(load_config(cfg, overrides))
 
 
 def resume(path: str | Path) -> Path:
@@ -47,7 +52,7 @@ def resume(path: str | Path) -> Path:
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:
     worker = assemble_worker(session.parts)
-    with RunDriver(session, folder, checkpoint) as driver:
+    with RunDriver(session, folder, checkpoint, worker=worker) as driver:
         server = driver.server
         if checkpoint is None:
             driver.record_start(session.evaluate(server.trainables))

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
-from fs_fwdllm.data.readers import parse_data_type
+from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation import check_metrics, evaluate
-from fs_fwdllm.method import Parts, RoundReport, check_combination, resolve_method
+from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, resolve_method
 from fs_fwdllm.method.assembly import select_device
+from fs_fwdllm.method.diagnosis import add_cosine
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model.source import model_task
 from fs_fwdllm.trainables import Trainables
 
 __all__ = ["Session"]
@@ -52,29 +55,42 @@ class Session:
         """
         check_combination(config)
         _check_task(config)
+        tokenizer = load_tokenizer(config)
+        session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
+        if not session.client_samples:
+            raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
+        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
+        return session
+
+    @classmethod
+    def assemble(cls, config: Config, tokenizer: Any, data: FederatedData) -> Session:
+        """Load the model around data that a host has read; the clients may be elsewhere.
+
+        Raises:
+            ConfigError, ModelError: see their messages.
+        """
         if config.threads:
             torch.set_num_threads(config.threads)
         device = select_device(config)
-        tokenizer = load_tokenizer(config)
-        data = load_federated_data(config, tokenizer)
         loaded = load_model(config, tokenizer, len(data.label_names))
         loaded.model.to(device)
-        samples = {client: len(held.train) for client, held in sorted(data.clients.items()) if held.train}
-        if not samples:
-            raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
-        session = cls(
+        return cls(
             config=config,
             data=data,
             loaded=loaded,
             parts=Parts.build(
-                config, loaded.model, loaded.task, tokenizer.pad_token_id, full=loaded.peft_method == "full"
+                config,
+                loaded.model,
+                data.task,
+                tokenizer.pad_token_id,
+                full=loaded.peft_method == "full",
+                label_tokens=data.label_tokens,
+                fresh=loaded.fresh,
             ),
             device=device,
-            client_samples=samples,
-            _metrics=check_metrics(config.eval.metrics, loaded.task),
+            client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
+            _metrics=check_metrics(config.eval.metrics, data.task),
         )
-        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
-        return session
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Say what is about to be trained, on what."""
@@ -84,6 +100,8 @@ class Session:
             f"{method.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
             f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"
         )
+        if method.describe is not None:
+            say(method.describe(self.parts))
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
             say(f"{empty} clients hold no training sample and are never asked")
@@ -91,6 +109,12 @@ class Session:
         differences = method.forward_only and own.estimator != "forward_mode"
         if differences and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
             say(f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01")
+        train = self.config.train
+        if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
+            say(
+                f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "
+                f"{train.optimizer.lr}: {train.train_strategy} can give a client the learning rate 0"
+            )
         ignored = self.config.ignored_keys()
         if ignored:
             say(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
@@ -105,6 +129,12 @@ class Session:
                 "base), or use fwdllm.estimator: forward_mode"
             )
 
+    def diagnose(self, server: RoundServer, report: RoundReport) -> None:
+        """Compare the step of a round that evaluates with backpropagation, if the server kept what that takes."""
+        if self.evaluates_after(report.round_index):
+            examples = {client: held.train for client, held in self.data.clients.items()}
+            add_cosine(self.parts, server, report, examples)
+
     def evaluates_after(self, round_index: int) -> bool:
         """Whether to evaluate after this round (always after the last)."""
         return self._due(round_index, self.config.eval.freq)
@@ -113,12 +143,17 @@ class Session:
         """Whether to write a checkpoint after this round (always after the last)."""
         return self._due(round_index, self.config.fwdllm.checkpoint_every)
 
-    def evaluate(self, trainables: Trainables) -> dict[str, float] | None:
+    def evaluate(self, trainables: Trainables) -> dict[str, Any] | None:
         """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
         if not self.evaluation_batches:
             return None
-        with self.parts.trainables.holding([tensor.detach() for tensor in trainables.tensors]):
-            return evaluate(self.parts.objective, self.evaluation_batches, self._metrics)
+        own = self.parts.trainables.tensors
+        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
+        with self.parts.trainables.holding(values):
+            return evaluate(
+                self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
+                self.loaded.tokenizer,
+            )  # fmt: skip
 
     def save(self, folder: Path, trainables: Trainables) -> Path:
         """Write the trained adapter or model in Hugging Face's format."""
@@ -137,13 +172,19 @@ class Session:
         return []
 
 
+#: What data a model is for, in the words of ``data.type``.
+_DATA_OF_MODEL = {
+    "causal_lm": "NAME@llm, or NAME@text to classify by label words",
+    "classification": "NAME@text",
+    "question_answering": "NAME@qa",
+}
+
+
 def _check_task(config: Config) -> None:
-    """Refuse texts with labels for a language model and instructions for a classifier, before anything is loaded."""
-    task = parse_data_type(config.data.type)[1]
-    classifier = config.model.type.endswith("@transformers")
-    if classifier != (task == "classification"):
-        wanted = "@text" if classifier else "@llm"
+    """Refuse data that the model is not for (instructions for a classifier), before anything is loaded."""
+    task, model = data_task(config), model_task(config)
+    if model != ("causal_lm" if task == "label_words" else task):
         raise ConfigError(
-            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r}: that model needs data "
-            f"of the form NAME{wanted}"
+            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r} and model.task "
+            f"{config.model.task!r}: that model needs data of the form {_DATA_OF_MODEL[model]}"
         )

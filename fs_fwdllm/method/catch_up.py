@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from fs_fwdllm.wire import RoundUpdate, decode
+
 __all__ = ["CatchUpLog"]
 
 
@@ -39,6 +41,17 @@ class CatchUpLog:
     def note_started(self, clients: Iterable[int], round_index: int) -> None:
         """``clients`` hold the parameters that ``round_index`` starts from."""
         self._known_round.update(dict.fromkeys(clients, round_index))
+
+    def note_holds(self, client: int, digest: bytes, current: bytes, next_round: int) -> None:
+        """``client`` holds the parameters of ``digest``: the ``current`` ones, or those a kept record starts from."""
+        if digest == current:
+            self._known_round[client] = next_round
+            return
+        starts = {_start_of(frame): round_index for round_index, frame in self._frames.items()}
+        if digest in starts:
+            self._known_round[client] = starts[digest]
+        else:
+            self._known_round.pop(client, None)
 
     def append(self, round_index: int, frame: bytes) -> None:
         """Remember a round's record, forgetting the oldest ones beyond the limit."""
@@ -73,3 +86,9 @@ class CatchUpLog:
         known = numbers["known_round"]
         assert isinstance(known, list)
         self._known_round = {int(client): int(round_index) for client, round_index in known}
+
+
+def _start_of(frame: bytes) -> bytes:
+    record = decode(frame)
+    assert isinstance(record, RoundUpdate)
+    return record.digest_before

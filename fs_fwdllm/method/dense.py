@@ -19,6 +19,7 @@ from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, numbered
+from fs_fwdllm.method.update_norms import dense_distances
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.replay import Replayer
 from fs_fwdllm.trainables import Trainables, flatten
@@ -126,6 +127,10 @@ class _DenseServer(RoundServer):
 
     def _expected_values(self, assignment: Assignment) -> int:
         return self.trainables.count
+
+    def _distances(self, accepted: list[ClientUpdate]) -> list[float]:
+        sizes = [tensor.numel() for tensor in self.trainables.tensors]
+        return dense_distances(sizes, [update.values for update in accepted])
 
     def _weighted_sum(self, accepted: list[ClientUpdate], weights: np.ndarray) -> list[torch.Tensor]:
         """``sum_k w_k v_k``, client after client, every operation rounded on its own."""

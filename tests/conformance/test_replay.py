@@ -37,6 +37,10 @@ SCALAR_CASES: dict[str, dict[str, Any]] = {
     "mezo, every parameter": {**_MEZO, **_DECAY, **_FULL},
     "mezo, gaussian": {**_MEZO, "fwdllm.direction": "gaussian"},
     "mezo, one-sided": {**_MEZO, "fwdllm.estimator": "one_sided"},
+    "mezo, decay, random rates": {**_MEZO, **_DECAY, "train.train_strategy": "random", "fwdllm.strategy_span": 0.04},
+    "mezo, decay, rates by model difference": {
+        **_MEZO, **_DECAY, "train.train_strategy": "model-diff", "fwdllm.strategy_span": 0.04
+    },
     "forward": _FORWARD,
     "forward, decay": {**_FORWARD, **_DECAY},
     "forward, momentum": {**_FORWARD, "fwdllm.server_momentum": 0.9},

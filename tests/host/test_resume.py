@@ -21,6 +21,12 @@ from tests.host.small import METHODS, World, bits_of, read_jsonl
 #: Every state a server can have: none, momentum over scalars, a dense optimiser's moments, PyTorch's momentum.
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {**METHODS["mezo"], "train.optimizer.weight_decay": 0.1},
+    "mezo, five-round": {
+        **METHODS["mezo"], "train.train_strategy": "five-round", "fwdllm.strategy_span": 0.04
+    },
+    "mezo, model-diff": {
+        **METHODS["mezo"], "train.train_strategy": "model-diff", "fwdllm.strategy_span": 0.04
+    },
     "forward, momentum": {**METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9},
     "forward, dense, momentum": {
         **METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9, "fwdllm.upload": "dense"
@@ -28,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "fedavg, adamw": {**METHODS["fedavg"], "train.optimizer.type": "AdamW"},
     "fedsgd, adamw": {**METHODS["fedsgd"], "train.optimizer.type": "AdamW", "train.optimizer.weight_decay": 0.1},
     "fedsgd, momentum": {**METHODS["fedsgd"], "train.optimizer.momentum": 0.9},
+    "fwdllm": {
+        **METHODS["forward_gradient"], "federate.method": "fwdllm", "fwdllm.gate.kind": "relative",
+        "fwdllm.gate.threshold": 1e-9, "fwdllm.gate.max_repeats": 1, "fwdllm.sampling.kind": "corrected",
+        "fwdllm.step.control": "trust_ratio", "fwdllm.step.report_norms": True, "fwdllm.step.report_cosine": True,
+    },
     "forward, cosine": {**METHODS["forward_gradient"], "train.scheduler.type": "cosine"},
 }  # fmt: skip
 _VARYING = ("seconds", "peak_rss_mib", "peak_device_mib")

@@ -145,6 +145,7 @@ DENSE_PAIRS: dict[str, dict[str, Any]] = {
     "mezo, one step": {**_MEZO, "train.local_update_steps": 1},
     "mezo, three steps": _MEZO,
     "mezo, epochs": {**_MEZO, "train.batch_or_epoch": "epoch"},
+    "mezo, rates of their own": {**_MEZO, "train.train_strategy": "random", "fwdllm.strategy_span": 0.04},
     "forward": _FORWARD,
     "forward, momentum": {**_FORWARD, "fwdllm.server_momentum": BETA},
 }

@@ -25,11 +25,12 @@ this package does not import FedML; using these names does.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from fs_fwdllm.host.fedml.installation import import_fedml, without_known_warnings
 
-__all__ = ["FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "init", "resume", "run"]
+__all__ = ["FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "init", "resume", "run", "run_file"]
 
 _NEEDS_FEDML = {
     "FwdLLMAggregator": "aggregator",
@@ -40,6 +41,11 @@ _NEEDS_FEDML = {
     "init": "program",
 }
 _MODULES = {**_NEEDS_FEDML, "resume": "launch", "run": "launch"}
+
+
+def run_file(path: Path, overrides: list[str]) -> Path:
+    """Run one of FedML's files with ``key value`` overrides, as every host offers it to the command."""
+    return importlib.import_module(f"{__name__}.launch").run(path, overrides)
 
 
 def __getattr__(name: str) -> Any:

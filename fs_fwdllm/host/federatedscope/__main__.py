@@ -1,0 +1,14 @@
+"""``python -m fs_fwdllm.host.federatedscope --cfg FILE key value ...``: the host's main, with our methods."""
+
+from __future__ import annotations
+
+import sys
+
+from fs_fwdllm.errors import FwdLLMError
+from fs_fwdllm.host.federatedscope.launch import launch
+
+if __name__ == "__main__":
+    try:
+        launch(sys.argv[1:])
+    except FwdLLMError as error:
+        sys.exit(f"error: {type(error).__name__}: {error}")

@@ -1,0 +1,68 @@
+"""Running FederatedScope's own ``main`` with our methods registered, and no file added to its checkout."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fs_fwdllm.errors import ConfigError
+
+__all__ = ["find_host", "launch"]
+
+_HOME = "FEDERATEDSCOPE_HOME"
+_DEFAULT_HOME = Path("~/.cache/fs_fwdllm/FederatedScope")
+
+
+def find_host() -> Path | None:
+    """Where a FederatedScope checkout is: ``$FEDERATEDSCOPE_HOME``, or the default place; ``None`` if it is installed.
+
+    Raises:
+        ConfigError: it is nowhere.
+    """
+    configured = os.environ.get(_HOME)
+    candidates = [Path(configured)] if configured else []
+    if not configured and importlib.util.find_spec("federatedscope") is not None:
+        return None
+    for place in candidates or [_DEFAULT_HOME.expanduser()]:
+        if (place / "federatedscope" / "register.py").is_file():
+            return place
+    nowhere = f"it is not installed, {_HOME} is not set and {_DEFAULT_HOME}"
+    said = f"{_HOME} is {configured!r}, which" if configured else nowhere
+    raise ConfigError(
+        f"FederatedScope is not found: {said} is no checkout of it. Clone alibaba/FederatedScope, branch llm, and set "
+        f"{_HOME} to the clone (or pip install --no-deps -e it)"
+    )
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """Run the host's ``main`` in this process with ``arguments`` (``--cfg FILE key value ...``).
+
+    Raises:
+        ConfigError: FederatedScope is not found.
+        FwdLLMError: whatever stops a run of ours.
+    """
+    home = find_host()
+    if home is not None:
+        sys.path.insert(0, str(home))
+    _register()
+    before = sys.argv
+    sys.argv = ["federatedscope/main.py", *arguments]
+    try:
+        runpy.run_module("federatedscope.main", run_name="__main__", alter_sys=True)
+    finally:
+        sys.argv = before
+
+
+def _register() -> None:
+    """Fill the registries, and the configuration once more after the host: registered first, we were overwritten."""
+    importlib.import_module("fs_fwdllm.host.federatedscope.plugin")  # it prepares the process, so it goes first
+    from federatedscope.core.configs.config import global_cfg
+
+    from fs_fwdllm.host.federatedscope.settings import extend_host_config
+
+    extend_host_config(global_cfg)

@@ -1,0 +1,16 @@
+"""Names shared by the parts of this host; imports nothing."""
+
+from __future__ import annotations
+
+__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "METHODS", "METRIC_NAMES", "TRAINERS"]
+
+#: ``trainer.type`` and ``federate.method`` values (lower case) that make a run one of ours.
+TRAINERS = ("mezotrainer", "fwdtrainer", "cybgdtrainer")
+METHODS = ("fedmezo", "fedfwd", "fedcybgd", "fwdllm")
+#: Metrics of ours that FederatedScope has no function for.
+METRIC_NAMES = ("accuracy", "macro_f1", "majority_accuracy", "mcc", "perplexity", "token_accuracy")
+
+#: Types of our messages. None of them is one the host unpickles.
+MESSAGE_WORK = "fwdllm_work"
+MESSAGE_UPDATE = "fwdllm_update"
+MESSAGE_EVALUATE = "fwdllm_evaluate"

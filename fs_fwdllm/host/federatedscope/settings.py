@@ -1,0 +1,156 @@
+"""One configuration, two readers: our typed schema as nodes of the host's configuration, and back.
+
+FederatedScope refuses keys it does not know, so every key of ours that it lacks is added with its default. The other
+way, a run's :class:`~fs_fwdllm.config.Config` takes from the host's configuration the keys that mean something to us
+and is validated as a file would be. Features of the host that our workers do not carry are refused by name rather than
+ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config.schema import Section, is_host_only
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.host.federatedscope.names import METHODS, TRAINERS
+
+__all__ = ["TRAINERS", "complete", "config_from_host", "extend_host_config", "is_ours", "refuse_unsupported"]
+
+logger = logging.getLogger("federatedscope.fs_fwdllm")
+
+#: The host's defaults for keys that mean nothing to a language model, and what they mean to us.
+_MEANINGLESS = {"model.task": "node", "model.num_labels": 1, "trainer.type": "general"}
+
+#: Keys of the host that our workers cannot honour, with the values they can.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "asyn.use": (False,),
+    "attack.attack_method": ("",),
+    "fedopt.use": (False,),
+    "fedprox.use": (False,),
+    "federate.join_in_info": ([],),
+    "federate.online_aggr": (False,),
+    "federate.process_num": (0, 1),
+    "federate.sampler": ("uniform", ""),
+    "federate.unseen_clients_rate": (0.0,),
+    "federate.use_ss": (False,),
+    "finetune.before_eval": (False,),
+    "llm.deepspeed.use": (False,),
+    "llm.offsite_tuning.use": (False,),
+    "model.model_num_per_trainer": (1,),
+    "nbafl.use": (False,),
+    "quantization.method": ("none", ""),
+    "sgdmf.use": (False,),
+    "vertical.use": (False,),
+}
+
+
+def is_ours(config: Any) -> bool:
+    """Whether the host's configuration asks for one of our methods or trainers."""
+    return config.federate.method.lower() in METHODS or config.trainer.type.lower() in TRAINERS
+
+
+def extend_host_config(node: Any) -> None:
+    """Add every key of our schema that the host's global configuration lacks."""
+    _extend(node, Config, node.__class__)
+
+
+def _extend(node: Any, section: type[Section], make_node: Any) -> None:
+    for name, field in section.model_fields.items():
+        child = _section_of(field)
+        if child is not None:
+            if name not in node:
+                setattr(node, name, make_node())
+            _extend(node[name], child, make_node)
+        elif name not in node:
+            setattr(node, name, field.get_default(call_default_factory=True))
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def config_from_host(node: Any) -> Config:
+    """Our configuration, from the host's.
+
+    Raises:
+        ConfigError: a value that our methods cannot use.
+    """
+    config = parse_config(_tree(node, Config, ""))
+    config.wandb.use = False  # the host tracks the run
+    return config
+
+
+def _tree(node: Any, section: type[Section], prefix: str) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if name not in node or is_host_only(field):
+            continue
+        child = _section_of(field)
+        if child is not None:
+            tree[name] = _tree(node[name], child, f"{key}.")
+        elif _MEANINGLESS.get(key) != node[name]:
+            tree[name] = _plain(node[name])
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dictionaries in place of the host's nodes."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if not name.startswith("__")}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def refuse_unsupported(node: Any) -> None:
+    """Refuse what the host can do but our workers cannot.
+
+    Raises:
+        ConfigError: names the key, its value and what is allowed.
+    """
+    for key, allowed in _ONLY.items():
+        value = _value(node, key)
+        if value is not None and value not in allowed:
+            choices = " or ".join(repr(choice) for choice in allowed)
+            raise ConfigError(
+                f"{key} {value!r}: federate.method {node.federate.method!r} with trainer.type {node.trainer.type!r} "
+                f"does not support it; allowed is {choices}"
+            )
+    rule = _value(node, "aggregator.robust_rule")
+    if rule not in (None, "fedavg"):
+        raise ConfigError(f"aggregator.robust_rule {rule!r}: our servers aggregate scalars; allowed is 'fedavg'")
+
+
+def _value(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not hasattr(node, "keys") or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def complete(node: Any, splits_with_data: list[str]) -> None:
+    """Fill in what the host needs and a file for several hosts leaves open: the trainer, and the key by which the best
+    round is chosen (it must belong to a split that is evaluated)."""
+    if node.trainer.type.lower() not in TRAINERS:
+        node.trainer.type = {"fedmezo": "mezotrainer", "fedcybgd": "cybgdtrainer"}.get(
+            node.federate.method.lower(), "fwdtrainer"
+        )
+    node.eval.split = [split for split in node.eval.split if split in splits_with_data] or node.eval.split
+    key = node.eval.best_res_update_round_wise_key
+    split, _, metric = key.partition("_")
+    if split not in node.eval.split and splits_with_data:
+        node.eval.best_res_update_round_wise_key = f"{node.eval.split[0]}_{metric or 'loss'}"
+        logger.warning(
+            "eval.best_res_update_round_wise_key %r belongs to a split without samples; using %r",
+            key, node.eval.best_res_update_round_wise_key,
+        )  # fmt: skip
+    node.eval.count_flops = False
+    if node.federate.mode.lower() == "distributed":
+        node.federate.share_local_model = False  # nobody to share with, and the host's client fails over it

@@ -1,0 +1,108 @@
+"""The host's trainer under our methods: it evaluates. Training is the worker's part, called by the client directly.
+
+Results carry the host's names (``test_loss``, ``test_total``, ``test_avg_loss``) with the host's meaning: for language
+models the loss is the mean over a batch's answer tokens, summed with the batch's size as weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from federatedscope.core.trainers.base_trainer import BaseTrainer
+
+from fs_fwdllm.data.batches import evaluation_batches
+from fs_fwdllm.data.types import Batch
+from fs_fwdllm.evaluation import check_metrics, evaluate
+from fs_fwdllm.host.federatedscope.names import METRIC_NAMES
+from fs_fwdllm.host.federatedscope.process import HostModel
+from fs_fwdllm.model.objective import Objective
+from fs_fwdllm.trainables import Trainables
+
+__all__ = ["EvaluationTrainer", "host_metric"]
+
+_LOWER_IS_BETTER = frozenset({"perplexity"})
+
+
+class EvaluationTrainer(BaseTrainer):
+    """Evaluates a participant's splits at the parameters of its replica, or of the server.
+
+    Attributes:
+        held: parameters to evaluate at, instead of the model's own; the server sets its own.
+    """
+
+    def __init__(self, model: HostModel, data: Any, device: Any, **_: Any) -> None:
+        self.model = model
+        self.data = data
+        self.held: Trainables | None = None
+        self._process = model.process
+        self._batches: dict[str, list[Batch]] = {}
+
+    @torch.no_grad()
+    def evaluate(self, target_data_split_name: str = "test") -> dict[str, float]:
+        """Results on one split; empty if the participant holds no sample of it."""
+        name = target_data_split_name
+        batches = self._cut(name)
+        if not batches:
+            return {}
+        session = self._process.session
+        values = None if self.held is None else [tensor.detach() for tensor in self.held.tensors]
+        with nullcontext() if values is None else session.parts.trainables.holding(values):
+            results = self._measure(session.parts.objective, batches)
+        return {f"{name}_{metric}": value for metric, value in results.items()}
+
+    def _measure(self, objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
+        total = sum(len(batch) for batch in batches)
+        if objective.task == "causal_lm":
+            loss = sum(_mean_loss(objective, batch) * len(batch) for batch in batches)
+            wanted = [name for name in self._process.config.eval.metrics if name in METRIC_NAMES]
+            others = evaluate(objective, batches, check_metrics(wanted, objective.task)) if wanted else {}
+        else:
+            others = evaluate(objective, batches, check_metrics(self._process.config.eval.metrics, objective.task))
+            loss = others["loss"] * total
+            others["acc"] = others.get("accuracy", float("nan"))
+        others.pop("loss", None)
+        return {"loss": loss, "total": total, "avg_loss": loss / total, **others}
+
+    def _cut(self, split: str) -> list[Batch]:
+        if split not in self._batches:
+            session = self._process.session
+            examples = getattr(self.data, f"{split}_data", None) or []
+            pad = session.parts.batches.pad_token_id
+            size = session.config.dataloader.batch_size
+            self._batches[split] = evaluation_batches(examples, size, pad, split) if examples else []
+        return self._batches[split]
+
+    def train(self) -> Any:
+        """Never called: our client works through the method's own worker."""
+        raise NotImplementedError("clients of this method train through ClientWorker.work")
+
+    def update(self, model_parameters: Any, strict: bool = False) -> None:
+        """Load parameters by the host's names."""
+        self.model.load_state_dict(model_parameters)
+
+    def get_model_para(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by the host's names."""
+        return self.model.state_dict()
+
+    def print_trainer_meta_info(self) -> str:
+        """One line on what is trained, in the host's log."""
+        trainables = self._process.session.parts.trainables
+        return f"fs_fwdllm: {trainables.count} trainable parameters in {len(trainables.names)} tensors"
+
+
+def _mean_loss(objective: Objective, batch: Batch) -> float:
+    batch_loss = objective.on(batch)
+    return float(F.cross_entropy(batch_loss.logits(), batch_loss.targets))
+
+
+def host_metric(name: str) -> tuple[str, Any, bool]:
+    """What the host's registry wants to know of a metric of ours; its value is computed by the evaluation itself."""
+
+    def not_used(ctx: Any, **_: Any) -> float:
+        raise NotImplementedError(f"{name} is computed by EvaluationTrainer")
+
+    return name, not_used, name not in _LOWER_IS_BETTER
