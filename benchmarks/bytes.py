@@ -50,7 +50,7 @@ def main() -> None:
 
     rows = []
     for clients in (3, 10, 100):
-        participants = tuple((1000 + client, 10, 1) for client in range(clients))
+        participants = tuple((99_999, 1000 + client, 10, 1) for client in range(clients))
         step = RoundUpdate(99_999, _DIGEST, _DIGEST, 1.0, (), 0.0, 0.0, participants, values=values(10 * clients))
         state = len(encode(DenseState(99_999, _DIGEST, False, values=values(lora))))
         scalars = len(encode(step))

@@ -64,7 +64,7 @@ def make_batch() -> Batch:
 
 def probing(worker: ClientWorker, batch: Batch, probes: int) -> Callable[[], np.ndarray]:
     """Measure ``probes`` slopes, the same ones every time."""
-    assignment = Assignment(0, 1, worker.replica.digest, 0.0, 1, probes)
+    assignment = Assignment(0, 1, worker.replica.digest, 0.0, 1, probes, batch_index=0)
     return lambda: worker._measure(assignment, [batch], last_move=False)[0].values
 
 

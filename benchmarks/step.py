@@ -53,7 +53,8 @@ def worker_step(parts: Parts, batch: Batch, probes: int = 1) -> Callable[[], obj
     rounds = count()
 
     def run() -> object:
-        assignment = Assignment(next(rounds), 1, worker.replica.digest, _LEARNING_RATE, 1, probes)
+        index = next(rounds)
+        assignment = Assignment(index, 1, worker.replica.digest, _LEARNING_RATE, 1, probes, batch_index=index)
         return worker._measure(assignment, [batch], last_move=True)
 
     return run

@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, plot, compare, resume, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, resume, data, hook, doctor.
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.data_cli import data_app
 from fs_fwdllm.doctor import HOSTS, examine, has_landed
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
 
@@ -50,6 +51,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+app.add_typer(data_app)
+
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
@@ -77,17 +80,21 @@ def _options(
 
 @app.command(context_settings=_WITH_OVERRIDES)
 def run(
-    cfg: ConfigFile,
+    cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")] = None,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
+    cf: Annotated[Path | None, typer.Option("--cf", metavar="FILE", help="FedML's file, with --host fedml.")] = None,
 ) -> None:
     """Train: run a configuration from the first round to the last."""
     if host not in HOSTS:
         raise ConfigError(f"--host {host}: is not known; hosts are {', '.join(HOSTS)}{nearest(host, HOSTS)}")
     if not has_landed(host):
         raise ConfigError(f"--host {host}: is not in this version yet; use --host local, which runs the same files")
+    option, file, other = ("--cf", cf, cfg) if host == "fedml" else ("--cfg", cfg, cf)
+    if file is None or other is not None:
+        raise ConfigError(f"{option} FILE: is what --host {host} reads; --cf goes with --host fedml, --cfg with others")
     _refuse_stray_options(overrides)
-    importlib.import_module(f"fs_fwdllm.host.{host}").run_file(cfg, overrides or [])
+    importlib.import_module(f"fs_fwdllm.host.{host}").run_file(file, overrides or [])
 
 
 @app.command(context_settings=_WITH_OVERRIDES)
@@ -100,6 +107,22 @@ def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     for name, value in importlib.import_module("fs_fwdllm.plan").make_plan(config).rows():
         table.add_row(Text(name), Text(value))
     Console(highlight=False).print(table)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def profile(
+    cfg: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where table, picture and winner.yaml go.")] = Path(
+        "profile"
+    ),
+    probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
+    passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
+) -> None:
+    """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
+    config = _read_config(cfg, overrides)
+    profiler = importlib.import_module("fs_fwdllm.profiler")
+    _say(f"use it with: fs-fwdllm run --cfg {profiler.run_profile(config, output, probes, passes, _say)}")
 
 
 @app.command()
@@ -126,7 +149,19 @@ def compare(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Go on with a stopped run from its last checkpoint."""
-    importlib.import_module("fs_fwdllm.host.local").resume(run)
+    if (run / "federatedscope.txt").is_file():
+        raise ConfigError(f"{run}: was made inside FederatedScope; run its file again with federate.restore_from {run}")
+    host = "fedml" if (run / "fedml.yaml").is_file() else "local"
+    importlib.import_module(f"fs_fwdllm.host.{host}").resume(run)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+def fedml(ctx: typer.Context) -> None:
+    """FedML's own commands, and one of ours: fedml run local --cf FILE."""
+    importlib.import_module("fs_fwdllm.host.fedml.command").main(ctx.args)
 
 
 hook = typer.Typer(help="Make a FederatedScope checkout know this package: one file, placed or taken out.")
@@ -176,7 +211,7 @@ def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
 def _refuse_stray_options(overrides: list[str] | None) -> None:
     stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
     if stray is not None:
-        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--host'])}")
+        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--cf', '--host'])}")
 
 
 def _say(text: str) -> None:

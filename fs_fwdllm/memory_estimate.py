@@ -20,6 +20,9 @@ forward pass (central ``2 B``, one-sided ``B``, each 1 where ``B = 1``; forward 
   ``1.5 logits``.
 * layer: the outputs of all linear layers of one block for one batch, and the scores where attention is eager.
   logits: two float32 numbers per labelled position and class.
+* blocks (fedcybgd): replicas are the server's float32 model and the frames of its blocks in the model's dtype; messages
+  four times the model; work is 8 bytes (start, gradient), 8 (AdamW) and, for a half-precision model, 4 (master) per
+  parameter of the largest block, and the activations from the lowest layer on.
 * evaluation: ``layer + logits`` of the largest evaluation batch.
 * not counted: what checkpoints and the saved model copy for a moment (a few ``T``), and the heap's fragmentation. With
   all parameters trained, the part above libraries and data has been measured at up to 2.6 times the estimate.
@@ -41,7 +44,9 @@ from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.estimator.backprop import transformer_layers
 from fs_fwdllm.host.session import Session
-from fs_fwdllm.method import resolve_method
+from fs_fwdllm.method import Parts, resolve_method
+from fs_fwdllm.method.cybgd.forecast import visit_bytes
+from fs_fwdllm.model.source import model_task
 
 __all__ = ["MemoryEstimate", "estimate_memory", "resident_bytes"]
 
@@ -88,11 +93,12 @@ def estimate_memory(session: Session, clients_per_round: int, steps: int, before
     rows = min(session.config.dataloader.batch_size, max(session.client_samples.values()))
     work = _Pass(rows, max(len(example.input_ids) for example in examples), rows * max(map(_labels, examples)))
     scalars = resolve_method(session.config).forward_only
+    blocks = resolve_method(session.config).name == "cybgd"
     trainable_bytes = session.parts.trainables.bytes
     return MemoryEstimate(
         process_bytes=process_bytes,
         model_bytes=model_bytes,
-        replicas_bytes=_replicas(session.config, trainable_bytes),
+        replicas_bytes=_block_replicas(session.parts) if blocks else _replicas(session.config, trainable_bytes),
         messages_bytes=_messages(session.config, trainable_bytes, clients_per_round),
         work_bytes=_forward_only(session, shape, work, steps) if scalars else _backprop(session, shape, work),
         evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
@@ -129,12 +135,16 @@ class _Shape:
         blocks = transformer_layers(model)
         trained = [index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
         layers = getattr(settings, "num_hidden_layers", len(blocks))
-        classifies = bool(config.model.task)
+        classes = {
+            "classification": getattr(settings, "num_labels", 0),
+            "question_answering": config.llm.tok_len,
+            "causal_lm": getattr(settings, "vocab_size", 0),
+        }
         return cls(
             width=max((sum(map(_outputs, block.modules())) for block in blocks), default=0),
             hidden=settings.hidden_size,
             heads=settings.num_attention_heads,
-            classes=settings.num_labels if classifies else settings.vocab_size,
+            classes=classes[model_task(config)],
             layers=layers,
             trained_layers=layers - trained[0] if trained else 0,
             element_bytes=max(parameter.element_size() for parameter in model.parameters() if parameter.dim() > 1),
@@ -167,6 +177,11 @@ def _evaluation_pass(batch: Batch) -> _Pass:
     return _Pass(rows, tokens, int((batch.labels != IGNORED_LABEL).sum()))
 
 
+def _block_replicas(parts: Parts) -> int:
+    """The server's float32 blocks, and the frames of their views, which it keeps."""
+    return 4 * parts.trainables.count + parts.trainables.bytes
+
+
 def _replicas(config: Config, trainable_bytes: int) -> int:
     optimizer, own = config.train.optimizer, config.fwdllm
     copies = 1
@@ -179,6 +194,8 @@ def _replicas(config: Config, trainable_bytes: int) -> int:
 
 
 def _messages(config: Config, trainable_bytes: int, clients_per_round: int) -> int:
+    if resolve_method(config).name == "cybgd":
+        return 4 * trainable_bytes  # an assignment of every block, its frame, and both once more unpacked
     if resolve_method(config).forward_only and config.fwdllm.upload == "scalars":
         return (10 if config.fwdllm.server_momentum else 5) * trainable_bytes
     return (8 + clients_per_round) * trainable_bytes
@@ -205,16 +222,22 @@ def _largest_module(model: nn.Module) -> int:
 
 
 def _backprop(session: Session, shape: _Shape, work: _Pass) -> int:
+    if resolve_method(session.config).name == "cybgd":
+        return visit_bytes(session.parts) + _backprop_activations(session, shape, work)
     optimizer = session.config.train.optimizer
     copies = 1
     if resolve_method(session.config).name != "fedsgd":
         copies += 2 + (2 if optimizer.type == "AdamW" else bool(optimizer.momentum))
+    return copies * session.parts.trainables.bytes + _backprop_activations(session, shape, work)
+
+
+def _backprop_activations(session: Session, shape: _Shape, work: _Pass) -> int:
     if session.config.fwdllm.gradient_checkpointing:
         hidden = shape.element_bytes * work.rows * work.tokens * shape.hidden
         activations = 3 * shape.layer(work) // 2 + shape.layers * hidden
     else:
         activations = 3 * shape.layer(work) * shape.trained_layers // 2
-    return copies * session.parts.trainables.bytes + activations + 3 * shape.logits(work) // 2
+    return activations + 3 * shape.logits(work) // 2
 
 
 def _prefix_cache(session: Session, examples: list[Example]) -> int:

@@ -5,7 +5,8 @@ length of a frame depends only on counts. So the rounds are walked through with 
 rule of who is sent what, one example of every kind of frame is really encoded, and the sums are what the run's
 ``metrics.jsonl`` will say, provided that every asked client answers. (A checksum below 2^16, one in 65,536, makes a
 frame two bytes shorter.) Of a run longer than :data:`MAX_WALKED_ROUNDS` the later rounds count as much as the second
-half of the walked ones did on average.
+half of the walked ones did on average. Block training is a dry run of its server over two cycles instead
+(:mod:`fs_fwdllm.method.cybgd.forecast`), whose uploads are upper bounds.
 
 Passes per client and round, for ``K`` steps and ``P`` probes: central ``2 K P``, one-sided ``K (1 + P)``, forward mode
 ``K (ceil(P / probes_per_batch) + P)``, backpropagation ``K`` forward and ``K`` backward, ``2 K`` forward with
@@ -31,6 +32,7 @@ from fs_fwdllm.memory_estimate import MemoryEstimate, estimate_memory, resident_
 from fs_fwdllm.method import resolve_method
 from fs_fwdllm.method.assembly import work_plans
 from fs_fwdllm.method.catch_up import CatchUpLog
+from fs_fwdllm.method.cybgd.forecast import dry_rounds
 from fs_fwdllm.report.units import format_bytes, format_count
 from fs_fwdllm.trainables import DIGEST_BYTES
 from fs_fwdllm.wire import Assignment, DenseState, DenseUpdate, Record, RoundUpdate, ScalarUpdate, encode
@@ -150,11 +152,14 @@ def make_plan(config: Config) -> Plan:
     """
     before_loading_bytes = resident_bytes()
     session = Session.open(config)
-    per_round = clients_per_round(config, len(session.client_samples))
+    own = config.fwdllm.blocks
+    blocks = resolve_method(config).name == "cybgd"
+    available = len(session.client_samples)
+    per_round = own.parallel_blocks * own.clients_per_block if blocks else clients_per_round(config, available)
     plans = work_plans(config, session.client_samples)
     steps = min(plan.steps for plan in plans.values()), max(plan.steps for plan in plans.values())
     memory = estimate_memory(session, per_round, steps[1], before_loading_bytes)
-    rounds = list(_Walk(session, per_round).rounds())
+    rounds = list(_rounds(session, per_round))
     sums = [sum(clients, Cost()) for clients in rounds]
     late = sums[len(sums) // 2 :]
     unwalked = config.federate.total_round_num - len(sums)
@@ -176,6 +181,16 @@ def make_plan(config: Config) -> Plan:
         run=sum(sums, Cost()) + sum(late, Cost()).times(unwalked / len(late)),
         memory=memory,
     )
+
+
+def _rounds(session: Session, per_round: int) -> Iterator[list[Cost]]:
+    """For each round that is walked through, what each of its clients costs."""
+    if resolve_method(session.config).name != "cybgd":
+        yield from _Walk(session, per_round).rounds()
+        return
+    passes = 2 if session.config.fwdllm.gradient_checkpointing else 1
+    for clients in dry_rounds(session.parts, session.client_samples):
+        yield [Cost(up, down, passes * assignment.steps, assignment.steps) for assignment, down, up in clients]
 
 
 def _largest(costs: Sequence[Cost]) -> Cost:
@@ -252,7 +267,7 @@ class _Walk:
         kind = ScalarUpdate if self._scalars else DenseUpdate
         upload = kind(round_index, client, _DIGEST, self._samples(round_index, client), 1.0, forward, backward)
         frames = self._catch_up.frames_for(client, lambda: _FrameOfLength.of(self._state_bytes(round_index)))
-        assignment = Assignment(round_index, client, _DIGEST, 0.0, plan.steps, plan.probes)
+        assignment = Assignment(round_index, client, _DIGEST, 0.0, plan.steps, plan.probes, batch_index=round_index)
         download_bytes = assignment_bytes(assignment, [len(frame) for frame in frames])
         return Cost(frame_bytes(upload, count), download_bytes, forward, backward)
 
@@ -286,10 +301,11 @@ class _Walk:
         return frame_bytes(state, (2 if has_momentum else 1) * self._count)
 
     def _step_bytes(self, round_index: int, clients: Sequence[int]) -> int:
-        participants = tuple((client, self._plans[client].steps, self._plans[client].probes) for client in clients)
+        plans = {client: self._plans[client] for client in clients}
+        participants = tuple((round_index, client, plan.steps, plan.probes) for client, plan in plans.items())
         step_decay = (1.0,) * len(participants) if self._decays_within_rounds else ()
         record = RoundUpdate(round_index, _DIGEST, _DIGEST, 1.0, step_decay, 0.0, 0.0, participants)
-        return frame_bytes(record, sum(steps * probes for _, steps, probes in participants))
+        return frame_bytes(record, sum(steps * probes for *_, steps, probes in participants))
 
 
 def _integer_bytes(value: int) -> int:

@@ -4,6 +4,7 @@ A direction evaluated with slope ``g`` contributes ``c * z(seed)`` to the parame
 learning rate, client weight and sign. Several contributions are added in a fixed order with fixed arithmetic:
 
     1. ``u = 0``; for each contribution in order ``u <- u + c * z``   (one rounding each; ``c * (+-1)`` is exact)
+       where a reference ``r`` (an earlier ``u``) takes part: ``u <- u + (r * a)``
     2. without momentum ``p <- p * decay``, then ``p <- p + u``
        with momentum    ``m <- m * beta``, ``m <- m + u``, ``p <- p * decay``, ``p <- p - (m * rate)``
 
@@ -19,7 +20,7 @@ directions are added: memory is read and written once however many contributions
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,15 @@ class Contributions:
         coefficients: float32 array of the same length.
         decayed: the coefficients for tensors that weight decay applies to, where they differ: what was added early in
             a round has decayed since.
+        reference: coefficient of the reference.
+        directions: what the seeds mean, where it is not the replayer's own distribution.
     """
 
     seeds: Sequence[int]
     coefficients: np.ndarray
     decayed: np.ndarray | None = None
+    reference: float = 0.0
+    directions: Distribution | None = None
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.coefficients):
@@ -63,14 +68,14 @@ class Contributions:
 
 @torch.no_grad()
 def add_contributions(
-    buffers: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor | None],
     contributions: Contributions,
     run_seed: int,
     distribution: Distribution,
     chunk: int = DEFAULT_CHUNK,
     decays: Sequence[bool] | None = None,
 ) -> None:
-    """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` is the tensor with id ``k``.
+    """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` has id ``k``, ``None`` leaves it out.
 
     Args:
         decays: per tensor, whether the decayed coefficients apply; needed only where there are such.
@@ -78,6 +83,8 @@ def add_contributions(
     keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
     plain, decayed = contributions.coefficients_for(False), contributions.coefficients_for(True)
     for tensor_id, buffer in enumerate(buffers):
+        if buffer is None:
+            continue
         coefficients = decayed if decays is not None and decays[tensor_id] else plain
         flat = buffer.view(-1)
         for start in range(0, flat.numel(), chunk):
@@ -126,7 +133,7 @@ def perturb(
 
 
 class Replayer:
-    """Applies round updates to trainables and keeps the momentum buffer, if any.
+    """Applies round updates to trainables and keeps the momentum buffer and the reference, if any.
 
     Two replayers that start from equal trainables and see the same updates in the same order hold the same bits.
     """
@@ -139,17 +146,27 @@ class Replayer:
         self.distribution = distribution
         self.chunk = chunk
         self.momentum: list[torch.Tensor] | None = None
+        self.reference: list[torch.Tensor] | None = None
 
     def digest(self) -> bytes:
-        """16 bytes that name the whole state: the trainables' digest, extended by the momentum where there is one."""
-        if self.momentum is None:
-            return self.trainables.digest()
-        state = Trainables(dict(zip(self.trainables.names, self.momentum, strict=True)))
-        both = self.trainables.digest() + state.digest()
-        return hashlib.blake2b(both, digest_size=DIGEST_BYTES).digest()
+        """16 bytes that name the whole state: the trainables' digest, extended by momentum and reference, if any."""
+        digest = self.trainables.digest()
+        for person, buffers in ((b"", self.momentum), (b"reference", self.reference)):
+            if buffers is not None:
+                state = Trainables(dict(zip(self.trainables.names, buffers, strict=True)))
+                digest = hashlib.blake2b(digest + state.digest(), digest_size=DIGEST_BYTES, person=person).digest()
+        return digest
 
     @torch.no_grad()
-    def apply(self, contributions: Contributions, *, decay: float, momentum: float, rate: float) -> None:
+    def apply(
+        self,
+        contributions: Contributions,
+        *,
+        decay: float,
+        momentum: float,
+        rate: float,
+        keep_reference: bool = False,
+    ) -> None:
         """One server step.
 
         Args:
@@ -158,6 +175,7 @@ class Replayer:
             decay: factor of the parameters that decay (float32), one for none.
             momentum: ``beta``; zero keeps no buffer.
             rate: learning rate (float32) of the momentum form; unused without momentum.
+            keep_reference: the sum of the contributions becomes the reference.
         """
         parameters = [tensor.detach() for tensor in self.trainables.tensors]
         if momentum:
@@ -165,19 +183,41 @@ class Replayer:
                 self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
             for buffer in self.momentum:
                 buffer.mul_(float(np.float32(momentum)))
-            self._add(self.momentum, contributions)
+            self._add(self.momentum, contributions, keep_reference)
         if decay != 1.0:
             for parameter, decays in zip(parameters, self.trainables.decays(), strict=True):
                 if decays:
                     parameter.mul_(float(np.float32(decay)))
         if not momentum:
-            self._add(parameters, contributions)
+            self._add(parameters, contributions, keep_reference)
             return
         assert self.momentum is not None
         for parameter, buffer in zip(parameters, self.momentum, strict=True):
             parameter.sub_(buffer * float(np.float32(rate)))
 
-    def _add(self, buffers: Sequence[torch.Tensor], contributions: Contributions) -> None:
+    @torch.no_grad()
+    def total(self, contributions: Contributions, tensor_ids: Collection[int] | None = None) -> list[torch.Tensor]:
+        """The sum of the contributions as tensors, zero outside ``tensor_ids`` if those are given."""
+        chosen = range(len(self.trainables.tensors)) if tensor_ids is None else tensor_ids
+        total = [torch.zeros_like(tensor.detach()) for tensor in self.trainables.tensors]
+        self._add_directions([buffer if index in chosen else None for index, buffer in enumerate(total)], contributions)
+        if contributions.reference and self.reference is not None:
+            for index in chosen:
+                total[index].add_(self.reference[index] * float(np.float32(contributions.reference)))
+        return total
+
+    def _add(self, buffers: Sequence[torch.Tensor], contributions: Contributions, keep_reference: bool) -> None:
+        if not keep_reference and not contributions.reference:
+            self._add_directions(buffers, contributions)
+            return
+        total = self.total(contributions)
+        for buffer, part in zip(buffers, total, strict=True):
+            buffer.add_(part)
+        if keep_reference:
+            self.reference = total
+
+    def _add_directions(self, buffers: Sequence[torch.Tensor | None], contributions: Contributions) -> None:
         if len(contributions.seeds):
+            distribution = contributions.directions or self.distribution
             decays = self.trainables.decays()
-            add_contributions(buffers, contributions, self.run_seed, self.distribution, self.chunk, decays)
+            add_contributions(buffers, contributions, self.run_seed, distribution, self.chunk, decays)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import nn
 
 from fs_fwdllm.errors import DivergenceError, ModelError
 
-__all__ = ["DIGEST_BYTES", "Trainables", "flatten", "public_name"]
+__all__ = ["DIGEST_BYTES", "Trainables", "digest_of", "flatten", "public_name"]
 
 DIGEST_BYTES = 16
 
@@ -37,26 +37,29 @@ class Trainables:
 
     Args:
         named: ``{name: tensor}`` in the order that fixes the ids. The tensors are kept, not copied.
+        half: allow half-precision tensors too, for methods that keep float32 masters elsewhere.
 
     Raises:
         ModelError: there is nothing to train, or a tensor is not contiguous float32.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, named: Mapping[str, torch.Tensor], *, half: bool = False) -> None:
         if not named:
             raise ModelError("the model has no trainable parameter: llm.adapter selects none")
         for name, tensor in named.items():
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            allowed = (torch.float32, torch.bfloat16, torch.float16) if half else (torch.float32,)
+            if tensor.dtype not in allowed or not tensor.is_contiguous():
                 raise ModelError(f"trainable {name!r} must be contiguous float32, but is {tensor.dtype}")
         self.names: tuple[str, ...] = tuple(named)
         self.tensors: tuple[torch.Tensor, ...] = tuple(named.values())
         self.count = sum(tensor.numel() for tensor in self.tensors)
-        self.bytes = 4 * self.count
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> Trainables:
+    def of_model(cls, model: nn.Module, *, half: bool = False) -> Trainables:
         """The parameters of ``model`` that require a gradient; updates to the trainables move the model."""
-        return cls({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return cls(named, half=half)
 
     @property
     def device(self) -> torch.device:
@@ -66,9 +69,12 @@ class Trainables:
         """Per tensor, whether weight decay applies: biases, norms and other vectors are exempt, as is customary."""
         return [tensor.dim() > 1 for tensor in self.tensors]
 
-    def clone(self) -> Trainables:
-        """An independent replica with the same names and bits."""
-        return Trainables(dict(zip(self.names, self.copy_values(), strict=True)))
+    def clone(self, *, float32: bool = False) -> Trainables:
+        """An independent replica with the same names and bits, or with the same values in float32."""
+        values = self.copy_values()
+        if float32:
+            values = [value.float() for value in values]
+        return Trainables(dict(zip(self.names, values, strict=True)), half=not float32)
 
     def copy_values(self) -> list[torch.Tensor]:
         """Detached copies of the values, in order."""
@@ -98,12 +104,8 @@ class Trainables:
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
 
     def digest(self) -> bytes:
-        """16 bytes that name the current bits: BLAKE2b over names, shapes and little-endian float32 values."""
-        state = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        for name, tensor in zip(self.names, self.tensors, strict=True):
-            state.update(f"{public_name(name)}{tuple(tensor.shape)}".encode())
-            state.update(_little_endian(tensor))
-        return state.digest()
+        """16 bytes that name the current bits: BLAKE2b over names, shapes and little-endian values."""
+        return digest_of(zip(self.names, self.tensors, strict=True))
 
     @contextmanager
     def holding(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -118,10 +120,22 @@ class Trainables:
                 tensor.data = original
 
 
+def digest_of(named: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """BLAKE2b over names, shapes and little-endian values, in the tensors' own dtypes."""
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, tensor in named:
+        state.update(f"{public_name(name)}{tuple(tensor.shape)}".encode())
+        state.update(_little_endian(tensor))
+    return state.digest()
+
+
 def flatten(tensors: Sequence[torch.Tensor]) -> np.ndarray:
     """Concatenate tensors into one float32 vector on the host."""
     return torch.cat([tensor.detach().reshape(-1).to("cpu", torch.float32) for tensor in tensors]).numpy()
 
 
 def _little_endian(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().to("cpu").contiguous().numpy().astype("<f4", copy=False).data
+    values = tensor.detach().to("cpu").contiguous()
+    if values.element_size() == 2:  # NumPy has no bfloat16: its bits are those of an int16
+        return values.view(torch.int16).numpy().astype("<i2", copy=False).data
+    return values.numpy().astype("<f4", copy=False).data

@@ -19,6 +19,7 @@ import binascii
 import dataclasses
 import struct
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -42,27 +43,37 @@ __all__ = [
     "decode",
     "encode",
     "from_text",
+    "register_record",
     "to_text",
 ]
 
 _MAGIC = b"FF"
-_VERSION = 1
+_VERSION = 2
 _PREFIX = struct.Struct("<2sBH")
 #: A frame larger than this is refused unless the caller allows more (2 GiB holds a full 500 M parameter model).
 DEFAULT_LIMIT_BYTES = 1 << 31
 
 _EMPTY = np.zeros(0, dtype=np.float32)
 
+#: ``(round, client, steps, probes)``.
+Participant = tuple[int, int, int, int]
+
 
 @dataclass(frozen=True)
 class Record:
-    """Base of everything that is framed. ``values`` is the payload; all other fields go into the header."""
+    """Base of everything that is framed. ``values`` is the payload; all other fields go into the header.
+
+    A record whose payload is not float32 says so in ``payload_dtype`` (bytes: ``"|u1"``); one with header fields of
+    other types than those of this module brings their ``checks``.
+    """
 
     kind: ClassVar[int]
+    payload_dtype: ClassVar[str] = "<f4"
+    checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {}
     values: np.ndarray = field(default_factory=lambda: _EMPTY, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype="<f4"))
+        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=self.payload_dtype))
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,14 @@ class Assignment(Record):
 
     Attributes:
         round_index: the round, counted from 0.
+        batch_index: the round whose mini-batches are used: an earlier one where a server step takes several rounds.
         client: who works.
         digest: of the server's trainables; the client must hold the same before it starts.
         learning_rate: local learning rate (unused where the client does not move).
         steps: local steps, or mini-batches evaluated at one point.
         probes: directions per step; 0 for methods that backpropagate.
+        reference_scale: the last probe of a step is measured along the reference times this; 0 for none.
+        choices: little-endian uint32 ``[steps, probes, tensors]``: the candidates that were chosen; empty for none.
         catch_up: frames of :class:`RoundUpdate` or :class:`DenseState`, oldest first.
     """
 
@@ -87,6 +101,9 @@ class Assignment(Record):
     steps: int
     probes: int
     catch_up: tuple[bytes, ...] = ()
+    batch_index: int = field(kw_only=True)
+    reference_scale: float = 0.0
+    choices: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -130,10 +147,14 @@ class RoundUpdate(Record):
     ``values`` are the float32 coefficients, participant after participant, step after step, probe after probe.
 
     Attributes:
-        participants: ``(client, steps, probes)`` triples; with the round they give every direction's seed.
+        participants: ``(round, client, steps, probes)``, which give every direction's seed. The rounds are those of the
+            evaluations: one record replays what several rounds have pooled.
         decay, momentum, rate: as :meth:`fs_fwdllm.replay.Replayer.apply` has them.
         step_decay: decay factor of one local step, a number per participant; empty where contributions do not decay
             within the round.
+        keeps_reference: the sum of the contributions is the reference from now on.
+        reference: coefficient of the reference so far.
+        choices: as in :class:`Assignment`, for all participants; empty where directions are as drawn.
     """
 
     kind: ClassVar[int] = 4
@@ -144,23 +165,33 @@ class RoundUpdate(Record):
     step_decay: tuple[float, ...]
     momentum: float
     rate: float
-    participants: tuple[tuple[int, int, int], ...]
+    participants: tuple[Participant, ...]
+    keeps_reference: bool = False
+    reference: float = 0.0
+    choices: bytes = b""
 
 
 @dataclass(frozen=True)
 class DenseState(Record):
-    """Server to client: the trainables themselves (and the momentum buffer behind them, where there is one)."""
+    """Server to client: the trainables themselves (behind them the momentum buffer and the reference, if any)."""
 
     kind: ClassVar[int] = 5
     round_index: int
     digest: bytes
     has_momentum: bool
+    has_reference: bool = False
 
 
-Participant = tuple[int, int, int]
 _KINDS: dict[int, type[Record]] = {
     record.kind: record for record in (Assignment, ScalarUpdate, DenseUpdate, RoundUpdate, DenseState)
 }
+
+
+def register_record(record_type: type[Record]) -> type[Record]:
+    """Let :func:`decode` know a further kind of record. Raises ``ValueError`` if its number is taken."""
+    if _KINDS.setdefault(record_type.kind, record_type) is not record_type:
+        raise ValueError(f"record kind {record_type.kind} is {_KINDS[record_type.kind].__name__}'s")
+    return record_type
 
 
 def encode(record: Record) -> bytes:
@@ -189,14 +220,15 @@ def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
         record_type = _KINDS[kind]
     except Exception as error:  # msgpack raises a dozen types; whichever it is, these bytes are not a record
         raise WireError(f"a frame's header is not one of ours ({type(error).__name__}: {error})") from error
-    if not isinstance(count, int) or len(payload) != 4 * count or zlib.crc32(payload) != checksum:
+    width = np.dtype(record_type.payload_dtype).itemsize
+    if not isinstance(count, int) or len(payload) != width * count or zlib.crc32(payload) != checksum:
         raise WireError(f"a {record_type.__name__} frame is truncated or corrupted ({len(payload)} payload bytes)")
     expected = _header_fields(record_type)
     if len(values) != len(expected):
         raise WireError(f"a {record_type.__name__} frame has {len(values)} header fields, not {len(expected)}")
     named = {item.name: value for item, value in zip(expected, values, strict=True)}
     _check_types(record_type, named)
-    return record_type(**named, values=np.frombuffer(payload, dtype="<f4"))
+    return record_type(**named, values=np.frombuffer(payload, dtype=record_type.payload_dtype))
 
 
 def _split(frame: bytes) -> tuple[memoryview, memoryview]:
@@ -223,9 +255,14 @@ def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
     return [item for item in dataclasses.fields(record_type) if item.name != "values"]
 
 
+_FLOATS = ("loss", "learning_rate", "decay", "momentum", "rate", "reference", "reference_scale")
+
+
 def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
     for name, value in named.items():
-        if name.startswith("digest"):
+        if name in record_type.checks:
+            valid = record_type.checks[name](value)
+        elif name.startswith("digest"):
             valid = isinstance(value, bytes) and len(value) == DIGEST_BYTES
         elif name == "catch_up":
             valid = isinstance(value, tuple) and all(isinstance(part, bytes) for part in value)
@@ -233,9 +270,11 @@ def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
             valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
         elif name == "step_decay":
             valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
-        elif name == "has_momentum":
+        elif name == "choices":
+            valid = isinstance(value, bytes) and len(value) % 4 == 0
+        elif name in ("has_momentum", "has_reference", "keeps_reference"):
             valid = isinstance(value, bool)
-        elif name in ("loss", "learning_rate", "decay", "momentum", "rate"):
+        elif name in _FLOATS:
             valid = isinstance(value, float)
         else:
             valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
@@ -246,7 +285,7 @@ def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
 def _is_participant(part: object) -> bool:
     return (
         isinstance(part, tuple)
-        and len(part) == 3
+        and len(part) == 4
         and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in part)
     )
 

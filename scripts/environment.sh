@@ -1,14 +1,25 @@
 # Sourced by the other scripts: makes a virtual environment that has the package with the extras asked for.
 #
-# The environment is .venv in the project's root, or $FS_FWDLLM_VENV. It is made by $PYTHON, or by the first Python
-# between 3.10 and 3.13 that is found. Nothing is installed again while setup.cfg, pyproject.toml and constraints.txt
-# are what they were.
+# The environment is .venv in the project's root, or $FS_FWDLLM_VENV; after use_fedml_environment it is .venv-fedml, or
+# $FS_FWDLLM_FEDML_VENV. It is made by $PYTHON, or by the first Python that is found and new and old enough. Nothing is
+# installed again while setup.cfg, pyproject.toml and the constraints are what they were.
 
 project_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 environment="${FS_FWDLLM_VENV:-$project_root/.venv}"
+constraints="$project_root/constraints.txt"
+newest_python=13
+replacements=() # packages put in the place of what was installed, without what they depend on
+
+# From here on ensure_environment makes the environment for FedML, which needs older libraries than we do.
+use_fedml_environment() {
+    environment="${FS_FWDLLM_FEDML_VENV:-$project_root/.venv-fedml}"
+    constraints="$project_root/constraints-fedml.txt"
+    newest_python=11
+    replacements=(torchvision==0.16.2 typer==0.29.2)
+}
 
 is_usable_python() {
-    "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+    "$1" -c "import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest_python))" 2>/dev/null
 }
 
 find_python() {
@@ -19,14 +30,14 @@ find_python() {
             return
         fi
     done
-    echo "error: needs Python 3.10 to 3.13 with the modules venv and ensurepip; name one in PYTHON" >&2
+    echo "needs Python 3.10 to 3.$newest_python with the modules venv and ensurepip; name one in PYTHON" >&2
     return 1
 }
 
 # ensure_environment EXTRAS [EXTRAS_THAT_ALSO_DO]
 ensure_environment() {
     local extras="$1" wanted installed python
-    wanted="$(cat "$project_root"/{setup.cfg,pyproject.toml,constraints.txt} | cksum) $project_root"
+    wanted="$(cat "$project_root"/{setup.cfg,pyproject.toml} "$constraints" | cksum) $project_root"
     for installed in "$@"; do
         if [[ "$(cat "$environment/installed-$installed" 2>/dev/null)" == "$wanted" ]] &&
             "$environment/bin/fs-fwdllm" --version >/dev/null 2>&1; then
@@ -41,6 +52,10 @@ ensure_environment() {
     fi
     echo "installing fs-fwdllm[$extras] into $environment (minutes, the first time)"
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$project_root/constraints.txt" --editable "$project_root[$extras]"
+        --constraint "$constraints" --editable "$project_root[$extras]"
+    if ((${#replacements[@]})); then
+        # pip then complains that somebody wanted other versions, which is the purpose
+        "$environment/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-deps "${replacements[@]}"
+    fi
     echo "$wanted" >"$environment/installed-$extras"
 }

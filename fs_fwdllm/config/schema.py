@@ -12,7 +12,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-__all__ = ["Config", "FwdllmConfig", "FwdllmDataConfig", "Section", "is_host_only"]
+__all__ = [
+    "BlockDownloadConfig",
+    "BlocksConfig",
+    "Config",
+    "FwdllmConfig",
+    "FwdllmDataConfig",
+    "GateConfig",
+    "Section",
+    "is_host_only",
+]
 
 
 class Section(BaseModel):
@@ -34,7 +43,9 @@ def is_host_only(field: FieldInfo) -> bool:
 
 class FederateConfig(Section):
     mode: Literal["standalone", "distributed"] = host_only("standalone")
-    method: str = Field("FedAvg", description="FedAvg, FedSGD, fedmezo or fedfwd; case does not matter")
+    method: str = Field(
+        "FedAvg", description="FedAvg, FedSGD, fedmezo, fedfwd, fwdllm or fedcybgd; case does not matter"
+    )
     client_num: int = Field(0, ge=0, description="number of clients; 0 takes the number the data has by nature")
     sample_client_num: int = Field(-1, ge=-1, description="clients per round; -1 is all")
     sample_client_rate: float = Field(-1.0, le=1.0, description="share of clients per round; -1 uses sample_client_num")
@@ -60,7 +71,7 @@ class FederateConfig(Section):
 
 class DataConfig(Section):
     root: str = Field("data", description="folder of the data file")
-    type: str = Field("", description="NAME@llm, FILE.json@llm, FILE.jsonl@llm, FILE.csv@text or FILE.jsonl@text")
+    type: str = Field("", description="NAME@llm, FILE@llm, FILE@text or FILE@qa; FILE.json, .jsonl, .csv, .tsv or .h5")
     splits: list[float] = Field([0.8, 0.1, 0.1], description="shares of train, validation and test")
     splitter: str = Field("", description="iid, lda, meta or natural; empty is iid")
     splitter_args: list[dict[str, Any]] = Field([], description="e.g. [{alpha: 0.5}] for lda")
@@ -117,20 +128,24 @@ class DataloaderConfig(Section):
 
 class ModelConfig(Section):
     type: str = Field("", description="PATH_OR_NAME@huggingface_llm or PATH_OR_NAME@transformers")
-    task: str = Field("", description="SequenceClassification for @transformers; empty for language models")
+    task: str = Field("", description="SequenceClassification or QuestionAnswering; empty for language models")
     num_labels: int = Field(0, ge=0, description="classes of a classifier; 0 takes them from the data")
     dropout: float = host_only(0.0)
 
 
 class OptimizerConfig(Section):
-    type: Literal["SGD", "AdamW"] = Field("SGD", description="local optimiser of the backpropagation baselines")
+    type: Literal["SGD", "AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta"] = Field(
+        "SGD", description="local optimiser of fedcybgd; the backpropagation baselines have SGD and AdamW"
+    )
     lr: float = Field(0.1, ge=0, description="learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; biases and norms are exempt")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the local SGD of the baselines")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of SGD (fedcybgd also: RMSprop)")
 
 
 class SchedulerConfig(Section):
-    type: Literal["", "constant", "linear", "cosine"] = Field("", description="learning rate over the rounds")
+    type: Literal["", "constant", "linear", "cosine"] = Field(
+        "", description="learning rate over the rounds (fedcybgd: see fwdllm.blocks.learning_rate_over)"
+    )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the rounds with a linear warm-up")
 
 
@@ -164,7 +179,9 @@ class EarlyStopConfig(Section):
 
 
 class TrainerConfig(Section):
-    type: str = Field("", description="mezotrainer, fwdtrainer, llmtrainer; empty follows federate.method")
+    type: str = Field(
+        "", description="mezotrainer, fwdtrainer, cybgdtrainer, llmtrainer; empty follows federate.method"
+    )
 
 
 class CriterionConfig(Section):
@@ -180,12 +197,13 @@ class WandbConfig(Section):
 
 
 class GradConfig(Section):
-    grad_clip: float = host_only(-1.0)
-    grad_accum_count: int = host_only(1)
+    grad_clip: float = Field(-1.0, description="largest norm of fedcybgd's active block's gradient; not above 0 is off")
+    grad_accum_count: int = Field(1, ge=1, description="batches per optimiser step (fedcybgd)")
 
 
 class FwdllmDataConfig(Section):
-    text: str = Field("text", description="column or field of the text (FILE@text)")
+    text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
+    text_pair: str = Field("", description="column or field of a second text, where a sample is a pair (FILE@text)")
     label: str = Field("label", description="column or field of the label (FILE@text)")
     columns: list[str] = Field([], description="column names of a CSV file without a header line")
     labels: list[Any] = Field([], description="the classes, in order; empty takes the sorted labels of the data")
@@ -193,6 +211,79 @@ class FwdllmDataConfig(Section):
     category: str = Field("", description="field that data.splitter meta and lda group by; empty is the task's own")
     test_file: str = Field("", description="file in data.root whose rows are the test split, instead of a share")
     max_test_samples: int = Field(0, ge=0, description="evaluate on this many test samples (seeded draw); 0 is all")
+    partition: str = Field("", description="FedNLP's NAME_partition.h5 in data.root: who holds which rows of FILE.h5")
+    partition_method: str = Field("", description="name of a partition in that file, e.g. uniform_client_1000")
+    allow_overlap: bool = Field(False, description="accept a partition that deals a row twice")
+    held_out_clients: float = Field(0.0, ge=0, lt=1, description="share of the clients whose rows are the test split")
+    centralised: bool = Field(False, description="one client holds what all would: the centralised reference")
+    stride: int = Field(64, ge=0, description="tokens that neighbouring windows on a long context share (FILE@qa)")
+    prompt: str = Field("{text}\nLabel:", description="what a language model reads to classify (FILE@text)")
+    label_words: list[str] = Field([], description="words of the classes, in order; empty takes their names")
+
+
+class GateConfig(Section):
+    kind: Literal["none", "published", "relative"] = Field(
+        "none", description="variance gate of the server step; relative is scale-free, published is FwdLLM's"
+    )
+    threshold: float = Field(
+        0.0, ge=0, description="largest statistic that is accepted; 0 is the kind's own: 0.1, or sqrt(parameters / 8)"
+    )
+    max_repeats: int = Field(10, ge=0, description="rounds beyond the first after which a step is taken anyway")
+    tensor: str = Field("all", description="trainable tensor that the published gate looks at, or all")
+
+
+class SamplingConfig(Section):
+    kind: Literal["none", "published", "corrected"] = Field(
+        "none", description="looking along the previous gradient estimate; published is biased, corrected is not"
+    )
+    candidates: int = Field(10, ge=2, description="directions drawn per probe that the published ranking keeps")
+    every: int = Field(1, ge=1, description="sample discriminatively in every N-th server step only (FwdLLM: 2)")
+
+
+class StepConfig(Section):
+    control: Literal["none", "normalised", "trust_ratio"] = Field(
+        "none", description="step length: as estimated, for a gradient of norm one, or lr times the parameters' norm"
+    )
+    report_norms: bool = Field(False, description="report how far every step moved the parameters")
+    report_cosine: bool = Field(
+        False, description="report the cosine of the estimate to the backprop gradient in rounds that evaluate"
+    )
+
+
+class BlockDownloadConfig(Section):
+    select: Literal["all", "changed"] = Field(
+        "changed", description="blocks a client is sent: all, or those that changed since it last received them"
+    )
+    inactive: Literal["exact", "int8", "int4"] = Field(
+        "exact", description="how blocks that are not trained in the visit are sent; the target block is always exact"
+    )
+    keep_ratio: float = Field(1.0, gt=0, le=1, description="share of an inactive matrix kept, by magnitude; 1 is all")
+    drop_ratio: float = Field(0.0, ge=0, lt=1, description="share of the other layers that a client skips in a visit")
+
+
+class BlocksConfig(Section):
+    granularity: Literal["layer", "attention-mlp", "matrix"] = Field("layer", description="what one block is")
+    group_size: int = Field(1, ge=1, description="consecutive layers in one block (granularity layer)")
+    embeddings: Literal["out", "in", "always"] = Field("out", description="frozen, a block, or trained in every visit")
+    head: Literal["out", "in", "always"] = Field("out", description="as embeddings; a random head is always trained")
+    norm: Literal["out", "in", "always"] = Field("out", description="as embeddings, for norms after the last layer")
+    schedule: Literal["ascending", "descending", "random", "rotating", "fixed", "full", "aggregate"] = Field(
+        "random", description="order of the blocks; fixed never switches, full trains the whole model in every visit"
+    )
+    first_block: int = Field(0, ge=0, description="the block of schedule fixed")
+    parallel_blocks: int = Field(1, ge=1, description="blocks visited in one round")
+    clients_per_block: int = Field(1, ge=1, description="clients that visit a block in one round; deltas are averaged")
+    optimizer_state: Literal["reset", "server", "client"] = Field(
+        "reset", description="start of a visit's optimiser state: fresh, the server's per block, or the client's own"
+    )
+    learning_rate_over: Literal["visit", "run"] = Field(
+        "visit", description="what train.scheduler runs over: the steps of a visit, or the rounds"
+    )
+    upload: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="form of the uploaded delta; int8 with error feedback on the client"
+    )
+    zstandard: bool = Field(True, description="compress block frames without loss where that makes them smaller")
+    download: BlockDownloadConfig = BlockDownloadConfig()
 
 
 class FwdllmConfig(Section):
@@ -202,15 +293,20 @@ class FwdllmConfig(Section):
     direction: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction")
     probes: int = Field(1, ge=1, description="directions evaluated per step")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
+    radius_scale: Literal["absolute", "relative"] = Field(
+        "absolute", description="relative: the perturbation is radius times the norm of the trainables long"
+    )
     probes_per_batch: int = Field(1, ge=1, description="directions evaluated in one batched (vmap) forward pass")
     upload: Literal["scalars", "dense"] = Field("scalars", description="what a forward-only client sends")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backprop baselines")
+    gradient_checkpointing: bool = Field(False, description="recompute activations wherever there is backpropagation")
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto", description="attention kernel; auto is eager for forward_mode and batched probes, else the default"
     )
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the frozen base; auto is float32, or float16 with train.is_enable_half"
+        "auto",
+        description="dtype of the frozen base (fedcybgd: of the model); auto is float32, or float16 with "
+        "train.is_enable_half",
     )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
     strategy_span: float = Field(5e-6, ge=0, description="farthest train.train_strategy moves a learning rate")
@@ -221,7 +317,11 @@ class FwdllmConfig(Section):
     min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
+    gate: GateConfig = GateConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    step: StepConfig = StepConfig()
     data: FwdllmDataConfig = FwdllmDataConfig()
+    blocks: BlocksConfig = BlocksConfig()
 
 
 class Config(Section):

@@ -43,6 +43,8 @@ def collate(examples: Sequence[Example], pad_token_id: int, key: Hashable | None
         attention_mask=torch.from_numpy(attention_mask),
         labels=torch.from_numpy(_padded_labels(examples, shape)),
         key=key,
+        token_type_ids=_padded_segments(examples, shape),
+        references=tuple(example.reference for example in examples if example.reference is not None),
     )
 
 
@@ -118,7 +120,19 @@ def _visits(count: int, steps: int, seed: int, client: int, round_index: int, sh
 def _padded_labels(examples: Sequence[Example], shape: tuple[int, int]) -> np.ndarray:
     if examples[0].labels.ndim == 0:
         return np.array([int(example.labels) for example in examples], dtype=np.int64)
+    if examples[0].labels.ndim == 2:
+        return np.concatenate([example.labels for example in examples]).astype(np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
     for row, example in enumerate(examples):
         labels[row, : len(example.labels)] = example.labels
     return labels
+
+
+def _padded_segments(examples: Sequence[Example], shape: tuple[int, int]) -> torch.Tensor | None:
+    if examples[0].segments is None:
+        return None
+    segments = np.zeros(shape, dtype=np.int64)
+    for row, example in enumerate(examples):
+        if example.segments is not None:
+            segments[row, : len(example.input_ids)] = example.segments
+    return torch.from_numpy(segments)

@@ -7,26 +7,34 @@ categories a client is tested on are unrelated to those it saw; here they agree,
 are not comparable where they are handed data by different loaders. The server's validation and test splits are the
 unions over the clients.
 
-With ``fwdllm.data.test_file`` the server's test split is that file, and clients divide their rows in train and
-validation in the proportion of the first two of ``data.splits``.
+Three things replace the test share. With ``fwdllm.data.test_file``, or a data file that has a test split, the server's
+test split is that, and clients divide their rows in train and validation in the proportion of the first two of
+``data.splits``. With ``fwdllm.data.partition`` a file says who holds which training and which test rows. With
+``fwdllm.data.held_out_clients`` a seeded share of the clients is never trained on: all their rows are the server's test
+split, and a run says how well it does on people it has never met.
+
+``fwdllm.data.centralised`` hands what all clients hold to a single one, after all of that: the reference that a
+federation is measured against sees the same training and test rows.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, parse_data_type, read_test_table, read_train_table
+from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, data_task, parse_data_type
 from fs_fwdllm.data.seeding import seeded_permutation
+from fs_fwdllm.data.sources import Source, read_source
 from fs_fwdllm.data.splitters import divide_shares, split_iid, split_lda, split_meta, split_natural
 from fs_fwdllm.data.table import Table, category_codes, name_of, sorted_names
-from fs_fwdllm.data.templates import classification_examples, instruction_examples, label_indices
+from fs_fwdllm.data.tokenising import Tokeniser
 from fs_fwdllm.data.types import ClientData, Example, FederatedData
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
@@ -40,41 +48,95 @@ logger = logging.getLogger("fs_fwdllm.data")
 _SPLITTERS = ("iid", "lda", "meta", "natural")
 _DEFAULT_ALPHA = 0.5
 
+_Parts = list[np.ndarray]
+
 
 def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     """Read, tokenise and divide the data a configuration names; a pure function of both and of the files.
 
     Clients are numbered from 1. ``len(result.clients)`` is the number of clients also where ``federate.client_num`` is
-    0 (``data.splitter: natural``). Some clients may be empty, or lack a split.
+    0 (``data.splitter: natural``, or a partition file). Some clients may be empty, or lack a split.
 
     Raises:
         ConfigError: a setting is unknown, or does not fit the data.
         DataError: a file is missing or malformed, a row lacks a field or has a label outside the classes, nothing is
             left after tokenising, or ``lda`` or ``meta`` find no categories.
     """
-    task = parse_data_type(config.data.type)[1]
+    task = data_task(config)
     _check_splitter(config)
-    table = _subsample(read_train_table(config), config)
-    labels = _label_names(table, config) if task == "classification" else []
-    examples, rows = _tokenise(table, labels, tokenizer, config)
-    table = table.take(rows)
-    parts = _split(table, config)
-    test_rows: list[Example] | None = None
-    if config.fwdllm.data.test_file:
-        test_rows = _tokenise(read_test_table(config), labels, tokenizer, config)[0]
-    shares = divide_shares(parts, _shares(config), config.seed)
+    source = read_source(config)
+    labels = _label_names(source, config) if task in ("classification", "label_words") else []
+    tokenise = Tokeniser(config, tokenizer, task, labels)
+    pool = _Pool.of(source.train, _subsample(len(source.train), config), tokenise)
+    given = None if source.test is None else _Pool.of(source.test, np.arange(len(source.test)), tokenise)
+    parts = pool.positions(source.parts[0]) if source.parts else _split(pool.table, config)
+    shares = divide_shares(parts, _shares(config, given is not None), config.seed)
+    held_out = _held_out(len(parts), config)
+    for client in held_out:
+        shares[client] = (parts[client][:0], parts[client][:0], parts[client])
     clients = {
-        number: ClientData(*([examples[row] for row in split] for split in splits))
-        for number, splits in enumerate(shares, start=1)
+        number: ClientData(pool.taught(train), pool.examples(val), pool.examples(test))
+        for number, (train, val, test) in enumerate(shares, start=1)
     }
-    test = list(chain.from_iterable(client.test for client in clients.values())) if test_rows is None else test_rows
+    tested = [split[2] for client, split in enumerate(shares) if not held_out or client in held_out]
+    test = [pool.groups[row] for row in chain.from_iterable(tested)] if given is None else given.groups
+    if given is not None and source.parts:
+        own = given.positions(source.parts[1])
+        test = [given.groups[row] for row in chain.from_iterable(own)]
+        for number, rows in enumerate(own, start=1):
+            clients[number].test = given.examples(rows)
     return FederatedData(
         task=task,
-        clients=clients,
+        clients={1: _together(clients.values())} if config.fwdllm.data.centralised else clients,
         val=list(chain.from_iterable(client.val for client in clients.values())),
-        test=_draw(test, config.fwdllm.data.max_test_samples, config.seed),
+        test=list(chain.from_iterable(_draw(test, config.fwdllm.data.max_test_samples, config.seed))),
         label_names=labels,
+        label_tokens=tokenise.label_tokens,
     )
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Tokenised rows of a table.
+
+    Attributes:
+        groups: the examples of each row; rows without any are left out.
+        rows: for each group the row it was in the table as it was read.
+        table: the rows that are left.
+    """
+
+    groups: list[list[Example]]
+    rows: list[int]
+    table: Table
+
+    @classmethod
+    def of(cls, table: Table, rows: Sequence[int] | np.ndarray, tokenise: Tokeniser) -> _Pool:
+        """Tokenise ``rows`` of ``table``."""
+        chosen = table.take(rows)
+        groups, kept = tokenise(chosen)
+        return cls(groups, [int(rows[row]) for row in kept], chosen.take(kept))
+
+    def positions(self, parts: _Parts) -> _Parts:
+        """Rows of the table as it was read, as positions here."""
+        position = {row: here for here, row in enumerate(self.rows)}
+        return [np.array([position[row] for row in part.tolist() if row in position], dtype=np.int64) for part in parts]
+
+    def examples(self, positions: Iterable[int]) -> list[Example]:
+        return [example for row in positions for example in self.groups[row]]
+
+    def taught(self, positions: Iterable[int]) -> list[Example]:
+        """Only examples from which there is something to learn."""
+        return [example for example in self.examples(positions) if example.is_taught]
+
+
+def _together(clients: Iterable[ClientData]) -> ClientData:
+    """One client that holds what all have: the centralised reference."""
+    everything = ClientData()
+    for client in clients:
+        everything.train += client.train
+        everything.val += client.val
+        everything.test += client.test
+    return everything
 
 
 def _check_splitter(config: Config) -> None:
@@ -86,7 +148,7 @@ def _check_splitter(config: Config) -> None:
         )
     if parse_data_type(config.data.type)[0].lower() == PRESPLIT:
         return
-    if splitter != "natural" and config.federate.client_num == 0:
+    if splitter != "natural" and not config.fwdllm.data.partition and config.federate.client_num == 0:
         raise ConfigError(f"federate.client_num: 0 needs data.splitter natural, but it is {splitter or 'iid'!r}")
     if splitter == "natural" and not config.fwdllm.data.natural:
         raise ConfigError("fwdllm.data.natural: data.splitter natural needs the field that names a row's client")
@@ -106,29 +168,41 @@ def _alpha(config: Config) -> float:
     return float(alpha)
 
 
-def _shares(config: Config) -> tuple[float, float, float]:
+def _shares(config: Config, has_test: bool) -> tuple[float, float, float]:
     train, val, test = config.data.splits
-    return (train, val, 0.0 if config.fwdllm.data.test_file else test)
+    return (train, val, 0.0 if has_test else test)
 
 
-def _subsample(table: Table, config: Config) -> Table:
+def _held_out(clients: int, config: Config) -> set[int]:
+    """The clients (from 0) that are only tested on: the nearest whole number, at least one, and not all."""
+    share = config.fwdllm.data.held_out_clients
+    if not share:
+        return set()
+    if clients < 2:
+        raise ConfigError(f"fwdllm.data.held_out_clients: is {share}, but there is only {clients} client")
+    count = min(max(1, round(share * clients)), clients - 1)
+    return set(seeded_permutation(clients, "held out", config.seed)[:count].tolist())
+
+
+def _subsample(rows: int, config: Config) -> np.ndarray:
     if config.data.subsample == 1.0:
-        return table
-    keep = math.ceil(config.data.subsample * len(table))
-    return table.take(np.sort(seeded_permutation(len(table), "subsample", config.seed)[:keep]).tolist())
+        return np.arange(rows)
+    keep = math.ceil(config.data.subsample * rows)
+    return np.sort(seeded_permutation(rows, "subsample", config.seed)[:keep])
 
 
-def _draw(examples: list[Example], limit: int, seed: int) -> list[Example]:
-    if not 0 < limit < len(examples):
-        return examples
-    return [examples[row] for row in np.sort(seeded_permutation(len(examples), "test samples", seed)[:limit])]
+def _draw(groups: list[list[Example]], limit: int, seed: int) -> list[list[Example]]:
+    if not 0 < limit < len(groups):
+        return groups
+    return [groups[row] for row in np.sort(seeded_permutation(len(groups), "test samples", seed)[:limit])]
 
 
-def _label_names(table: Table, config: Config) -> list[str]:
+def _label_names(source: Source, config: Config) -> list[str]:
+    table = source.train
     named = [name_of(label) for label in config.fwdllm.data.labels]
     if len(set(named)) < len(named):
         raise ConfigError(f"fwdllm.data.labels: {named} names a class twice")
-    labels = named or sorted_names(table.names(config.fwdllm.data.label, "fwdllm.data.label"))
+    labels = named or source.labels or sorted_names(table.names(config.fwdllm.data.label, "fwdllm.data.label"))
     if len(labels) < 2:
         raise DataError(f"{table.source}: classification needs two classes or more, but there is only {labels}")
     allowed = config.model.num_labels
@@ -137,21 +211,6 @@ def _label_names(table: Table, config: Config) -> list[str]:
             f"{table.source}: has {len(labels)} classes ({', '.join(labels[:20])}), but model.num_labels is {allowed}"
         )
     return labels
-
-
-def _tokenise(
-    table: Table, labels: list[str], tokenizer: PreTrainedTokenizerBase, config: Config
-) -> tuple[list[Example], list[int]]:
-    tok_len = config.llm.tok_len
-    if labels:
-        texts = table.texts(config.fwdllm.data.text, "fwdllm.data.text")
-        indices = label_indices(table, config.fwdllm.data.label, labels)
-        examples, rows = classification_examples(table, texts, indices, tokenizer, tok_len)
-    else:
-        examples, rows = instruction_examples(table, tokenizer, tok_len)
-    if not examples:
-        raise DataError(f"{table.source}: none of the {len(table)} rows has a label within llm.tok_len {tok_len}")
-    return examples, rows
 
 
 def _split(table: Table, config: Config) -> list[np.ndarray]:
@@ -170,8 +229,8 @@ def _split(table: Table, config: Config) -> list[np.ndarray]:
 
 def _categories(table: Table, config: Config) -> np.ndarray:
     setting = config.fwdllm.data.category
-    is_llm = parse_data_type(config.data.type)[1] == "causal_lm"
-    field = setting or ("category" if is_llm else config.fwdllm.data.label)
+    own_fields = {"causal_lm": "category", "question_answering": "title"}
+    field = setting or own_fields.get(data_task(config), config.fwdllm.data.label)
     if not setting and not table.has(field):
         raise DataError(
             f"{table.source}: data.splitter {config.data.splitter} groups rows by category, but they have none; set "

@@ -1,9 +1,10 @@
 """From a file to rows: JSON, JSON lines, CSV and TSV, by the file's ending.
 
 Nothing is guessed and nothing is repaired: a line that does not follow its format is an error that names the file and
-the line. JSON files hold a list of objects; JSON lines one object per line, blank lines aside. CSV follows RFC 4180
-(quotes double inside quotes); TSV has no quoting at all, as GLUE's files have it. CSV and TSV carry their field names
-in the first line unless ``columns`` gives them. Text is UTF-8, with or without a byte order mark.
+the line. JSON files hold a list of objects, or SQuAD's document, which has one row per question; JSON lines one object
+per line, blank lines aside. CSV follows RFC 4180 (quotes double inside quotes); TSV has no quoting at all, as GLUE's
+files have it. CSV and TSV carry their field names in the first line unless ``columns`` gives them. Text is UTF-8, with
+or without a byte order mark.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fs_fwdllm.data.squad import is_squad_document, squad_rows
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
@@ -66,6 +68,9 @@ def _parse_json(text: str, path: Path, columns: Sequence[str]) -> Iterator[dict[
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: is not JSON: {error}") from error
+    if is_squad_document(content):
+        yield from squad_rows(content, str(path))
+        return
     if not isinstance(content, list):
         raise DataError(f"{path}: must hold a list of objects, but holds a {type(content).__name__}")
     for number, record in enumerate(content, start=1):

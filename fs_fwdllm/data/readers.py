@@ -4,8 +4,9 @@
 ``instruction``, ``input``, ``output`` and ``category`` beside their own. The names and the file each stands for are
 FederatedScope's; a file named directly is recognised by the fields of its first row. ``FILE@text`` is text
 classification, with the text and label fields named by ``fwdllm.data.text`` and ``fwdllm.data.label``;
-``installed_docstrings@text`` needs no file at all (:mod:`fs_fwdllm.data.docstrings`). ``presplit@llm`` and
-``presplit@text`` read one file a client.
+``installed_docstrings@text`` needs no file at all (:mod:`fs_fwdllm.data.docstrings`). ``FILE@qa`` is questions about
+contexts (:mod:`fs_fwdllm.data.squad`); the same file as ``FILE@llm`` has the context for input, the answer for output.
+``presplit@llm`` and ``presplit@text`` read one file a client.
 
 Nothing is downloaded: the message for an absent file says where it is expected.
 """
@@ -23,7 +24,10 @@ from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
-__all__ = ["CLIENT_FIELD", "PRESPLIT", "parse_data_type", "read_test_table", "read_train_table"]
+__all__ = [
+    "CLIENT_FIELD", "PRESPLIT", "as_instructions", "data_task", "is_h5", "parse_data_type", "read_test_table",
+    "read_train_table",
+]  # fmt: skip
 
 logger = logging.getLogger("fs_fwdllm.data")
 
@@ -53,6 +57,7 @@ _ALPACA = _Layout("instruction", "input", "output", "category")
 _DOLLY = _Layout("instruction", "context", "response", "category")
 _GSM8K = _Layout("question", None, "answer", None)
 _ROSETTA = _Layout("instruction", "input", "output", "input")
+_SQUAD = _Layout("question", "context", "answer_text", "title")
 
 _NAMED: dict[str, tuple[str, _Layout]] = {
     "alpaca": ("alpaca_data.json", _ALPACA),
@@ -63,7 +68,10 @@ _NAMED: dict[str, tuple[str, _Layout]] = {
     "rosetta_alpaca": ("rosetta_alpaca.json", _ROSETTA),
 }
 
-_TASKS: dict[str, Task] = {"llm": "causal_lm", "text": "classification"}
+_TASKS: dict[str, Task] = {"llm": "causal_lm", "text": "classification", "qa": "question_answering"}
+
+_H5_ENDING = ".h5"
+_ENDINGS = (*FILE_ENDINGS, _H5_ENDING)
 
 _KNOWN_TYPES = [f"{name}@llm" for name in sorted(_NAMED)] + [f"{DOCSTRINGS}@text"]
 
@@ -77,14 +85,27 @@ def parse_data_type(data_type: str) -> tuple[str, Task]:
     name, _, kind = data_type.rpartition("@")
     task = _TASKS.get(kind.lower())
     path = Path(name)
-    is_file = path.suffix.lower() in FILE_ENDINGS and bool(path.stem)
-    known = name.lower() == PRESPLIT or (name.lower() in _NAMED if task == "causal_lm" else name.lower() == DOCSTRINGS)
+    is_file = path.suffix.lower() in _ENDINGS and bool(path.stem)
+    known = {"causal_lm": name.lower() in _NAMED, "classification": name.lower() == DOCSTRINGS}.get(task or "", False)
+    known = known or (name.lower() == PRESPLIT and task != "question_answering")
     if task is None or not (is_file or known):
         raise ConfigError(
-            f"data.type: {data_type!r} is not known; allowed are {', '.join(_KNOWN_TYPES)}, FILE@llm and FILE@text "
-            f"(FILE ending in {', '.join(FILE_ENDINGS)}){nearest(data_type.lower(), _KNOWN_TYPES)}"
+            f"data.type: {data_type!r} is not known; allowed are {', '.join(_KNOWN_TYPES)}, FILE@llm, FILE@text "
+            f"and FILE@qa (FILE ending in {', '.join(_ENDINGS)}){nearest(data_type.lower(), _KNOWN_TYPES)}"
         )
     return name, task
+
+
+def data_task(config: Config) -> Task:
+    """What the data is for: texts with labels are ``label_words`` for a language model, else as ``data.type`` says."""
+    task = parse_data_type(config.data.type)[1]
+    is_language_model = config.model.type.endswith("@huggingface_llm")
+    return "label_words" if task == "classification" and is_language_model else task
+
+
+def is_h5(config: Config) -> bool:
+    """Whether ``data.type`` names one of FedNLP's h5 files."""
+    return Path(parse_data_type(config.data.type)[0]).suffix.lower() == _H5_ENDING
 
 
 def read_train_table(config: Config) -> Table:
@@ -101,6 +122,8 @@ def read_train_table(config: Config) -> Table:
         if name.lower() == DOCSTRINGS:
             return installed_docstrings()
         return read_table(Path(config.data.root) / name, config.fwdllm.data.columns)
+    if task == "question_answering":
+        return read_table(Path(config.data.root) / name)
     if name.lower() not in _NAMED:
         return _read_instructions(Path(config.data.root) / name, config)
     file, layout = _NAMED[name.lower()]
@@ -113,7 +136,10 @@ def read_train_table(config: Config) -> Table:
 def read_test_table(config: Config) -> Table:
     """The rows of ``fwdllm.data.test_file`` under ``data.root``; its fields as the training file's. Raises as above."""
     path = Path(config.data.root) / config.fwdllm.data.test_file
-    if parse_data_type(config.data.type)[1] == "causal_lm":
+    task = parse_data_type(config.data.type)[1]
+    if task == "question_answering":
+        return read_table(path)
+    if task == "causal_lm":
         return _read_instructions(path, config)
     return read_table(path, config.fwdllm.data.columns)
 
@@ -139,7 +165,15 @@ def _read_presplit(config: Config, task: Task) -> Table:
 
 
 def _read_instructions(path: Path, config: Config, layout: _Layout | None = None) -> Table:
-    table = read_table(path, config.fwdllm.data.columns)
+    return as_instructions(read_table(path, config.fwdllm.data.columns), layout)
+
+
+def as_instructions(table: Table, layout: _Layout | None = None) -> Table:
+    """The rows with ``instruction``, ``input``, ``output`` and ``category``, recognised by their fields.
+
+    Raises:
+        DataError: the fields are none that are known, or a row lacks one.
+    """
     layout = layout or _recognise(table)
     instructions = table.texts(layout.instruction)
     outputs = table.texts(layout.output)
@@ -159,7 +193,7 @@ def _read_instructions(path: Path, config: Config, layout: _Layout | None = None
 
 
 def _recognise(table: Table) -> _Layout:
-    layouts = (_ALPACA, _DOLLY, _GSM8K)
+    layouts = (_ALPACA, _DOLLY, _SQUAD, _GSM8K)
     for layout in layouts:
         if {layout.instruction, layout.output} <= table.records[0].keys():
             return layout

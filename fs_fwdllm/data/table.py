@@ -96,6 +96,21 @@ class Table:
                 raise DataError(f"{self.place(row)}: field {field!r} must be text, but is a {type(value).__name__}")
         return [value if isinstance(value, str) else name_of(value) for value in values]
 
+    def joined(self, field: str, setting: str = "") -> list[str]:
+        """The texts of ``field``, or of the fields in ``field`` joined by ``+``, with a space between those not empty.
+
+        Raises:
+            DataError: a row has no value in the only field, or in none of several.
+        """
+        if "+" not in field or self.has(field):
+            return self.texts(field, setting)
+        parts = [part.strip() for part in field.split("+")]
+        rows = [[record.get(part) for part in parts] for record in self.records]
+        for row, values in enumerate(rows):
+            if all(value is None for value in values):
+                Table(self.source, [self.records[row]], [self.numbers[row]]).column(parts[0], setting)
+        return [" ".join(str(value) for value in values if value not in (None, "")) for values in rows]
+
     def names(self, field: str, setting: str = "") -> list[str]:
         """The values of ``field`` as names (see :func:`name_of`). Raises :class:`DataError` also for an empty one."""
         names = [name_of(value) for value in self.texts(field, setting)]

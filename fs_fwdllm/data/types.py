@@ -3,6 +3,17 @@
 An :class:`Example` is already tokenised, so that a run tokenises every text once. A :class:`Batch` carries a ``key``
 that names exactly which examples, in which order, it was padded from: equal keys mean equal tensors, which is what lets
 the prefix cache reuse activations across rounds without changing a bit of the result.
+
+What ``labels`` are depends on the task, and their number of dimensions tells which they are:
+
+======================  ==========================================================================  ===============
+task                    labels of an example                                                        of a batch
+======================  ==========================================================================  ===============
+``classification``      the class index, shape ``[]``                                               ``[batch]``
+``label_words``         the same; the classes are words a language model may continue with          ``[batch]``
+``causal_lm``           ``[tokens]``, not shifted, ``-100`` where the prompt is masked              ``[batch, tokens]``
+``question_answering``  ``[1, 2]``: first and last token of the answer, ``-100`` if it is elsewhere  ``[batch, 2]``
+======================  ==========================================================================  ===============
 """
 
 from __future__ import annotations
@@ -14,12 +25,30 @@ from typing import Literal
 import numpy as np
 import torch
 
-__all__ = ["IGNORED_LABEL", "Batch", "ClientData", "Example", "FederatedData", "Task"]
+__all__ = ["IGNORED_LABEL", "Batch", "ClientData", "Example", "FederatedData", "Reference", "Task"]
 
-Task = Literal["causal_lm", "classification"]
+Task = Literal["causal_lm", "classification", "label_words", "question_answering"]
 
 #: Label of a position that does not count towards the loss (PyTorch's and Hugging Face's convention).
 IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an answer is compared with.
+
+    Attributes:
+        question: names the question; examples with the same name are windows on one context.
+        answers: the answers that count as right, the one that is taught first.
+        context: the text a span is cut from; empty where answers are generated.
+        offsets: int32 ``[tokens, 2]``: first and last-plus-one character of ``context`` under each token, ``-1`` for
+            tokens outside it; ``None`` where answers are generated.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    context: str = ""
+    offsets: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -28,12 +57,20 @@ class Example:
 
     Attributes:
         input_ids: int32 array of shape ``[tokens]``.
-        labels: int32 array; shape ``[tokens]`` for a language model (``-100`` where the prompt is masked, not shifted),
-            shape ``[]`` for a classifier (the class index).
+        labels: int32 array; the module's table has its shape.
+        segments: int32 ``[tokens]``, 0 over the question and 1 over the context, where there are two texts.
+        reference: what the answer is compared with, for tasks that are judged by text.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    segments: np.ndarray | None = None
+    reference: Reference | None = None
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether there is anything to learn from: a window without the answer has none."""
+        return bool((self.labels != IGNORED_LABEL).any())
 
 
 @dataclass(frozen=True)
@@ -43,15 +80,18 @@ class Batch:
     Attributes:
         input_ids: int64 ``[batch, tokens]``, padded on the right.
         attention_mask: int64 ``[batch, tokens]``, one where there is a token.
-        labels: int64 ``[batch, tokens]`` (language model, unshifted, ``-100`` where ignored) or ``[batch]``
-            (classifier).
+        labels: int64; the module's table has its shape.
         key: names the examples and their order; ``None`` where the batch will not be seen again.
+        token_type_ids: int64 ``[batch, tokens]``, the examples' segments; ``None`` where they have none.
+        references: the examples' references, in order; empty where they have none.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     key: Hashable | None = None
+    token_type_ids: torch.Tensor | None = None
+    references: tuple[Reference, ...] = ()
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -59,7 +99,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         move = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
-        return Batch(key=self.key, **move)
+        if self.token_type_ids is not None:
+            move["token_type_ids"] = self.token_type_ids.to(device)
+        return Batch(key=self.key, references=self.references, **move)
 
 
 @dataclass
@@ -78,8 +120,10 @@ class FederatedData:
     Attributes:
         task: what the labels mean.
         clients: ``{client id: data}``.
-        val, test: the server's evaluation examples (the union over clients unless the config names a test file).
-        label_names: the classes in index order; empty for a language model.
+        val, test: the server's evaluation examples (the union over clients unless the config names a test file, the
+            data file has a test split of its own, or whole clients are held out).
+        label_names: the classes in index order; empty where there are none.
+        label_tokens: for ``label_words`` the token that stands for each class, in index order.
     """
 
     task: Task
@@ -87,3 +131,4 @@ class FederatedData:
     val: list[Example]
     test: list[Example]
     label_names: list[str] = field(default_factory=list)
+    label_tokens: list[int] = field(default_factory=list)

@@ -8,7 +8,7 @@ from fs_fwdllm.config.schema import FwdllmConfig
 from fs_fwdllm.direction import Distribution
 from fs_fwdllm.estimator.backprop import Backprop
 from fs_fwdllm.estimator.base import Estimator, Slopes
-from fs_fwdllm.estimator.differences import CentralDifference, OneSidedDifference
+from fs_fwdllm.estimator.differences import CentralDifference, OneSidedDifference, Radius
 from fs_fwdllm.estimator.forward_mode import ForwardMode
 from fs_fwdllm.model.perturbation import make_perturbation
 from fs_fwdllm.trainables import Trainables
@@ -19,6 +19,7 @@ __all__ = [
     "Estimator",
     "ForwardMode",
     "OneSidedDifference",
+    "Radius",
     "Slopes",
     "make_estimator",
 ]
@@ -37,4 +38,5 @@ def make_estimator(
         return ForwardMode(distribution, config.probes_per_batch)
     perturbation = make_perturbation(model, trainables, distribution, streamed=full)
     difference = CentralDifference if config.estimator == "central" else OneSidedDifference
-    return difference(perturbation, config.radius, config.probes_per_batch)
+    radius = Radius(config.radius, relative=config.radius_scale == "relative")
+    return difference(perturbation, radius, config.probes_per_batch)

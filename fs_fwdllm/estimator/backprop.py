@@ -40,11 +40,14 @@ class Backprop:
         #: Forward passes per gradient: checkpointing runs every layer twice.
         self.forward_passes = 2 if gradient_checkpointing else 1
 
-    def gradient(self, batch_loss: BatchLoss) -> float:
-        """Accumulate the gradient of ``batch_loss`` in the trainables' ``grad`` fields; returns the loss."""
+    def gradient(self, batch_loss: BatchLoss, scale: float = 1.0) -> float:
+        """Accumulate the gradient of ``batch_loss``, times ``scale``, in ``grad`` fields; returns the (unscaled) loss.
+
+        Autograd stops where the lowest parameter that requires a gradient is: layers below it build no graph.
+        """
         with torch.enable_grad(), self._checkpointed(batch_loss):
             loss = batch_loss.here()
-            loss.backward()
+            (loss if scale == 1.0 else loss * scale).backward()
         return float(loss.detach())
 
     @contextmanager

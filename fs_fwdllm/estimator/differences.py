@@ -6,12 +6,17 @@
   step. It adds ``h/2 * z^T H z``, which is even in ``z``: over symmetric directions it is extra variance rather than
   bias, and for Rademacher directions its mean part ``h/2 * tr(H)`` is the same for every probe.
 
+The radius is absolute, or **relative** to the parameters: ``h = radius * |theta| / sqrt(d)``, so that ``|h z| = radius
+|theta|``. An absolute radius moves ``d`` parameters by ``h sqrt(d)`` together: the published ``h = 0.01`` displaces
+DistilBERT's 450,000 adapter weights by half their norm. Only the slope's value depends on it, never a replay.
+
 Both evaluate probes one by one (lowest memory) or several in one batched pass (``probes_per_batch``), which reads the
 frozen weights once for all of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +27,25 @@ from fs_fwdllm.direction import DirectionKey
 from fs_fwdllm.estimator.base import Estimator, Slopes, in_groups, stack_directions
 from fs_fwdllm.model.objective import BatchLoss
 from fs_fwdllm.model.perturbation import Perturbation
+from fs_fwdllm.trainables import Trainables
 
-__all__ = ["CentralDifference", "OneSidedDifference"]
+__all__ = ["CentralDifference", "OneSidedDifference", "Radius"]
+
+
+@dataclass(frozen=True)
+class Radius:
+    """Distance of a perturbed point per element of a direction; ``relative`` ones follow the parameters' norm."""
+
+    value: float
+    relative: bool = False
+
+    def at(self, trainables: Trainables) -> float:
+        """The radius where the trainables stand, as float32 sees it; absolute where all of them are zero."""
+        scale = 1.0
+        if self.relative:
+            squared = math.fsum(float(tensor.detach().double().square().sum()) for tensor in trainables.tensors)
+            scale = math.sqrt(squared / trainables.count) or 1.0
+        return _float32(self.value * scale)
 
 
 @dataclass
@@ -31,51 +53,54 @@ class _PerturbedLosses:
     """Losses at ``theta + s * h * z`` for every probe and sign, one by one or batched."""
 
     perturbation: Perturbation
-    radius: float
     probes_per_batch: int
 
     @torch.no_grad()
-    def evaluate(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], signs: tuple[float, ...]) -> torch.Tensor:
-        """Float32 ``[len(signs), len(keys)]`` on the device."""
+    def evaluate(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: tuple[float, ...]) -> torch.Tensor:
+        """Float32 ``[len(offsets), len(keys)]`` on the device; an offset is ``s * h``."""
         if self.probes_per_batch == 1:
-            rows = [[self.perturbation.loss(batch_loss, key, sign * self.radius) for sign in signs] for key in keys]
+            rows = [[self.perturbation.loss(batch_loss, key, offset) for offset in offsets] for key in keys]
             return torch.stack([torch.stack(row) for row in rows], dim=1)
-        groups = [self._batched(batch_loss, group, signs) for group in in_groups(keys, self.probes_per_batch)]
+        groups = [self._batched(batch_loss, group, offsets) for group in in_groups(keys, self.probes_per_batch)]
         return torch.cat(groups, dim=1)
 
-    def _batched(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], signs: tuple[float, ...]) -> torch.Tensor:
+    def _batched(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: tuple[float, ...]) -> torch.Tensor:
         directions = stack_directions(batch_loss, keys, self.perturbation.distribution)
         points = []
         for tensor, direction in zip(batch_loss.trainables.tensors, directions, strict=True):
-            moved = [torch.add(tensor.detach(), direction, alpha=_float32(sign * self.radius)) for sign in signs]
+            moved = [torch.add(tensor.detach(), direction, alpha=_float32(offset)) for offset in offsets]
             points.append(torch.cat(moved))
-        return batch_loss.at_stack(points).view(len(signs), len(keys))
+        return batch_loss.at_stack(points).view(len(offsets), len(keys))
 
 
 class CentralDifference(Estimator):
     """Two-sided difference; ``radius`` is the papers' epsilon, mu or h."""
 
-    def __init__(self, perturbation: Perturbation, radius: float, probes_per_batch: int = 1) -> None:
-        self._losses = _PerturbedLosses(perturbation, radius, probes_per_batch)
+    def __init__(self, perturbation: Perturbation, radius: float | Radius, probes_per_batch: int = 1) -> None:
+        self._radius = radius if isinstance(radius, Radius) else Radius(radius)
+        self._losses = _PerturbedLosses(perturbation, probes_per_batch)
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
-        losses = _to_host(self._losses.evaluate(batch_loss, keys, (1.0, -1.0)))
-        values = (losses[0] - losses[1]) / (2.0 * _float32(self._losses.radius))
+        radius = self._radius.at(self._losses.perturbation.trainables)
+        losses = _to_host(self._losses.evaluate(batch_loss, keys, (radius, -radius)))
+        values = (losses[0] - losses[1]) / (2.0 * radius)
         return Slopes(values.astype(np.float32), float(losses.mean()), 2 * len(keys))
 
 
 class OneSidedDifference(Estimator):
     """Forward difference with one clean loss shared by all probes of a step."""
 
-    def __init__(self, perturbation: Perturbation, radius: float, probes_per_batch: int = 1) -> None:
-        self._losses = _PerturbedLosses(perturbation, radius, probes_per_batch)
+    def __init__(self, perturbation: Perturbation, radius: float | Radius, probes_per_batch: int = 1) -> None:
+        self._radius = radius if isinstance(radius, Radius) else Radius(radius)
+        self._losses = _PerturbedLosses(perturbation, probes_per_batch)
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
         with torch.no_grad():
             clean = batch_loss.here()
-        perturbed = self._losses.evaluate(batch_loss, keys, (1.0,))[0]
+        radius = self._radius.at(self._losses.perturbation.trainables)
+        perturbed = self._losses.evaluate(batch_loss, keys, (radius,))[0]
         losses = _to_host(torch.cat([clean.reshape(1), perturbed]))
-        values = (losses[1:] - losses[0]) / _float32(self._losses.radius)
+        values = (losses[1:] - losses[0]) / radius
         return Slopes(values.astype(np.float32), float(losses[0]), 1 + len(keys))
 
 

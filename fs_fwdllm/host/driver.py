@@ -11,6 +11,7 @@ Sampling, accounting, reporting, checkpoints and resumption are the same for all
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -64,6 +65,9 @@ def read_own_checkpoint(folder: RunFolder) -> Checkpoint:
         raise CheckpointError(f"{folder.config_path}: was changed after the checkpoint was written; start a new run")
     return checkpoint
 
+#: Prefix of the worker's tensors in a checkpoint.
+_WORKER = "worker."
+
 
 class RunDriver:
     """The server's half of a run. A context manager: leaving it closes the run's files.
@@ -73,6 +77,8 @@ class RunDriver:
         folder: the run folder.
         checkpoint: where to continue; ``None`` starts anew.
         console: where progress is shown; standard output unless told.
+        worker: the clients' worker where they are simulated in this process; what it keeps between rounds goes into the
+            checkpoint.
 
     Attributes:
         next_round: the round that is open, or will be opened next, counted from 0.
@@ -80,10 +86,16 @@ class RunDriver:
     """
 
     def __init__(
-        self, session: Session, folder: RunFolder, checkpoint: Checkpoint | None = None, console: Console | None = None
+        self,
+        session: Session,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None = None,
+        console: Console | None = None,
+        worker: ClientWorker | None = None,
     ) -> None:
         self.session = session
         self.folder = folder
+        self._worker = worker
         self.server = assemble_server(session.parts, session.client_samples)
         self.accounting = Accounting(session.device)
         self.next_round = 0
@@ -95,6 +107,8 @@ class RunDriver:
             self.next_round = checkpoint.next_round
             self.server.load_state(checkpoint.tensors, checkpoint.numbers)
             self.accounting.restore(checkpoint.counters)
+            if worker is not None:
+                worker.load_state(_unprefixed(checkpoint.tensors, _WORKER))
         self._reporter = RunReporter(
             folder,
             session.config,
@@ -141,7 +155,10 @@ class RunDriver:
         """Draw the clients of the next round; the frame each is to be sent."""
         available = sorted(self.session.client_samples)
         config = self.session.config
-        clients = sample_clients(config.seed, self.next_round, available, clients_per_round(config, len(available)))
+        clients = self.server.wanted_clients(self.next_round, available)
+        if clients is None:
+            sampled_in = self.server.sampling_index_for(self.next_round)
+            clients = sample_clients(config.seed, sampled_in, available, clients_per_round(config, len(available)))
         frames = {client: encode(given) for client, given in self.server.assign(self.next_round, clients).items()}
         for client, frame in frames.items():
             self.accounting.ledger.download(client, frame)
@@ -160,6 +177,14 @@ class RunDriver:
         self.accounting.ledger.download(client, frame)
         return frame
 
+    def whole_state_for(self, client: int) -> bytes:
+        """A frame without work that carries all parameters, for a process that was started anew by a resumed run.
+
+        It is not counted: the files of a resumed run read as if the run had never stopped.
+        """
+        state = replace(self.server.current_state_for(client), catch_up=(self.server.dense_frame(),))
+        return encode(state)
+
     def receive(self, client: int, frame: bytes) -> None:
         """Take what arrived from ``client``. What cannot be read, or speaks for another client, is left out and
         named in the round's report."""
@@ -172,10 +197,15 @@ class RunDriver:
             if update.client != client:
                 raise WireError(f"client {client} sent an update in the name of client {update.client}")
         except WireError as error:
-            self._unreadable[client] = "unreadable"
-            self.say(f"warning: round {self.next_round + 1}: client {client}: {error}")
+            self.refuse(client, error)
         else:
             self._answers.append(update)
+
+    def refuse(self, client: int, error: WireError) -> None:
+        """Leave out what came instead of ``client``'s frame: the transport handed over something that is not one."""
+        self.missing.discard(client)
+        self._unreadable[client] = "unreadable"
+        self.say(f"warning: round {self.next_round + 1}: client {client}: {error}")
 
     def close_round(self) -> RoundReport:
         """Step with the answers that came; clients that are still missing are reported as such.
@@ -186,6 +216,7 @@ class RunDriver:
         report = self.server.absorb(self._answers)
         report.rejected.update(self._unreadable)
         self.session.watch(report, self.say)
+        self.session.diagnose(self.server, report)
         self._report = report
         self.missing = set()
         return report
@@ -213,9 +244,10 @@ class RunDriver:
 
     @torch.no_grad()
     def _write_checkpoint(self) -> None:
+        kept = {} if self._worker is None else self._worker.state_tensors()
         checkpoint = Checkpoint(
             next_round=self.next_round,
-            tensors=self.server.state_tensors(),
+            tensors=self.server.state_tensors() | {f"{_WORKER}{name}": tensor for name, tensor in kept.items()},
             numbers=self.server.state_numbers(),
             counters=self.accounting.counters(),
             fingerprint=config_fingerprint(self.session.config),
@@ -231,4 +263,10 @@ def _line(report: RoundReport) -> dict[str, object]:
         "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
         "loss": {str(client): loss for client, loss in report.losses.items()},
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
+        **({} if report.pooling is None else report.pooling.columns()),
+        **report.details,
     }
+
+
+def _unprefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

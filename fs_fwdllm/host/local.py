@@ -52,7 +52,7 @@ def resume(path: str | Path) -> Path:
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:
     worker = assemble_worker(session.parts)
-    with RunDriver(session, folder, checkpoint) as driver:
+    with RunDriver(session, folder, checkpoint, worker=worker) as driver:
         server = driver.server
         if checkpoint is None:
             driver.record_start(session.evaluate(server.trainables))

@@ -12,12 +12,14 @@ import torch
 from fs_fwdllm.config import Config
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
-from fs_fwdllm.data.readers import parse_data_type
+from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation import check_metrics, evaluate
-from fs_fwdllm.method import Parts, RoundReport, check_combination, resolve_method
+from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, resolve_method
 from fs_fwdllm.method.assembly import select_device
+from fs_fwdllm.method.diagnosis import add_cosine
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model.source import model_task
 from fs_fwdllm.trainables import Trainables
 
 __all__ = ["Session"]
@@ -77,11 +79,17 @@ class Session:
             data=data,
             loaded=loaded,
             parts=Parts.build(
-                config, loaded.model, loaded.task, tokenizer.pad_token_id, full=loaded.peft_method == "full"
+                config,
+                loaded.model,
+                data.task,
+                tokenizer.pad_token_id,
+                full=loaded.peft_method == "full",
+                label_tokens=data.label_tokens,
+                fresh=loaded.fresh,
             ),
             device=device,
             client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
-            _metrics=check_metrics(config.eval.metrics, loaded.task),
+            _metrics=check_metrics(config.eval.metrics, data.task),
         )
 
     def announce(self, say: Callable[[str], None]) -> None:
@@ -92,6 +100,8 @@ class Session:
             f"{method.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
             f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"
         )
+        if method.describe is not None:
+            say(method.describe(self.parts))
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
             say(f"{empty} clients hold no training sample and are never asked")
@@ -119,6 +129,12 @@ class Session:
                 "base), or use fwdllm.estimator: forward_mode"
             )
 
+    def diagnose(self, server: RoundServer, report: RoundReport) -> None:
+        """Compare the step of a round that evaluates with backpropagation, if the server kept what that takes."""
+        if self.evaluates_after(report.round_index):
+            examples = {client: held.train for client, held in self.data.clients.items()}
+            add_cosine(self.parts, server, report, examples)
+
     def evaluates_after(self, round_index: int) -> bool:
         """Whether to evaluate after this round (always after the last)."""
         return self._due(round_index, self.config.eval.freq)
@@ -127,12 +143,17 @@ class Session:
         """Whether to write a checkpoint after this round (always after the last)."""
         return self._due(round_index, self.config.fwdllm.checkpoint_every)
 
-    def evaluate(self, trainables: Trainables) -> dict[str, float] | None:
+    def evaluate(self, trainables: Trainables) -> dict[str, Any] | None:
         """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
         if not self.evaluation_batches:
             return None
-        with self.parts.trainables.holding([tensor.detach() for tensor in trainables.tensors]):
-            return evaluate(self.parts.objective, self.evaluation_batches, self._metrics)
+        own = self.parts.trainables.tensors
+        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
+        with self.parts.trainables.holding(values):
+            return evaluate(
+                self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
+                self.loaded.tokenizer,
+            )  # fmt: skip
 
     def save(self, folder: Path, trainables: Trainables) -> Path:
         """Write the trained adapter or model in Hugging Face's format."""
@@ -151,13 +172,19 @@ class Session:
         return []
 
 
+#: What data a model is for, in the words of ``data.type``.
+_DATA_OF_MODEL = {
+    "causal_lm": "NAME@llm, or NAME@text to classify by label words",
+    "classification": "NAME@text",
+    "question_answering": "NAME@qa",
+}
+
+
 def _check_task(config: Config) -> None:
-    """Refuse texts with labels for a language model and instructions for a classifier, before anything is loaded."""
-    task = parse_data_type(config.data.type)[1]
-    classifier = config.model.type.endswith("@transformers")
-    if classifier != (task == "classification"):
-        wanted = "@text" if classifier else "@llm"
+    """Refuse data that the model is not for (instructions for a classifier), before anything is loaded."""
+    task, model = data_task(config), model_task(config)
+    if model != ("causal_lm" if task == "label_words" else task):
         raise ConfigError(
-            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r}: that model needs data "
-            f"of the form NAME{wanted}"
+            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r} and model.task "
+            f"{config.model.task!r}: that model needs data of the form {_DATA_OF_MODEL[model]}"
         )

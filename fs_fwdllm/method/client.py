@@ -2,7 +2,8 @@
 
 :class:`ClientWorker` has one verb, :meth:`ClientWorker.work`. One worker serves any number of simulated clients in
 turn, because nothing of a client outlives its work: parameters end bitwise where they started, batches are a pure
-function of ``(seed, client, round)``, optimiser state is local to a visit.
+function of ``(seed, client, round)``, optimiser state is local to a visit. (Where a configuration of block training
+keeps something on the client, it is kept by client, and :meth:`ClientWorker.state_tensors` has it.)
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ class BatchSettings:
     pad_token_id: int
     shuffle: bool = True
 
+    def cut(self, examples: Sequence[Example], *, client: int, batch_index: int, steps: int) -> list[Batch]:
+        """The mini-batches of ``client`` in round ``batch_index``."""
+        return client_batches(
+            examples,
+            client=client,
+            round_index=batch_index,
+            steps=steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            pad_token_id=self.pad_token_id,
+            shuffle=self.shuffle,
+        )
+
 
 class ClientWorker(ABC):
     """Does the work of clients on one model.
@@ -64,21 +78,21 @@ class ClientWorker(ABC):
         if not examples:
             raise DataError(f"client {assignment.client} was given work but holds no training sample")
         self.replica.follow(assignment.catch_up, assignment.digest)
-        batches = client_batches(
-            examples,
-            client=assignment.client,
-            round_index=assignment.round_index,
-            steps=assignment.steps,
-            batch_size=self._batches.batch_size,
-            seed=self._batches.seed,
-            pad_token_id=self._batches.pad_token_id,
-            shuffle=self._batches.shuffle,
+        batches = self._batches.cut(
+            examples, client=assignment.client, batch_index=assignment.batch_index, steps=assignment.steps
         )
         return self._train(assignment, batches)
 
     @abstractmethod
     def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
         """The method's own work. Must leave the trainables bitwise as it found them."""
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What simulated clients keep between rounds, for a checkpoint; most methods' clients keep nothing."""
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:  # noqa: B027 - nothing is kept, nothing is loaded
+        """Inverse of :meth:`state_tensors`."""
 
     @contextmanager
     def _excursion(self) -> Iterator[list[torch.Tensor]]:

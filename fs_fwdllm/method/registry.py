@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.errors import ConfigError, nearest
 
@@ -31,6 +33,10 @@ class Method:
         forward_only: whether clients never backpropagate.
         local_steps: whether clients step at a learning rate of their own, rather than the server.
         make_worker, make_server: assemble the two halves from shared parts.
+        select: marks the parameters that are ever trained, where ``llm.adapter`` does not; it gets the names of those
+            that start from random numbers. Such a method keeps weights in the model's dtype, and nothing stays frozen
+            below a fixed layer, so that there is no prefix to cache.
+        describe: what a user should be told about the parts before the first round.
     """
 
     name: str
@@ -39,6 +45,8 @@ class Method:
     make_worker: Callable[[Parts], ClientWorker]
     make_server: Callable[[Parts, ServerSettings], RoundServer]
     local_steps: bool = False
+    select: Callable[[Config, nn.Module, frozenset[str]], None] | None = None
+    describe: Callable[[Parts], str] | None = None
 
 
 METHODS: dict[str, Method] = {}

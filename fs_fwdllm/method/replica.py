@@ -8,23 +8,25 @@ arrived.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from fs_fwdllm.direction import direction_seed
 from fs_fwdllm.errors import DivergenceError, WireError
+from fs_fwdllm.method.discrimination import AimedDirections, candidate_seed
 from fs_fwdllm.replay import Contributions, Replayer
 from fs_fwdllm.trainables import Trainables
-from fs_fwdllm.wire import DenseState, RoundUpdate, decode
+from fs_fwdllm.wire import DenseState, Participant, RoundUpdate, decode
 
-__all__ = ["Replica", "apply_round_update", "later_decay", "seeds_of"]
+__all__ = ["Replica", "apply_round_update", "chosen_seeds", "contributions_of", "later_decay", "seeds_of"]
 
 
-def seeds_of(round_index: int, participants: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Direction seeds of a round in replay order: participant, then step, then probe."""
+def seeds_of(participants: Sequence[Participant]) -> list[int]:
+    """Direction seeds in replay order: participant, then step, then probe."""
     return [
         direction_seed(round_index, client, step, probe)
-        for client, steps, probes in participants
+        for round_index, client, steps, probes in participants
         for step in range(steps)
         for probe in range(probes)
     ]
@@ -32,29 +34,67 @@ def seeds_of(round_index: int, participants: Sequence[tuple[int, int, int]]) -> 
 
 def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
     """Take the step a record describes. Raises :class:`~fs_fwdllm.errors.WireError` if its length is inconsistent."""
-    expected = sum(steps * probes for _, steps, probes in record.participants)
+    expected = sum(steps * probes for *_, steps, probes in record.participants)
     if expected != len(record.values):
         raise WireError(f"a round update names {expected} probes but carries {len(record.values)} coefficients")
     if record.step_decay and len(record.step_decay) != len(record.participants):
         raise WireError(
             f"a round update names {len(record.participants)} participants but {len(record.step_decay)} decay factors"
         )
-    seeds = seeds_of(record.round_index, record.participants)
     coefficients = np.asarray(record.values)
+    contributions = contributions_of(replayer, record.participants, coefficients, record.choices, record.reference)
     decayed = coefficients * _later_decay(record) if record.step_decay else None
     replayer.apply(
-        Contributions(seeds, coefficients, decayed),
+        replace(contributions, decayed=decayed),
         decay=record.decay,
         momentum=record.momentum,
         rate=record.rate,
+        keep_reference=record.keeps_reference,
     )
+
+
+def contributions_of(
+    replayer: Replayer,
+    participants: Sequence[Participant],
+    coefficients: np.ndarray,
+    choices: bytes = b"",
+    reference: float = 0.0,
+) -> Contributions:
+    """The directions that participants evaluated, times ``coefficients``.
+
+    Raises:
+        WireError: ``choices`` does not name one candidate per probe and tensor.
+    """
+    directions = None
+    if choices:
+        tensors = len(replayer.trainables.tensors)
+        directions = AimedDirections(replayer.distribution, chosen_seeds(participants, choices, tensors))
+    seeds = seeds_of(participants)
+    return Contributions(seeds, coefficients, reference=reference, directions=directions)
+
+
+def chosen_seeds(participants: Sequence[Participant], choices: bytes, tensors: int) -> dict[int, tuple[int, ...]]:
+    """``{direction seed: seeds of its chosen candidates, per tensor}``.
+
+    Raises:
+        WireError: ``choices`` has another length than the participants' probes ask for.
+    """
+    probes = sum(steps * count for *_, steps, count in participants)
+    if len(choices) != 4 * probes * tensors:
+        raise WireError(f"{len(choices)} bytes of choices do not fit {probes} probes of {tensors} tensors")
+    rows = np.frombuffer(choices, dtype="<u4").reshape(probes, tensors)
+    rounds = [part[0] for part in participants for _ in range(part[2] * part[3])]
+    return {
+        seed: tuple(candidate_seed(round_index, int(index)) for index in row)
+        for seed, round_index, row in zip(seeds_of(participants), rounds, rows, strict=True)
+    }
 
 
 def _later_decay(record: RoundUpdate) -> np.ndarray:
     """:func:`later_decay` of every participant, one after the other."""
     factors = [
         later_decay(steps, probes, factor)
-        for (_, steps, probes), factor in zip(record.participants, record.step_decay, strict=True)
+        for (*_, steps, probes), factor in zip(record.participants, record.step_decay, strict=True)
     ]
     return np.concatenate(factors) if factors else np.ones(0)
 
@@ -111,12 +151,9 @@ class Replica:
         self.digest = self.replayer.digest()
 
     def _load(self, state: DenseState) -> None:
-        values = np.asarray(state.values)
-        if state.has_momentum:
-            values, momentum = np.split(values, 2)
-            self.replayer.momentum = [
-                buffer.to(self.trainables.device) for buffer in self.trainables.split_flat(momentum)
-            ]
-        else:
-            self.replayer.momentum = None
-        self.trainables.load_flat(values)
+        vectors = np.split(np.asarray(state.values), 1 + state.has_momentum + state.has_reference)
+        device = self.trainables.device
+        buffers = [[buffer.to(device) for buffer in self.trainables.split_flat(flat)] for flat in vectors[1:]]
+        self.replayer.reference = buffers.pop() if state.has_reference else None
+        self.replayer.momentum = buffers.pop() if state.has_momentum else None
+        self.trainables.load_flat(vectors[0])

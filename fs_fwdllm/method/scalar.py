@@ -7,7 +7,7 @@ One worker and one server serve every method whose uploads are slopes. They diff
   ``f^K theta - lr/P sum_s f^(K-1-s) sum_p g_sp z_sp``, so the weighted mean over clients is one decay factor and one
   coefficient per probe: the decay is exact although no parameter was sent.
 * **pooled** (forward gradient): the client stays; all probes of all clients estimate one gradient at one point, and the
-  server takes the step, with momentum if asked.
+  server takes the step (:mod:`fs_fwdllm.method.pooled_step`), with momentum if asked, and may look several times first.
 
 The last local step of a round never needs to be taken on the client: one local step moves nothing and copies nothing.
 """
@@ -15,29 +15,29 @@ The last local step of a round never needs to be taken on the client: one local 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.direction import DirectionKey, direction_seed
+from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.estimator import Estimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.replica import Replica, apply_round_update, later_decay, seeds_of
-from fs_fwdllm.method.server import RoundServer, ServerSettings
+from fs_fwdllm.method.discrimination import REFERENCE_SEED, AimedDirections, residual_slopes
+from fs_fwdllm.method.gate import Decision
+from fs_fwdllm.method.pacing import Pacing
+from fs_fwdllm.method.pooled_step import PooledStep, TakenStep, decay_factor
+from fs_fwdllm.method.replica import Replica, apply_round_update, chosen_seeds, later_decay, seeds_of
+from fs_fwdllm.method.server import RoundReport, RoundServer, ServerSettings
 from fs_fwdllm.method.update_norms import ScalarChange, scalar_distances
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.replay import Contributions, Replayer, add_contributions
 from fs_fwdllm.trainables import flatten
-from fs_fwdllm.wire import Assignment, ClientUpdate, DenseUpdate, RoundUpdate, ScalarUpdate
+from fs_fwdllm.wire import Assignment, ClientUpdate, DenseUpdate, Participant, RoundUpdate, ScalarUpdate
 
 __all__ = ["ScalarServer", "ScalarSettings", "ScalarWorker", "decay_factor"]
-
-
-def decay_factor(learning_rate: float, weight_decay: float) -> float:
-    """``1 - lr * weight_decay``, the factor of one step."""
-    return 1.0 - learning_rate * weight_decay
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ class ScalarSettings:
 
 
 class ScalarWorker(ClientWorker):
-    """Measures slopes along seeded directions."""
+    """Measures slopes along seeded directions.
+
+    Args:
+        directions: what ``estimator`` takes directions from, where assignments may say which; ``None`` where directions
+            are as drawn.
+    """
 
     def __init__(
         self,
@@ -65,9 +70,11 @@ class ScalarWorker(ClientWorker):
         batches: BatchSettings,
         estimator: Estimator,
         settings: ScalarSettings,
+        directions: AimedDirections | None = None,
     ) -> None:
         super().__init__(objective, replica, batches)
         self._estimator = estimator
+        self._directions = directions
         self._settings = settings
 
     def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
@@ -84,13 +91,42 @@ class ScalarWorker(ClientWorker):
     def _measure(self, assignment: Assignment, batches: Sequence[Batch], *, last_move: bool) -> list[Slopes]:
         """Slopes of every step; with local steps the trainables move after each (after the last if asked)."""
         measured: list[Slopes] = []
+        self._aim(assignment)
         for step, batch in enumerate(batches):
             seeds = self._seeds(assignment, step)
             keys = [DirectionKey(self.replica.replayer.run_seed, seed) for seed in seeds]
-            measured.append(self._estimator.slopes(self.objective.on(batch), keys))
+            measured.append(self._slopes(assignment, batch, keys))
             if self._settings.local_steps and (last_move or step + 1 < len(batches)):
                 self._move(assignment, seeds, measured[-1])
         return measured
+
+    def _aim(self, assignment: Assignment) -> None:
+        """Let the estimator's directions be those of the assignment."""
+        if self._directions is None:
+            return
+        self._directions.chosen = {}
+        if assignment.choices:
+            participant = (assignment.round_index, assignment.client, assignment.steps, assignment.probes)
+            tensors = len(self.trainables.tensors)
+            self._directions.chosen = chosen_seeds([participant], assignment.choices, tensors)
+        if assignment.reference_scale:
+            self._directions.look_along(self._reference(), assignment.reference_scale)
+
+    def _slopes(self, assignment: Assignment, batch: Batch, keys: list[DirectionKey]) -> Slopes:
+        """The slopes of a step; with a reference, the last probe looks along it and the others get what it leaves."""
+        if not assignment.reference_scale:
+            return self._estimator.slopes(self.objective.on(batch), keys)
+        drawn, scale = keys[:-1], assignment.reference_scale
+        along = DirectionKey(self.replica.replayer.run_seed, REFERENCE_SEED)
+        slopes = self._estimator.slopes(self.objective.on(batch), [*drawn, along])
+        distribution = self.replica.replayer.distribution
+        return replace(slopes, values=residual_slopes(slopes.values, drawn, self._reference(), scale, distribution))
+
+    def _reference(self) -> list[torch.Tensor]:
+        reference = self.replica.replayer.reference
+        if reference is None:
+            raise DivergenceError("the server asks for a look along a reference that this client does not have")
+        return reference
 
     def _seeds(self, assignment: Assignment, step: int) -> list[int]:
         return [
@@ -144,34 +180,69 @@ class ScalarServer(RoundServer):
     answer = ScalarUpdate
 
     def __init__(
-        self, replayer: Replayer, settings: ServerSettings, *, local_steps: bool, momentum: float = 0.0
+        self,
+        replayer: Replayer,
+        settings: ServerSettings,
+        *,
+        local_steps: bool,
+        momentum: float = 0.0,
+        pacing: Pacing | None = None,
     ) -> None:
         super().__init__(replayer, settings)
         self._local_steps = local_steps
-        self._momentum = momentum
+        #: Of the methods whose clients do not move.
+        self.pooled = PooledStep(
+            replayer,
+            settings.schedule,
+            weight_decay=settings.weight_decay,
+            equal_weights=settings.equal_weights,
+            momentum=momentum,
+            pacing=pacing or Pacing(),
+        )
+        self._decision: Decision | None = None
+        self._step_norm: float | None = None
+
+    @property
+    def taken(self) -> TakenStep | None:
+        return self.pooled.taken
+
+    def sampling_index_for(self, round_index: int) -> int:
+        first = self.pooled.pool.first_round
+        return round_index if first is None else first
+
+    def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
+        """As :meth:`RoundServer.assign`; with discriminative sampling, assignments say where to look."""
+        self._assigned = self.pooled.equip(super().assign(round_index, clients))
+        return dict(self._assigned)
 
     def _expected_values(self, assignment: Assignment) -> int:
         return assignment.steps * assignment.probes
 
+    def _step_due(self, accepted: list[ClientUpdate]) -> bool:
+        if self._local_steps:
+            return bool(accepted)
+        self.pooled.collect(accepted, self._assigned)
+        self._decision = self.pooled.decide(self.round_index, answered=bool(accepted))
+        return self._decision is not None and self._decision.steps
+
     def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> RoundUpdate:
+        if not self._local_steps:
+            record, self._step_norm = self.pooled.take(self.round_index, self.digest)
+            return record
         rate = self.settings.schedule(self.round_index)
         coefficients, decay = [], 0.0
         for update, weight in zip(accepted, weights, strict=True):
             plan = self.settings.plans[update.client]
             slopes = np.asarray(update.values, dtype=np.float64).reshape(plan.steps, plan.probes)
-            if self._local_steps:
-                coefficients.append(-self._own_rate(update) * weight / plan.probes * slopes)
-                decay += float(weight) * self._own_factor(update) ** plan.steps
-            else:
-                sign = 1.0 if self._momentum else -rate
-                coefficients.append(sign * weight / slopes.size * slopes)
+            coefficients.append(-self._own_rate(update) * weight / plan.probes * slopes)
+            decay += float(weight) * self._own_factor(update) ** plan.steps
         record = RoundUpdate(
             round_index=self.round_index,
             digest_before=self.digest,
             digest_after=self.digest,
-            decay=decay if self._local_steps else decay_factor(rate, self.settings.weight_decay),
+            decay=decay,
             step_decay=tuple(map(self._own_factor, accepted)) if self._decays_within_rounds else (),
-            momentum=self._momentum,
+            momentum=0.0,
             rate=rate,
             participants=tuple(self._participant(update) for update in accepted),
             values=np.concatenate([block.ravel() for block in coefficients]),
@@ -179,9 +250,9 @@ class ScalarServer(RoundServer):
         apply_round_update(self.replayer, record)
         return record
 
-    def _participant(self, update: ClientUpdate) -> tuple[int, int, int]:
+    def _participant(self, update: ClientUpdate) -> Participant:
         plan = self.settings.plans[update.client]
-        return update.client, plan.steps, plan.probes
+        return self.round_index, update.client, plan.steps, plan.probes
 
     @property
     def _decays_within_rounds(self) -> bool:
@@ -202,5 +273,26 @@ class ScalarServer(RoundServer):
         plan, factor = self.settings.plans[update.client], self._own_factor(update)
         coefficients = -self._own_rate(update) / plan.probes * np.asarray(update.values, dtype=np.float64)
         decayed = coefficients * later_decay(plan.steps, plan.probes, factor) if self._decays_within_rounds else None
-        seeds = seeds_of(self.round_index, [self._participant(update)])
+        seeds = seeds_of([self._participant(update)])
         return ScalarChange(Contributions(seeds, coefficients, decayed), decay=factor**plan.steps)
+
+    def _report(self, accepted: list[ClientUpdate], rejected: dict[int, str]) -> RoundReport:
+        report = super()._report(accepted, rejected)
+        if self._local_steps:
+            return report
+        decision, step_norm = self._decision, self._step_norm
+        self._decision = self._step_norm = None
+        report.pooling = self.pooled.report(decision, step_norm)
+        if decision is not None and decision.steps:
+            self.pooled.pool.clear()
+        return report
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return super().state_tensors() | self.pooled.state_tensors()
+
+    def state_numbers(self) -> dict[str, object]:
+        return super().state_numbers() | self.pooled.state_numbers()
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
+        super().load_state(tensors, numbers)
+        self.pooled.load_state(tensors, numbers)

@@ -22,6 +22,8 @@ import torch
 from fs_fwdllm.errors import ConfigError, TrainingStalledError, UpdateRejected
 from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method.catch_up import CatchUpLog
+from fs_fwdllm.method.pacing import PoolingReport
+from fs_fwdllm.method.pooled_step import TakenStep
 from fs_fwdllm.method.strategy import ClientRates, StrategySettings
 from fs_fwdllm.replay import Replayer
 from fs_fwdllm.trainables import Trainables, flatten
@@ -64,12 +66,14 @@ class RoundReport:
     """What a round did.
 
     Attributes:
-        digest: of the server's trainables (and momentum, where there is one) after the round.
+        digest: of the server's trainables (and momentum and reference, where there are such) after the round.
         train_loss: sample-weighted mean of the accepted clients' losses; NaN without any.
         losses, learning_rates: per accepted client.
         rejected: ``{client: reason}`` of updates that were left out, and of clients that did not answer.
         zero_share: share of accepted values that are exactly zero; near one for slopes, the radius is below what the
             base's dtype resolves.
+        pooling: of a server step that is paced (gate, sampling, step control).
+        details: further columns of the round's line in ``metrics.jsonl`` (JSON values).
     """
 
     round_index: int
@@ -81,6 +85,8 @@ class RoundReport:
     zero_share: float = 0.0
     forward_passes: int = 0
     backward_passes: int = 0
+    pooling: PoolingReport | None = None
+    details: dict[str, object] = field(default_factory=dict)
 
 
 class RoundServer(ABC):
@@ -93,6 +99,11 @@ class RoundServer(ABC):
 
     #: The record a client of this method answers with.
     answer: type[ClientUpdate]
+
+    @property
+    def taken(self) -> TakenStep | None:
+        """The step of the round that was closed last, where it is kept for a diagnosis."""
+        return None
 
     def __init__(self, replayer: Replayer, settings: ServerSettings) -> None:
         self.replayer = replayer
@@ -114,6 +125,17 @@ class RoundServer(ABC):
     def digest(self) -> bytes:
         return self._digest
 
+    def sampling_index_for(self, round_index: int) -> int:
+        """The round whose sample of clients (and whose mini-batches) ``round_index`` uses.
+
+        It is ``round_index`` itself unless a server step that began earlier is still looking.
+        """
+        return round_index
+
+    def wanted_clients(self, round_index: int, available: Sequence[int]) -> list[int] | None:
+        """Whom the method itself wants to ask in a round; ``None`` leaves the choice to the host's sampling."""
+        return None
+
     def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
         """Open a round. Each client's assignment carries what it needs to reach the server's current parameters."""
         self.round_index = self._next_round = round_index
@@ -126,6 +148,7 @@ class RoundServer(ABC):
                 learning_rate=rates[client],
                 steps=self.settings.plans[client].steps,
                 probes=self.settings.plans[client].probes,
+                batch_index=self.sampling_index_for(round_index),
                 catch_up=self._catch_up.frames_for(client, self.dense_frame),
             )
             for client in sorted(clients)
@@ -141,6 +164,7 @@ class RoundServer(ABC):
             learning_rate=0.0,
             steps=0,
             probes=0,
+            batch_index=self.round_index,
             catch_up=self._catch_up.frames_for(client, self.dense_frame),
         )
 
@@ -183,11 +207,15 @@ class RoundServer(ABC):
         self._next_round = self.round_index + 1
         ordered = [accepted[client] for client in sorted(accepted)]
         self._count_failures(ordered, rejected)
-        if ordered:
+        if self._step_due(ordered):
             reports = self._client_reports(ordered)  # of changes from where the round started, so before the step
             self._advance(ordered)
             self._rates.complete_round(reports)
         return self._report(ordered, rejected)
+
+    def _step_due(self, accepted: list[ClientUpdate]) -> bool:
+        """Take in the accepted updates; whether the server steps at the end of this round."""
+        return bool(accepted)
 
     @abstractmethod
     def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> RoundUpdate | None:
@@ -231,12 +259,16 @@ class RoundServer(ABC):
             raise UpdateRejected("other_digest", f"client {client} started from other parameters")
         if not isinstance(update, self.answer):
             raise UpdateRejected("other_kind", f"client {client} sent a {type(update).__name__}")
-        if len(update.values) != self._expected_values(assignment):
-            raise UpdateRejected("wrong_length", f"client {client} sent {len(update.values)} values")
         if update.samples < 1:
             raise UpdateRejected("no_samples", f"client {client} reports {update.samples} samples")
+        self._judge_values(update, assignment)
+
+    def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
+        """Length and finiteness of what was sent."""
+        if len(update.values) != self._expected_values(assignment):
+            raise UpdateRejected("wrong_length", f"client {update.client} sent {len(update.values)} values")
         if not (np.isfinite(update.values).all() and math.isfinite(update.loss)):
-            raise UpdateRejected("not_finite", f"client {client} sent NaN or infinity")
+            raise UpdateRejected("not_finite", f"client {update.client} sent NaN or infinity")
 
     def _count_failures(self, accepted: list[ClientUpdate], rejected: dict[int, str]) -> None:
         self.failed_rounds = 0 if accepted else self.failed_rounds + 1
@@ -286,14 +318,15 @@ class RoundServer(ABC):
         )
 
     def dense_frame(self) -> bytes:
-        """The frame that carries the current parameters (and momentum), for clients that are new or far behind."""
+        """The frame with the current parameters (momentum, reference), for clients that are new or far behind."""
         if self._dense_frame is None:
-            momentum = self.replayer.momentum
-            values = [*self.trainables.tensors, *(momentum or ())]
+            momentum, reference = self.replayer.momentum, self.replayer.reference
+            values = [*self.trainables.tensors, *(momentum or ()), *(reference or ())]
             state = DenseState(
                 round_index=self.round_index,
                 digest=self._digest,
                 has_momentum=momentum is not None,
+                has_reference=reference is not None,
                 values=flatten(values),
             )
             self._dense_frame = encode(state)
@@ -304,6 +337,8 @@ class RoundServer(ABC):
         tensors = {f"trainable.{index}": tensor.detach() for index, tensor in enumerate(self.trainables.tensors)}
         for index, buffer in enumerate(self.replayer.momentum or ()):
             tensors[f"momentum.{index}"] = buffer
+        for index, buffer in enumerate(self.replayer.reference or ()):
+            tensors[f"reference.{index}"] = buffer
         return tensors | self._catch_up.state_tensors()
 
     def state_numbers(self) -> dict[str, object]:
@@ -313,8 +348,9 @@ class RoundServer(ABC):
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
         """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
         self.trainables.load_values(numbered(tensors, "trainable"))
-        momentum = numbered(tensors, "momentum")
-        self.replayer.momentum = [buffer.to(self.trainables.device) for buffer in momentum] or None
+        device = self.trainables.device
+        self.replayer.momentum = [buffer.to(device) for buffer in numbered(tensors, "momentum")] or None
+        self.replayer.reference = [buffer.to(device) for buffer in numbered(tensors, "reference")] or None
         self.failed_rounds = int(str(numbers["failed_rounds"]))
         self._rates.load_state(numbers)
         self._catch_up.load_state(tensors, numbers)

@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
@@ -32,6 +37,13 @@ __all__ = ["LoadedModel", "load_model", "load_tokenizer"]
 
 _FORWARD_ONLY_METHODS = ("fedmezo", "fedfwd")
 _FORWARD_ONLY_TRAINERS = ("mezotrainer", "fwdtrainer")
+_AUTO_CLASSES: dict[Task, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+}
+_BLOCK_METHODS = ("fedcybgd",)
+_BLOCK_TRAINERS = ("cybgdtrainer",)
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -40,12 +52,14 @@ class LoadedModel:
     """A model ready for training.
 
     Attributes:
-        model: in eval mode; the parameters that require gradients are the trainables, all float32.
-        task: ``causal_lm`` or ``classification``.
+        model: in eval mode; the parameters that require gradients are the trainables, all float32 (in the model's own
+            dtype where blocks take turns).
+        task: what it was loaded for: ``causal_lm``, ``classification`` or ``question_answering``.
         peft_method: the ``adapter_method``, ``full`` without one.
         tokenizer: the tokenizer it was loaded with; saved beside a whole model.
         source: where the base came from.
         arguments: the arguments of ``peft_method`` as configured.
+        fresh: names of the base's parameters that its checkpoint lacks, so that they start from random numbers.
     """
 
     model: nn.Module
@@ -54,6 +68,7 @@ class LoadedModel:
     tokenizer: Any
     source: ModelSource
     arguments: dict[str, Any] = field(default_factory=dict)
+    fresh: frozenset[str] = frozenset()
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -84,7 +99,7 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     Args:
         config: the configuration; ``seed`` keys every new weight.
         tokenizer: what :func:`load_tokenizer` returned.
-        num_labels: classes in the data; ignored for a language model. 0 takes ``model.num_labels``.
+        num_labels: classes in the data; only a classifier asks for them. 0 takes ``model.num_labels``.
 
     Raises:
         ConfigError: ``model.num_labels`` contradicts the data, ``llm.tok_len`` exceeds the model's positions,
@@ -94,22 +109,24 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     source = model_source(config)
     method, arguments = adapter_request(config)
     labels = _label_count(config, source.task, num_labels)
-    dtype = torch.float32 if method == "full" else _base_dtype(config)
+    blocks = _is_block_cycle(config)
+    dtype = _base_dtype(config) if blocks or method != "full" else torch.float32
     _check_radius(config, method, dtype)
     with private_torch_rng(config.seed):
         model, fresh = _load_base(config, source, labels, dtype)
         _fit_embeddings(model, tokenizer, source)
     _check_positions(config, model)
     _set_special_tokens(model, tokenizer)
-    head = _head(model, fresh) if source.task == "classification" else ()
+    head = () if source.task == "causal_lm" else _head(model, fresh)
     _draw_fresh(model, fresh, head, config.seed, source)
     model = attach(method, Request(model, source.task, head, config.seed, arguments))
-    make_float32_masters(model, _places_of_head(model, head))
-    return LoadedModel(model.eval(), source.task, method, tokenizer, source, arguments)
+    if not blocks:  # a block has its masters only while it is visited
+        make_float32_masters(model, _places_of_head(model, head))
+    return LoadedModel(model.eval(), source.task, method, tokenizer, source, arguments, frozenset(fresh))
 
 
 def _label_count(config: Config, task: Task, num_labels: int) -> int:
-    if task == "causal_lm":
+    if task != "classification":
         return 0
     wanted = config.model.num_labels
     if wanted and num_labels and wanted != num_labels:
@@ -128,6 +145,10 @@ def _base_dtype(config: Config) -> torch.dtype:
 
 def _is_forward_only(config: Config) -> bool:
     return config.federate.method.lower() in _FORWARD_ONLY_METHODS or config.trainer.type in _FORWARD_ONLY_TRAINERS
+
+
+def _is_block_cycle(config: Config) -> bool:
+    return config.federate.method.lower() in _BLOCK_METHODS or config.trainer.type.lower() in _BLOCK_TRAINERS
 
 
 def _attention(config: Config) -> dict[str, str]:
@@ -153,9 +174,8 @@ def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
 def _load_base(config: Config, source: ModelSource, labels: int, dtype: torch.dtype) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_attention(config)}
-    auto: Any = AutoModelForCausalLM
+    auto: Any = _AUTO_CLASSES[source.task]
     if source.task == "classification":
-        auto = AutoModelForSequenceClassification
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification"
     with _reported(source, "model"), quiet_transformers():

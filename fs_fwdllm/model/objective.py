@@ -1,12 +1,14 @@
 """The objective: the loss of a batch as a function of the trainable parameters.
 
 Estimators know nothing of transformers; they ask a :class:`BatchLoss` for the loss *here* (where the model stands),
-*at* given values of the trainables, or at a stack of values in one batched pass. Behind it stand three facts that are
+*at* given values of the trainables, or at a stack of values in one batched pass. Behind it stand four facts that are
 the same for every estimator:
 
 * The model is in evaluation mode, so dropout is off and two evaluations at one point agree bit for bit.
 * Cross-entropy is computed in float32 whatever the base's dtype: a difference of two half-precision losses would be
   mostly rounding.
+* What the labels of a batch are and where a model is read is the task's :mod:`~fs_fwdllm.model.readout`; all tasks end
+  in rows of logits with one target each.
 * For language models the vocabulary projection runs only at positions that have a label. A forward-only step holds no
   activations, so the ``[tokens, vocabulary]`` logits would be its largest tensor.
 """
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 
-from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
+from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
+from fs_fwdllm.model.readout import make_readout
 from fs_fwdllm.trainables import Trainables
 
 __all__ = ["BatchLoss", "Objective"]
@@ -36,18 +39,27 @@ class Objective:
     Args:
         model: in evaluation mode.
         trainables: the model's own trainable tensors.
-        task: ``causal_lm`` or ``classification``.
+        task: what the labels mean.
         prefix_cache_bytes: budget of the prefix cache; zero switches it off.
+        label_tokens: for ``label_words`` the token that stands for each class.
     """
 
-    def __init__(self, model: nn.Module, trainables: Trainables, task: Task, prefix_cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trainables: Trainables,
+        task: Task,
+        prefix_cache_bytes: int = 0,
+        label_tokens: Sequence[int] = (),
+    ) -> None:
         self.model = model
         self.trainables = trainables
         self.task = task
+        self.readout = make_readout(task, label_tokens)
         self.cache = PrefixCache(model, prefix_cache_bytes)
         self._positions: torch.Tensor | None = None
         self._selected = False
-        if task == "causal_lm":
+        if self.readout.reads_tokens:
             head = _vocabulary_projection(model)
             if head is not None:
                 head.register_forward_pre_hook(self._select_positions)
@@ -78,15 +90,15 @@ class BatchLoss:
 
     def __init__(self, objective: Objective, batch: Batch) -> None:
         self._objective = objective
+        self.batch = batch
         self._inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        self._positions: torch.Tensor | None = None
-        self.targets = batch.labels
-        if objective.task == "causal_lm":
-            self._positions, self.targets = _labelled_positions(batch.labels)
+        if batch.token_type_ids is not None and _knows_segments(objective.model):
+            self._inputs["token_type_ids"] = batch.token_type_ids
+        self._positions, self.targets = objective.readout.labelled(batch)
         if not len(self.targets):
             raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
         self.size = len(batch)
-        self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._plain_loss)
+        self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._probing_loss)
 
     @property
     def trainables(self) -> Trainables:
@@ -143,25 +155,28 @@ class BatchLoss:
     def _plain_loss(self) -> torch.Tensor:
         return self._loss_of(self._logits(self.model))
 
+    def _probing_loss(self) -> torch.Tensor:
+        """A loss in which every row counts, so that it is finite also where windows without an answer make a batch."""
+        return F.cross_entropy(self._logits(self.model), self.targets.clamp_min(0))
+
     def _loss_of(self, logits: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, self.targets)
 
     def _logits(self, call: Callable[..., Any]) -> torch.Tensor:
         objective = self._objective
         with objective.selecting(self._positions):
-            logits = call(**self._inputs).logits
-            if self._positions is not None and not objective._selected:
-                logits = logits.flatten(0, -2).index_select(0, self._positions)
-        return logits.float()
+            output = call(**self._inputs)
+            if self._positions is None:
+                return objective.readout.logits(output, self.batch).float()
+            tokens = output.logits
+            if not objective._selected:
+                tokens = tokens.flatten(0, -2).index_select(0, self._positions)
+            return objective.readout.of_tokens(tokens).float()
 
 
-def _labelled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions whose *next* token is a label, and those labels."""
-    shifted = torch.full_like(labels, IGNORED_LABEL)
-    shifted[:, :-1] = labels[:, 1:]
-    flat = shifted.flatten()
-    positions = torch.nonzero(flat != IGNORED_LABEL).flatten()
-    return positions, flat[positions]
+def _knows_segments(model: Any) -> bool:
+    """Whether the model tells two texts apart by segment embeddings (BERT and ALBERT do, RoBERTa does not)."""
+    return getattr(getattr(model, "config", None), "type_vocab_size", 0) > 1
 
 
 def _vocabulary_projection(model: nn.Module) -> nn.Module | None:

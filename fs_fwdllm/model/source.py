@@ -1,6 +1,7 @@
 """Where a model comes from: ``model.type`` taken apart and resolved.
 
-``PATH_OR_NAME@huggingface_llm`` is a causal language model, ``PATH_OR_NAME@transformers`` a sequence classifier.
+``PATH_OR_NAME@huggingface_llm`` is a causal language model; ``PATH_OR_NAME@transformers`` a sequence classifier or,
+with ``model.task: QuestionAnswering``, an encoder that points at the first and the last token of an answer.
 ``PATH_OR_NAME`` is a folder, ``package:MODULE/SUBFOLDER`` for a folder inside an installed Python package (which is
 found, not imported), or the name of a model on the hub.
 """
@@ -15,10 +16,13 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 
-__all__ = ["ModelSource", "model_source"]
+__all__ = ["ModelSource", "model_source", "model_task"]
 
-_TASK_OF_SUFFIX: dict[str, Task] = {"huggingface_llm": "causal_lm", "transformers": "classification"}
-_TASK_NAMES = {"huggingface_llm": ("", "CausalLM"), "transformers": ("SequenceClassification",)}
+#: ``{suffix: {model.task: what the model is loaded for}}``
+_TASKS: dict[str, dict[str, Task]] = {
+    "huggingface_llm": {"": "causal_lm", "CausalLM": "causal_lm"},
+    "transformers": {"SequenceClassification": "classification", "QuestionAnswering": "question_answering"},
+}
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,27 @@ def model_source(config: Config) -> ModelSource:
         ConfigError: the suffix or the task is missing or unknown.
         ModelError: the folder or the package does not exist.
     """
+    task = model_task(config)
+    name = config.model.type.rpartition("@")[0]
+    return ModelSource(name, _resolve(name), task)
+
+
+def model_task(config: Config) -> Task:
+    """What the model is loaded for. Raises :class:`ConfigError` where the suffix or the task is missing or unknown."""
     name, at, suffix = config.model.type.rpartition("@")
-    allowed = " or ".join(f"PATH_OR_NAME@{known}" for known in _TASK_OF_SUFFIX)
+    allowed = " or ".join(f"PATH_OR_NAME@{known}" for known in _TASKS)
     if not at or not name:
         raise ConfigError(f"model.type: must be {allowed}, but the value is {config.model.type!r}")
-    if suffix not in _TASK_OF_SUFFIX:
-        hint = nearest(suffix, _TASK_OF_SUFFIX)
+    if suffix not in _TASKS:
+        hint = nearest(suffix, _TASKS)
         raise ConfigError(f"model.type: must be {allowed}, but the value is {config.model.type!r}{hint}")
-    if config.model.task not in _TASK_NAMES[suffix]:
-        choices = " or ".join(repr(task) for task in _TASK_NAMES[suffix])
-        hint = nearest(config.model.task, _TASK_NAMES[suffix])
-        raise ConfigError(f"model.task: must be {choices} for @{suffix}, but the value is {config.model.task!r}{hint}")
-    return ModelSource(name, _resolve(name), _TASK_OF_SUFFIX[suffix])
+    tasks, wanted = _TASKS[suffix], config.model.task
+    if wanted not in tasks:
+        choices = " or ".join(repr(task) for task in tasks)
+        raise ConfigError(
+            f"model.task: must be {choices} for @{suffix}, but the value is {wanted!r}{nearest(wanted, tasks)}"
+        )
+    return tasks[wanted]
 
 
 def _resolve(name: str) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "biases",
     "feed_forward_outputs",
     "head_modules",
+    "is_norm",
     "norm_layers",
     "position_limit",
     "short_names",
@@ -96,8 +97,13 @@ def norm_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), torch.Tensor)
+        if is_norm(module) and isinstance(getattr(module, "weight", None), torch.Tensor)
     ]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalisation layer."""
+    return "norm" in type(module).__name__.lower()
 
 
 def biases(model: nn.Module) -> list[str]:

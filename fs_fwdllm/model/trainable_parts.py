@@ -45,8 +45,8 @@ class Request:
 
     Attributes:
         model: the base model, frozen.
-        task: ``causal_lm`` or ``classification``.
-        head: names of the modules of ``model`` that make up a classifier's head; empty for a language model.
+        task: ``causal_lm``, ``classification`` or ``question_answering``.
+        head: names of the modules of ``model`` that make up its new head; empty for a language model.
         seed: key of new weights.
         arguments: the method's own arguments from ``llm.adapter.args``.
     """
@@ -196,7 +196,8 @@ def _train_peft(config_type: type[PeftConfig], request: Request, arguments: dict
     kept = [*(arguments.pop("modules_to_save", None) or []), *request.head]
     # PEFT adds these two itself for classifiers, and would list them twice
     kept = [name for name in kept if name not in ("classifier", "score")] or None  # type: ignore[assignment]
-    task = TaskType.SEQ_CLS if request.task == "classification" else TaskType.CAUSAL_LM
+    # PEFT's own model for question answering drops token_type_ids on their way to the base; the plain one does not
+    task = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}.get(request.task)
     try:
         with private_torch_rng(request.seed), warnings.catch_warnings():
             for harmless in _HARMLESS_WARNINGS:

@@ -16,6 +16,8 @@ __all__ = ["LOWER_IS_BETTER", "METRIC_NAMES", "RunRecord", "RunSummary", "evalua
 #: Names of what an evaluation may report, for axes and tables; the first one present is the metric of a run.
 METRIC_NAMES = {
     "accuracy": "accuracy",
+    "f1": "F1",
+    "exact_match": "exact match",
     "token_accuracy": "token accuracy",
     "macro_f1": "macro-F1",
     "mcc": "Matthews correlation",
@@ -38,6 +40,8 @@ def method_name(config: Config) -> str:
         name = "MeZO" if "mezo" in words else "forward gradient"
         probes = "1 probe" if settings.probes == 1 else f"{settings.probes} probes"
         return f"{name} ({settings.estimator.replace('_', ' ')}, {probes})"
+    if "cybgd" in words:
+        return f"cycle block descent ({settings.blocks.schedule})"
     return f"{'FedSGD' if 'fedsgd' in words else 'FedAvg'} (backpropagation)"
 
 

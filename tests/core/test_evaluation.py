@@ -154,10 +154,19 @@ def test_the_hosts_names(names, task, expected):
         ("acuracy", "classification", ["'acuracy'", "did you mean 'accuracy'", "macro_f1"]),
         ("perplexity", "classification", ["'perplexity'", "classification"]),
         ("acc", "causal_lm", ["'acc'", "causal_lm", "token_accuracy"]),
-        ("f1", "causal_lm", ["'f1'", "perplexity"]),
+        ("mcc", "causal_lm", ["'mcc'", "perplexity"]),
     ],
 )
 def test_an_unknown_metric_names_the_key_the_value_and_the_choices(name, task, words):
     with pytest.raises(ConfigError, match=r"eval\.metrics") as error:
         check_metrics([name], task)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_binary_f1_is_that_of_the_second_class_and_only_on_request():
+    from fs_fwdllm.evaluation import METRICS, _of_classes
+
+    predicted, actual = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
+    assert _of_classes(predicted, actual, ["binary_f1"], [])["binary_f1"] == pytest.approx(2 / 3)
+    assert check_metrics(["binary_f1"], "classification") == ["binary_f1"]
+    assert "binary_f1" not in METRICS["classification"] and "binary_f1" not in check_metrics([], "classification")

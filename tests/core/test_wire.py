@@ -34,8 +34,10 @@ def an_update(values=(), kind=ScalarUpdate, **changes):
 EXAMPLES = [
     an_update([1.5, -2.0, np.inf, np.nan]),
     an_update([0.0] * 9, DenseUpdate),
-    Assignment(3, 4, DIGEST, 1e-5, 6, 7, (b"frame", b"")),
-    RoundUpdate(1, DIGEST, DIGEST[::-1], 0.5, (0.75, 1.0), 0.9, 1e-3, ((1, 2, 3), (9, 1, 3)), values=np.arange(9)),
+    Assignment(3, 4, DIGEST, 1e-5, 6, 7, (b"frame", b""), batch_index=2, reference_scale=0.5, choices=b"1234"),
+    RoundUpdate(
+        1, DIGEST, DIGEST[::-1], 0.5, (0.75, 1.0), 0.9, 1e-3, ((1, 1, 2, 3), (0, 9, 1, 3)), values=np.arange(9)
+    ),
     DenseState(1, DIGEST, True, values=np.arange(4)),
 ]
 
@@ -65,7 +67,7 @@ def test_a_scalar_upload_is_four_bytes_a_probe_and_at_most_100_around_them(count
 
 def test_a_long_catch_up_fits():
     frames = tuple(bytes([index % 256]) * 1000 for index in range(200))
-    assert decode(encode(Assignment(0, 1, DIGEST, 0.1, 1, 1, frames))).catch_up == frames
+    assert decode(encode(Assignment(0, 1, DIGEST, 0.1, 1, 1, frames, batch_index=0))).catch_up == frames
 
 
 @given(data=st.binary(max_size=400))

@@ -119,3 +119,13 @@ def test_a_label_outside_the_classes_names_row_label_and_allowed() -> None:
     with pytest.raises(DataError) as error:
         label_indices(table_of({"y": "sports"}, {"y": "sport"}), "y", ["world", "sports"])
     assert all(part in str(error.value) for part in ("row 2", "'sport'", "'world', 'sports'", "did you mean 'sports'"))
+
+
+def test_a_pair_is_framed_as_the_tokenizer_frames_pairs(tokenizer):
+    table = Table("made up", [{"a": "w3 w4", "b": "w5"}, {"a": "w6", "b": "w7 w8 w9"}], [1, 2])
+    examples, rows = classification_examples(table, table.texts("a"), [0, 1], tokenizer, 16, table.texts("b"))
+    assert rows == [0, 1]
+    for example, record in zip(examples, table.records, strict=True):
+        assert example.input_ids.tolist() == tokenizer(record["a"], record["b"])["input_ids"]
+    short, _ = classification_examples(table, table.texts("a"), [0, 1], tokenizer, 3, table.texts("b"))
+    assert [len(example.input_ids) for example in short] == [3, 3]

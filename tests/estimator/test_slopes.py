@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.direction import DirectionKey, Rademacher, make_distribution
 from fs_fwdllm.errors import ConfigError, EstimatorError, ModelError
-from fs_fwdllm.estimator import Backprop, CentralDifference, ForwardMode, OneSidedDifference, make_estimator
+from fs_fwdllm.estimator import Backprop, CentralDifference, ForwardMode, OneSidedDifference, Radius, make_estimator
 from fs_fwdllm.estimator.base import stack_directions
 from fs_fwdllm.model.perturbation import ResidentPerturbation, StreamedPerturbation
+from fs_fwdllm.trainables import Trainables
 from tests.estimator.models import KEYS, ready
+from tests.laws.surface import Surface
 from tests.model.tiny import tiny_config
 
 EAGER = {"fwdllm.attention": "eager"}
@@ -210,3 +212,28 @@ def test_the_configuration_chooses(tmp_path, settings, full, kind, perturbation)
 def test_an_unknown_direction_names_the_key():
     with pytest.raises(ConfigError, match=r"fwdllm.direction 'radmacher'.*did you mean 'rademacher'"):
         make_distribution("radmacher")
+
+
+def test_a_relative_radius_follows_the_parameters() -> None:
+    """``|h z| = radius |theta|``; for parameters that are all zero there is nothing to follow."""
+    trainables = Trainables({"a": torch.full((3, 4), 2.0), "b": torch.full((5,), -2.0)})
+    assert Radius(0.01, relative=True).at(trainables) == pytest.approx(0.02)
+    assert Radius(0.01).at(trainables) == pytest.approx(0.01)
+    with torch.no_grad():
+        trainables.load_values([torch.zeros_like(tensor) for tensor in trainables.tensors])
+    assert Radius(0.01, relative=True).at(trainables) == pytest.approx(0.01)
+
+
+def test_scaled_parameters_of_a_scaled_loss_have_the_same_relative_slopes() -> None:
+    """``L(c x)``: one with an absolute radius sees another part of the surface, one with a relative radius does not."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(22, generator=generator)
+    keys = [DirectionKey(3, seed) for seed in range(8)]
+
+    def slopes(factor: float, relative: bool) -> np.ndarray:
+        surface = Surface(lambda point: torch.cos(3 * point / factor).sum(), [x * factor])
+        perturbation = ResidentPerturbation(surface.trainables, Rademacher())
+        return factor * CentralDifference(perturbation, Radius(0.3, relative), 8).slopes(surface, keys).values
+
+    np.testing.assert_allclose(slopes(4.0, True), slopes(1.0, True), rtol=1e-3, atol=1e-4)
+    assert np.abs(slopes(4.0, False) - slopes(1.0, False)).max() > 0.1

@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "fedavg, adamw": {**METHODS["fedavg"], "train.optimizer.type": "AdamW"},
     "fedsgd, adamw": {**METHODS["fedsgd"], "train.optimizer.type": "AdamW", "train.optimizer.weight_decay": 0.1},
     "fedsgd, momentum": {**METHODS["fedsgd"], "train.optimizer.momentum": 0.9},
+    "fwdllm": {
+        **METHODS["forward_gradient"], "federate.method": "fwdllm", "fwdllm.gate.kind": "relative",
+        "fwdllm.gate.threshold": 1e-9, "fwdllm.gate.max_repeats": 1, "fwdllm.sampling.kind": "corrected",
+        "fwdllm.step.control": "trust_ratio", "fwdllm.step.report_norms": True, "fwdllm.step.report_cosine": True,
+    },
     "forward, cosine": {**METHODS["forward_gradient"], "train.scheduler.type": "cosine"},
 }  # fmt: skip
 _VARYING = ("seconds", "peak_rss_mib", "peak_device_mib")

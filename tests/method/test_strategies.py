@@ -356,7 +356,8 @@ def test_a_replica_that_knows_only_the_records_has_the_servers_bits(name: str, w
 
 def test_a_record_with_too_few_decay_factors_is_refused() -> None:
     replica = Replica(Replayer(Trainables(start()), SEED, Rademacher()))
-    record = RoundUpdate(0, replica.digest, bytes(16), 1.0, (0.5,), 0.0, 0.0, ((1, 1, 1), (2, 1, 1)), values=np.ones(2))
+    participants = ((0, 1, 1, 1), (0, 2, 1, 1))
+    record = RoundUpdate(0, replica.digest, bytes(16), 1.0, (0.5,), 0.0, 0.0, participants, values=np.ones(2))
     with pytest.raises(WireError, match="2 participants but 1 decay factors"):
         replica.follow([encode(record)], bytes(16))
 

@@ -16,6 +16,7 @@ from fs_fwdllm.model.quiet import quiet_transformers
 __all__ = [
     "ARCHITECTURES",
     "DECODERS",
+    "DISENTANGLED",
     "ENCODERS",
     "HIDDEN",
     "LAYERS",
@@ -32,6 +33,8 @@ _WIDE = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_head
 _ENCODER = {**_WIDE, "intermediate_size": INTERMEDIATE, "max_position_embeddings": POSITIONS, "pad_token_id": 1}
 _DECODER = {**_WIDE, "intermediate_size": INTERMEDIATE, "max_position_embeddings": POSITIONS}
 _NARROW = {"n_layer": LAYERS, "n_head": HEADS}
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
+_DISENTANGLED |= {"position_biased_input": False}
 
 #: ``{name: (configuration class, model class, arguments)}``
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -48,6 +51,15 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"max_position_embeddings": POSITIONS},
     ),
     "albert": ("AlbertConfig", "AlbertModel", {**_ENCODER, "embedding_size": 16}),
+}
+#: Encoders whose attention tells content from relative position; tests that list an architecture's names omit them.
+DISENTANGLED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deberta": ("DebertaConfig", "DebertaModel", {**_ENCODER, **_DISENTANGLED}),
+    "deberta_v2": (
+        "DebertaV2Config",
+        "DebertaV2Model",
+        {**_ENCODER, **_DISENTANGLED, "position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    ),
 }
 DECODERS = ("llama", "gpt2", "qwen2", "bloom")
 ENCODERS = ("bert", "roberta", "distilbert", "albert")
@@ -67,7 +79,7 @@ def save_tiny_model(
     folder: Path, architecture: str, *, model_class: str = "", pad: bool = True, eos: bool = True, **changes: Any
 ) -> Path:
     """Write a tiny model with seeded random weights, and its tokenizer, to ``folder``; return ``folder``."""
-    config_class, default_class, arguments = ARCHITECTURES[architecture]
+    config_class, default_class, arguments = {**ARCHITECTURES, **DISENTANGLED}[architecture]
     settings = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 2, **arguments, **changes}
     config = getattr(transformers, config_class)(**settings)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):

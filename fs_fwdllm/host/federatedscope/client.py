@@ -15,11 +15,11 @@ from typing import Any
 from federatedscope.core.message import Message
 from federatedscope.core.workers import Client
 
-from fs_fwdllm.errors import WireError
+from fs_fwdllm.errors import HostError, WireError
 from fs_fwdllm.host.driver import answer, follow
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.process import HostModel, HostProcess, save_values
-from fs_fwdllm.host.federatedscope.transport import Hello, HostError, Sender, frame_in, next_message, reachable
+from fs_fwdllm.host.federatedscope.transport import Hello, Sender, frame_in, next_message, reachable
 from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMClient"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fs_fwdllm.config import Config, parse_config
-from fs_fwdllm.config.load import read_tree
+from fs_fwdllm.config.load import apply_overrides, read_tree
 from fs_fwdllm.config.schema import Section, is_host_only
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.federatedscope.names import METHODS, TRAINERS
@@ -39,7 +40,8 @@ def check_command_line(arguments: Sequence[str], host: Any) -> None:
     overrides = _without_options(rest)
     if not known.cfg or len(overrides) % 2:
         return  # the host says what is wrong
-    tree = read_tree(known.cfg, overrides)
+    tree = read_tree(Path(known.cfg))
+    apply_overrides(tree, overrides)
     if _is_ours(tree):
         parse_config(_ours(tree, Config, host))
 

@@ -8,6 +8,7 @@ classification and pre-split files, our reader does, and the host carries the ex
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ __all__ = ["ExampleSplits", "load_data"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
+#: Data types that the host has no reader for.
+_OURS_ALONE = re.compile(r"@(text|qa)$|\.h5@")
 _SPLITS = ("train", "val", "test")
 _reading_for_us = False
 
@@ -67,7 +70,7 @@ def load_data(config: Any, client_configs: Any) -> Any:
     complete(config, [])
     own.trainer.type = config.trainer.type
     check_combination(own)
-    read = _read_ourselves if presplit or config.data.type.lower().endswith("@text") else _read_by_host
+    read = _read_ourselves if presplit or _OURS_ALONE.search(config.data.type.lower()) else _read_by_host
     data, config, federated, tokenizer = read(config, client_configs, own)
     if config.federate.client_idx_for_local_train:
         federated = _only(federated, config.federate.client_idx_for_local_train)

@@ -11,8 +11,9 @@ from typing import Any
 from federatedscope.core.message import Message
 from federatedscope.core.workers import Server
 
+from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.federatedscope.process import HostModel
-from fs_fwdllm.host.federatedscope.transport import Hello, HostError, Sender, own_port_is_free, reachable
+from fs_fwdllm.host.federatedscope.transport import Hello, Sender, own_port_is_free, reachable
 
 __all__ = ["MemberServer"]
 

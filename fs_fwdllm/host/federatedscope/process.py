@@ -37,6 +37,10 @@ __all__ = [
 _FOLDER = "fwdllm"
 
 
+#: Says, in a run folder, which host made it.
+HOST_FILE = "federatedscope.txt"
+
+
 class HostProcess:
     """Everything of ours in one process of the host.
 
@@ -167,6 +171,7 @@ def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoi
     folder = RunFolder(outdir / _FOLDER)
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder.config_path, dump_config(process.config))
+    write_text_atomically(folder.path / HOST_FILE, "made inside FederatedScope; goes on with federate.restore_from\n")
     source = Path(process.restore_from)
     if not process.restore_from or not source.is_dir():
         return folder, None

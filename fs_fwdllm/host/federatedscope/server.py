@@ -19,14 +19,14 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from fs_fwdllm.errors import CheckpointError, FwdLLMError, TrainingStalledError, WireError
+from fs_fwdllm.errors import CheckpointError, FwdLLMError, HostError, TrainingStalledError, WireError
 from fs_fwdllm.host.driver import RunDriver
 from fs_fwdllm.host.federatedscope import process as processes
 from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.process import HostModel
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
-from fs_fwdllm.host.federatedscope.transport import HostError, frame_in, next_message
+from fs_fwdllm.host.federatedscope.transport import frame_in, next_message
 from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMServer"]

@@ -134,6 +134,11 @@ def refuse_unsupported(node: Any) -> None:
                 f"{key} {value!r}: federate.method {node.federate.method!r} with trainer.type {node.trainer.type!r} "
                 f"does not support it; allowed is {choices}"
             )
+    if node.federate.mode.lower() == "distributed" and node.fwdllm.step.report_cosine:
+        raise ConfigError(
+            "fwdllm.step.report_cosine True: compares with backpropagation on the clients' data, which a server of "
+            "several processes does not have; set it to False"
+        )
     rule = _value(node, "aggregator.robust_rule")
     if rule not in (None, "fedavg"):
         raise ConfigError(f"aggregator.robust_rule {rule!r}: our servers aggregate scalars; allowed is 'fedavg'")

@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fs_fwdllm.errors import FwdLLMError, WireError
+from fs_fwdllm.errors import WireError
 from fs_fwdllm.wire import from_text
 
-__all__ = ["Hello", "HostError", "Sender", "frame_in", "next_message", "own_port_is_free", "reachable"]
+__all__ = ["Hello", "Sender", "frame_in", "next_message", "own_port_is_free", "reachable"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
@@ -29,10 +29,6 @@ _LOOK_EVERY_S = 0.005
 _CONNECT_WITHIN_S = 5.0
 _AT_ONCE = 16
 _LAST_PORT = 65535
-
-
-class HostError(FwdLLMError):
-    """A participant of a distributed run is gone, or never came."""
 
 
 @dataclass(frozen=True)

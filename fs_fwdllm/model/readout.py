@@ -1,0 +1,101 @@
+"""How a task reads a model: where its labels are, and what the model's output says about them.
+
+Every task ends in rows of logits with one target per row, so one cross-entropy, one evaluation and one set of
+estimators serve them all. What differs is three small questions, answered here once per task:
+
+======================  ===========================  ==========================================================
+task                    rows                         classes
+======================  ===========================  ==========================================================
+``classification``      one per sample               the classes
+``causal_lm``           one per labelled token       the vocabulary
+``label_words``         one per sample, at its end   the tokens that stand for the classes
+``question_answering``  two per sample: the first    the tokens of the window; padding has no chance
+                        and the last token
+======================  ===========================  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
+
+__all__ = ["Readout", "make_readout"]
+
+
+class Readout:
+    """Reads a classifier: one row per sample. The base of the others.
+
+    Attributes:
+        reads_tokens: whether rows are positions of a language model, so that its vocabulary projection need only run
+            at those.
+    """
+
+    reads_tokens = False
+
+    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Flat positions to read (``None`` for a model that has one row per label anyway), and the targets."""
+        return None, batch.labels
+
+    def logits(self, output: Any, batch: Batch) -> torch.Tensor:
+        """``[targets, classes]`` of a model's output."""
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """``[targets, classes]`` of the vocabulary logits at the labelled positions."""
+        return logits
+
+
+class _TokenReadout(Readout):
+    """Every token that has a label is predicted at the position before it."""
+
+    reads_tokens = True
+
+    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        shifted = torch.full_like(batch.labels, IGNORED_LABEL)
+        shifted[:, :-1] = batch.labels[:, 1:]
+        flat = shifted.flatten()
+        positions = torch.nonzero(flat != IGNORED_LABEL).flatten()
+        return positions, flat[positions]
+
+
+class _LabelWordReadout(Readout):
+    """The class is the word a language model would put after the sample; only the classes' words compete."""
+
+    reads_tokens = True
+
+    def __init__(self, label_tokens: Sequence[int]) -> None:
+        self._label_tokens = list(label_tokens)
+
+    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        rows, tokens = batch.input_ids.shape
+        ends = batch.attention_mask.sum(dim=1) - 1
+        return torch.arange(rows, device=ends.device) * tokens + ends, batch.labels
+
+    def of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[..., self._label_tokens]
+
+
+class _SpanReadout(Readout):
+    """The first and the last token of an answer, each among the tokens of the window."""
+
+    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return None, batch.labels.T.flatten()
+
+    def logits(self, output: Any, batch: Batch) -> torch.Tensor:
+        ends = torch.cat([output.start_logits, output.end_logits]).float()
+        padding = torch.cat([batch.attention_mask, batch.attention_mask]) == 0
+        return ends.masked_fill(padding, torch.finfo(ends.dtype).min)
+
+
+def make_readout(task: Task, label_tokens: Sequence[int] = ()) -> Readout:
+    """The readout of ``task``; ``label_tokens`` stand for the classes of ``label_words``, in index order."""
+    if task == "causal_lm":
+        return _TokenReadout()
+    if task == "label_words":
+        return _LabelWordReadout(label_tokens)
+    return _SpanReadout() if task == "question_answering" else Readout()

@@ -1,0 +1,238 @@
+"""What a candidate is worth: similarity of gradients, cost, and a short trial.
+
+All candidates see the same clients, the same batches and the same number of forward passes. A learning rate that suits
+one number of parameters does not suit another, so several multiples of the configured rate get an eighth of the passes
+each, and the best of them all; the baseline of every claim is the same configuration with another adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data import client_batches
+from fs_fwdllm.data.types import Batch
+from fs_fwdllm.direction import DirectionKey, direction_seed
+from fs_fwdllm.errors import ConfigError, FwdLLMError, TrainingStalledError
+from fs_fwdllm.estimator import Backprop, make_estimator
+from fs_fwdllm.host.driver import answer
+from fs_fwdllm.host.sampling import clients_per_round, sample_clients
+from fs_fwdllm.host.session import Session
+from fs_fwdllm.memory_estimate import estimate_memory, resident_bytes
+from fs_fwdllm.method import assemble_server, assemble_worker, resolve_method
+from fs_fwdllm.method.assembly import work_plans
+from fs_fwdllm.profiler.candidates import Candidate
+from fs_fwdllm.replay import Contributions, add_contributions
+from fs_fwdllm.trainables import flatten
+from fs_fwdllm.wire import ClientUpdate, decode, encode
+
+__all__ = ["Budget", "Measured", "measure", "rank"]
+
+#: Part of a trial's passes that goes into judging one learning rate.
+_SHARE_OF_A_RATE = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to spend on a candidate.
+
+    Attributes:
+        probes: directions of the gradient whose similarity is measured.
+        batches: client batches it is measured on.
+        forward_passes: of one trial, spent on rounds of the configured method.
+        rate_factors: multiples of ``train.optimizer.lr`` to choose from, with an eighth of the passes each.
+    """
+
+    probes: int = 64
+    batches: int = 4
+    forward_passes: int = 400
+    rate_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about a candidate.
+
+    Attributes:
+        trainable: number of trainable parameters.
+        cosine: of the ``probes``-direction forward gradient to the backpropagated one, mean over batches.
+        expected_cosine: ``sqrt(K / (K + d - 1))``, what isotropic directions give.
+        memory_bytes: predicted peak of a run.
+        dense_bytes: of one dense copy of the trainables; what a new client downloads.
+        loss_before, loss_after: on the evaluation split, before and after the best trial.
+        metric: the task's first metric after it; NaN if there is none.
+        learning_rate: of the best trial.
+        seconds: of the best trial.
+        problem: why the candidate could not be measured; empty if it was.
+    """
+
+    candidate: Candidate
+    trainable: int = 0
+    cosine: float = math.nan
+    expected_cosine: float = math.nan
+    memory_bytes: int = 0
+    dense_bytes: int = 0
+    loss_before: float = math.nan
+    loss_after: float = math.nan
+    metric: float = math.nan
+    learning_rate: float = math.nan
+    seconds: float = math.nan
+    problem: str = ""
+
+
+def rank(measured: Sequence[Measured]) -> list[Measured]:
+    """Best first: lowest evaluation loss after the trial; what could not be measured comes last."""
+    return sorted(measured, key=lambda item: (bool(item.problem), math.isnan(item.loss_after), item.loss_after))
+
+
+def measure(first: Session, candidate: Candidate, budget: Budget, say: Callable[[str], None]) -> Measured:
+    """Measure one candidate on the data of an opened session.
+
+    A candidate that the model has no place for is returned with its ``problem`` said, not raised.
+
+    Raises:
+        ConfigError: the configured method needs backpropagation, or there is nothing to evaluate on.
+    """
+    if not resolve_method(first.config).forward_only:
+        raise ConfigError(
+            f"federate.method {first.config.federate.method!r}: the profiler is for forward-only methods; set "
+            "federate.method: fedfwd or fedmezo"
+        )
+    if not first.evaluation_batches:
+        raise ConfigError("data.splits: the profiler needs validation or test samples; give them a share")
+    before_bytes = resident_bytes()
+    try:
+        session = Session.assemble(candidate.apply(first.config), first.loaded.tokenizer, first.data)
+        session.evaluation_batches = first.evaluation_batches
+        return _measure(session, candidate, budget, before_bytes, say)
+    except FwdLLMError as error:
+        return Measured(candidate, problem=f"{type(error).__name__}: {error}")
+
+
+def _measure(
+    session: Session, candidate: Candidate, budget: Budget, before_bytes: int, say: Callable[[str], None]
+) -> Measured:
+    count = session.parts.trainables.count
+    per_round = clients_per_round(session.config, len(session.client_samples))
+    steps = max(plan.steps for plan in work_plans(session.config, session.client_samples).values())
+    found = Measured(
+        candidate,
+        trainable=count,
+        cosine=_similarity(session, budget),
+        expected_cosine=math.sqrt(budget.probes / (budget.probes + count - 1)),
+        memory_bytes=estimate_memory(session, per_round, steps, before_bytes).peak_bytes,
+        dense_bytes=session.parts.trainables.bytes,
+        loss_before=_evaluate(session, session.parts.trainables)[0],
+    )
+    rates = [session.config.train.optimizer.lr * factor for factor in budget.rate_factors]
+    short = [_trial(session, budget.forward_passes // _SHARE_OF_A_RATE, rate) for rate in rates]
+    chosen = min(short, key=lambda trial: trial.loss_after).learning_rate
+    best = _trial(session, budget.forward_passes, chosen)
+    say(f"{candidate.name}: {count:,} parameters, cosine {found.cosine:.3f}, loss {found.loss_before:.4f} -> "
+        f"{best.loss_after:.4f} at learning rate {best.learning_rate:g}")  # fmt: skip
+    return replace(
+        found,
+        loss_after=best.loss_after,
+        metric=best.metric,
+        learning_rate=best.learning_rate,
+        seconds=best.seconds,
+    )
+
+
+def _similarity(session: Session, budget: Budget) -> float:
+    """Mean cosine of the forward gradient to the backpropagated one, at the starting point."""
+    parts = session.parts
+    distribution = parts.replica.replayer.distribution
+    estimator = make_estimator(parts.model, parts.trainables, distribution, session.config.fwdllm, full=parts.full)
+    backprop = Backprop(parts.model)
+    cosines = []
+    for number, batch in enumerate(_client_batches(session, budget.batches)):
+        seeds = [direction_seed(number, 0, 0, probe) for probe in range(budget.probes)]
+        keys = [DirectionKey(session.config.seed, seed) for seed in seeds]
+        slopes = estimator.slopes(parts.objective.on(batch), keys)
+        estimate = [torch.zeros_like(tensor.detach()) for tensor in parts.trainables.tensors]
+        contributions = Contributions(seeds, slopes.values / len(seeds))
+        add_contributions(estimate, contributions, session.config.seed, distribution)
+        backprop.gradient(parts.objective.on(batch))
+        exact = [
+            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in parts.trainables.tensors
+        ]
+        cosines.append(_cosine(estimate, exact))
+        for tensor in parts.trainables.tensors:
+            tensor.grad = None
+    return math.fsum(cosines) / len(cosines)
+
+
+def _client_batches(session: Session, count: int) -> list[Batch]:
+    settings, clients = session.parts.batches, list(session.client_samples)
+    return [
+        client_batches(
+            session.data.clients[client].train, client=client, round_index=0, steps=1, batch_size=settings.batch_size,
+            seed=settings.seed, pad_token_id=settings.pad_token_id, shuffle=settings.shuffle,
+        )[0]
+        for client in clients[:count]
+    ]  # fmt: skip
+
+
+def _cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    a, b = flatten(first).astype("float64"), flatten(second).astype("float64")
+    norms = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / norms if norms else 0.0
+
+
+@dataclass(frozen=True)
+class _Trial:
+    loss_after: float
+    metric: float
+    learning_rate: float
+    seconds: float
+
+
+def _trial(session: Session, forward_passes: int, learning_rate: float) -> _Trial:
+    """Rounds of the configured method until the forward passes are spent; then the evaluation loss."""
+    config = _with_rate(session.config, learning_rate)
+    start = session.parts.trainables.copy_values()
+    started = time.perf_counter()
+    try:
+        parts = session.parts.with_config(config)
+        worker, server = assemble_worker(parts), assemble_server(parts, session.client_samples)
+        spent = round_index = 0
+        available = sorted(session.client_samples)
+        per_round = clients_per_round(config, len(available))
+        while spent < forward_passes:
+            clients = sample_clients(config.seed, round_index, available, per_round)
+            updates = [
+                decode(answer(worker, encode(given), session.data.clients[client].train))
+                for client, given in server.assign(round_index, clients).items()
+            ]
+            report = server.absorb(update for update in updates if isinstance(update, ClientUpdate))
+            spent, round_index = spent + max(report.forward_passes, 1), round_index + 1
+        loss, metric = _evaluate(replace(session, config=config), server.trainables)
+    except TrainingStalledError:
+        loss, metric = math.inf, math.nan
+    finally:
+        session.parts.trainables.load_values(start)
+    loss = loss if math.isfinite(loss) else math.inf
+    return _Trial(loss, metric, learning_rate, time.perf_counter() - started)
+
+
+def _with_rate(config: Config, learning_rate: float) -> Config:
+    """``config`` at a constant learning rate."""
+    train = config.train.model_copy(
+        update={
+            "optimizer": config.train.optimizer.model_copy(update={"lr": learning_rate}),
+            "scheduler": config.train.scheduler.model_copy(update={"type": "constant", "warmup_ratio": 0.0}),
+        }
+    )
+    return config.model_copy(update={"train": train})
+
+
+def _evaluate(session: Session, trainables: object) -> tuple[float, float]:
+    results = dict(session.evaluate(trainables) or {})  # type: ignore[arg-type]
+    loss = results.pop("loss")
+    return loss, next(iter(results.values()), math.nan)

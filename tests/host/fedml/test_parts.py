@@ -1,0 +1,116 @@
+"""The small parts of the FedML host, none of which needs FedML: payloads, placement, watchdog, installation."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import threading
+import time
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fs_fwdllm.errors import DataError, WireError
+from fs_fwdllm.host.fedml.installation import why_it_cannot_be_installed
+from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpack_answers, unpack_orders
+from fs_fwdllm.host.fedml.placement import Placement, SiloData, make_dataset
+from fs_fwdllm.host.fedml.watchdog import Watchdog
+from fs_fwdllm.host.session import Session
+from tests.host.fedml.federation import FedMLWorld
+
+FRAMES = st.dictionaries(st.integers(1, 1000), st.binary(max_size=40), max_size=5)
+
+
+@given(FRAMES, st.binary(max_size=9), st.booleans())
+def test_payloads_survive_what_fedml_does_to_them(frames: dict[int, bytes], state: bytes, is_last: bool) -> None:
+    down, up = pack_orders(Orders(frames, state, is_last)), pack_answers(frames)
+    for change in (copy.deepcopy, lambda payload: pickle.loads(pickle.dumps(payload))):
+        assert unpack_orders(change(down)) == Orders(frames, state, is_last)
+        assert unpack_answers(change(up)) == frames
+    assert type(down) is OrderedDict and type(up) is dict  # the two types FedML lets through, each in its direction
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"random bytes", None, 3, {}, {"fs_fwdllm": None}, {"weight": 1.0}, {"fs_fwdllm": (), "more": 1},
+        {"fs_fwdllm": ((1, "text"),)}, {"fs_fwdllm": ((True, b""),)}, {"fs_fwdllm": ((1, b"", b""),)},
+        {"fs_fwdllm": [(1, b"")]}, {"fs_fwdllm": ((1, b""), 2)},
+    ],
+)  # fmt: skip
+def test_what_is_not_ours_is_refused(payload: Any) -> None:
+    with pytest.raises(WireError):
+        unpack_answers(payload)
+    with pytest.raises(WireError):
+        unpack_orders(payload)
+
+
+@given(st.integers(1, 7), st.sets(st.integers(1, 30)))
+def test_every_client_lives_in_one_silo_that_never_changes(silos: int, clients: set[int]) -> None:
+    placement = Placement(silos)
+    split = placement.split({client: -client for client in clients})
+    assert list(split) == list(range(silos))
+    assert {client: value for held in split.values() for client, value in held.items()} == {c: -c for c in clients}
+    assert all(placement.silo_of(client) == silo for silo, held in split.items() for client in held)
+
+
+def test_as_many_silos_as_clients_is_fedmls_numbering() -> None:
+    assert Placement(3).split({1: "a", 2: "b", 3: "c"}) == {0: {1: "a"}, 1: {2: "b"}, 2: {3: "c"}}
+
+
+def test_the_dataset_counts_samples(world: FedMLWorld) -> None:
+    session = Session.open(world.config("mezo"))
+    dataset = make_dataset(session, Placement(2))
+    assert len(dataset) == 8
+    train, test, _, batches, local_counts, local_train, local_test, classes = dataset
+    assert train == sum(session.client_samples.values()) == sum(local_counts.values())
+    assert test == len(session.data.test) == sum(map(len, batches))
+    assert list(local_counts) == list(local_train) == list(local_test) == [0, 1]
+    assert {silo: len(data) for silo, data in local_train.items()} == local_counts
+    assert local_train[1].of(2) is session.data.clients[2].train
+    assert classes == 3
+
+
+def test_a_silo_has_no_data_of_another() -> None:
+    with pytest.raises(DataError, match=r"client 2 does not live in this silo, which holds \[1, 3\]"):
+        SiloData({1: [], 3: []}).of(2)
+
+
+def test_a_watchdog_calls_once_and_says_what_was_missing() -> None:
+    called: list[str] = []
+    rang = threading.Event()
+
+    def note(text: str) -> None:
+        called.append(text)
+        rang.set()
+
+    watchdog = Watchdog(note)
+    watchdog.arm(60, lambda: "the first")
+    watchdog.arm(0.05, lambda: "the second")
+    assert rang.wait(10)
+    time.sleep(0.05)
+    assert called == ["the second"]
+
+
+def test_a_disarmed_watchdog_is_silent() -> None:
+    called: list[str] = []
+    watchdog = Watchdog(called.append)
+    for _ in range(50):
+        watchdog.arm(0.2, lambda: "too late")
+        watchdog.disarm()
+    watchdog.arm(math.inf, lambda: "never")
+    watchdog.wind_down()
+    time.sleep(0.3)
+    assert called == []
+
+
+@pytest.mark.parametrize(("version", "installs"), [((3, 10), True), ((3, 11), True), ((3, 12), False)])
+def test_newer_pythons_are_told_why(version: tuple[int, int], installs: bool) -> None:
+    reason = why_it_cannot_be_installed(version)
+    assert (reason == "") == installs
+    if not installs:
+        assert f"{version[0]}.{version[1]}" in reason and "pathtools" in reason and "3.11" in reason
