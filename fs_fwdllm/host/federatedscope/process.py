@@ -8,9 +8,12 @@ the host would build one for each.
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +27,8 @@ from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.trainables import Trainables
 
 __all__ = [
-    "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "named_values",
-    "open_process", "splits_of",
+    "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",
+    "named_values", "open_process", "save_values", "splits_of",
 ]  # fmt: skip
 
 
@@ -95,9 +98,7 @@ class HostModel(nn.Module):
 
 def named_values(trainables: Trainables) -> dict[str, torch.Tensor]:
     """Trained parameters under the names that the host's own adapter models give them."""
-    return {
-        name: tensor.detach().clone() for name, tensor in zip(trainables.names, trainables.tensors, strict=True)
-    }
+    return {name: tensor.detach().clone() for name, tensor in zip(trainables.names, trainables.tensors, strict=True)}
 
 
 def load_named_values(trainables: Trainables, state: dict[str, torch.Tensor]) -> None:
@@ -119,6 +120,37 @@ def load_named_values(trainables: Trainables, state: dict[str, torch.Tensor]) ->
                 f"federate.restore_from: {name!r} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}"
             )
     trainables.load_values([value.to(tensor.dtype) for value, tensor in zip(values, trainables.tensors, strict=True)])
+
+
+def save_values(path: str, finished_rounds: int, trainables: Trainables) -> None:
+    """Write ``{'cur_round', 'model'}``, the file the host's evaluation scripts read; atomically.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save({"cur_round": finished_rounds, "model": named_values(trainables)}, content)
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"federate.save_to {path!r}: cannot be written ({error.strerror})") from error
+
+
+def load_values(path: str, trainables: Trainables) -> int:
+    """Load what :func:`save_values` (or the host) wrote, without unpickling objects; the rounds it had finished.
+
+    Raises:
+        CheckpointError: it is no such file, or of another model.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        values, finished_rounds = saved["model"], int(saved["cur_round"])
+    except Exception as error:  # torch raises a dozen types for files that are not its own
+        raise CheckpointError(f"federate.restore_from {path!r}: is no checkpoint of the host ({error})") from error
+    load_named_values(trainables, values)
+    return finished_rounds
 
 
 _current: HostProcess | None = None
