@@ -14,7 +14,7 @@ from fs_fwdllm.config.schema import Config, is_host_only
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest
 
-__all__ = ["dump_config", "load_config", "parse_config"]
+__all__ = ["dump_config", "load_config", "parse_config", "read_tree"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -22,6 +22,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is out of range.
+    """
+    config = parse_config(read_tree(path, overrides))
+    if not config.expname:
+        config.expname = Path(path).stem
+    return config
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The file as a mapping with ``overrides`` applied, not validated: it may have keys that only a host knows.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or an override does not fit into it.
     """
     file = Path(path)
     try:
@@ -40,10 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"--cfg {file}: must be a mapping of sections, but is a {type(tree).__name__}")
     _apply_overrides(tree, overrides)
-    config = parse_config(tree)
-    if not config.expname:
-        config.expname = file.stem
-    return config
+    return tree
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
