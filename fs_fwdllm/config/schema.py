@@ -202,7 +202,11 @@ class FwdllmConfig(Section):
     direction: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction")
     probes: int = Field(1, ge=1, description="directions evaluated per step")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
-    probes_per_batch: int = Field(1, ge=1, description="directions evaluated in one batched (vmap) forward pass")
+    probes_per_batch: int = Field(
+        1,
+        ge=1,
+        description="directions evaluated in one batched (vmap) forward pass; 2 batches both points of a single one",
+    )
     upload: Literal["scalars", "dense"] = Field("scalars", description="what a forward-only client sends")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backprop baselines")
