@@ -93,9 +93,10 @@ class FwdLLMServer(MemberServer):
         if checkpoint is None:
             self._restore_parameters()
             self._driver.record_start(None)
-        else:  # the clients went on, or were restarted too, while the server was away
-            for client, hello in self._clients.items():
-                self._driver.server.note_holds(client, hello.digest)
+        # Nothing is sent to those who hold it: the initial parameters follow from the seed, and clients may have gone
+        # on while the server was away.
+        for client, hello in self._clients.items():
+            self._driver.server.note_holds(client, hello.digest)
         self.state = self._driver.next_round
         if self._cfg.federate.make_global_eval:
             self.trainer.held = self._driver.server.trainables
