@@ -36,7 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     # The gate waits for several rounds before it lets a step be taken; the last round's is taken anyway.
     "gated": {
         **METHODS["forward_gradient"], "federate.method": "fwdllm", "fwdllm.gate.kind": "relative",
-        "fwdllm.gate.threshold": 1e-9, "fwdllm.gate.max_repeats": 1, "fwdllm.sampling.kind": "corrected", "fwdllm.server_momentum": 0.5,
+        "fwdllm.gate.threshold": 1e-9, "fwdllm.gate.max_repeats": 1, "fwdllm.sampling.kind": "corrected",
+        "fwdllm.server_momentum": 0.5,
     },
 }  # fmt: skip
 _VARYING = ("seconds", "peak_rss_mib", "peak_device_mib")
