@@ -72,7 +72,8 @@ SETTINGS = {
     ),
 }  # fmt: skip
 SETTINGS |= {
-    f"ours, {probes} probes": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.probes": probes}) for probes in (1, 3, 30)
+    f"ours, {probes} probes": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.probes": probes})
+    for probes in (1, 3, 30, 100)
 }
 SETTINGS |= {
     "ours, relative gate": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.gate.kind": "relative"}),

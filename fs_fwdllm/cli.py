@@ -149,6 +149,8 @@ def compare(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Go on with a stopped run from its last checkpoint."""
+    if (run / "federatedscope.txt").is_file():
+        raise ConfigError(f"{run}: was made inside FederatedScope; run its file again with federate.restore_from {run}")
     host = "fedml" if (run / "fedml.yaml").is_file() else "local"
     importlib.import_module(f"fs_fwdllm.host.{host}").resume(run)
 

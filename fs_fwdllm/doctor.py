@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, why_it_cannot_be_installed
 
 __all__ = ["HOSTS", "Finding", "examine", "has_landed"]
@@ -106,4 +107,16 @@ def _host(name: str) -> Finding:
     module, hint = _FRAMEWORKS[name]
     if _is_importable(module):
         return Finding(state.name, f"{state.found}; {module} found", state.hint)
+    if name == "federatedscope" and has_landed(name):
+        return _checkout(state.name, state.found)
     return Finding(state.name, f"{state.found}; {module} not found", state.hint or hint)
+
+
+def _checkout(name: str, found: str) -> Finding:
+    """FederatedScope is not on PyPI: it is a checkout somewhere."""
+    from fs_fwdllm.host.federatedscope.launch import find_host
+
+    try:
+        return Finding(name, f"{found}; checkout in {find_host()}")
+    except ConfigError as error:
+        return Finding(name, f"{found}; federatedscope not found", str(error))

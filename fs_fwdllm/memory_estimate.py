@@ -207,8 +207,9 @@ def _forward_only(session: Session, shape: _Shape, work: _Pass, steps: int) -> i
     if own.estimator == "forward_mode":
         points, copies_bytes = 1 + batch, batch * trainable_bytes
     elif batch > 1:
-        points = 2 * batch if own.estimator == "central" else batch
-        copies_bytes = (points + batch) * trainable_bytes
+        together = min(batch, own.probes)
+        points = 2 * together if own.estimator == "central" else together
+        copies_bytes = (points + together) * trainable_bytes
     else:
         points, copies_bytes = 1, _largest_module(session.loaded.model) if session.parts.full else trainable_bytes
     moves = resolve_method(session.config).name == "mezo" and (steps > 1 or own.upload == "dense")

@@ -124,7 +124,7 @@ class Plan:
             ("passes per round", _passes(self.first_round)),
             ("passes of the run", _passes(self.run)),
             ("upload per client and round", format_bytes(client.upload_bytes)),
-            ("first download of a client", f"{format_bytes(client.download_bytes)} (brings the starting point)"),
+            ("download per client, first round", format_bytes(client.download_bytes)),
             ("first round, all clients", _traffic(self.first_round)),
             ("a late round, all clients", _traffic(self.last_round)),
             ("the run, if all clients answer", _traffic(self.run)),
@@ -251,6 +251,7 @@ class _Walk:
     def rounds(self) -> Iterator[list[Cost]]:
         """For each round, what each of its clients costs."""
         clients = sorted(self._session.client_samples)
+        self._catch_up.note_started(clients, 0)
         for round_index in range(min(self._config.federate.total_round_num, MAX_WALKED_ROUNDS)):
             chosen = sample_clients(self._config.seed, round_index, clients, self._per_round)
             yield [self._client(round_index, client) for client in chosen]

@@ -102,3 +102,18 @@ def test_quality_of_blocks_prints_every_method(shared_data: Callable[[str], Path
     root = shared_data("glue/MRPC/train.tsv").parent
     output = output_of("quality_blocks.py", "mrpc", root, "--outdir", tmp_path, "--methods", "blocks", "FedAvg, LoRA")
     assert cells_of(output, "blocks  ") and cells_of(output, "FedAvg, LoRA")
+
+
+def test_peer_is_compared_in_time_memory_and_bytes() -> None:
+    output = output_of("federatedscope_peer.py")
+    if output.startswith("skipped"):
+        pytest.skip(output.strip())
+    times, memory = (re.split(r" {2,}", line) for line in output.splitlines() if line.startswith("LoRA r=8 "))
+    assert int(times[5]) == 4 * 2 * 2 * 8 * (32 + 32), "the peer sends every trained parameter"
+    assert 4 * 3 <= int(times[6]) < 4 * 3 + 100, "ours is a scalar a step"
+    assert all(float(cell) > 0 for cell in memory[1:4])
+
+
+def test_peer_is_skipped_with_a_reason_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMEZO_HOME", "/nowhere")
+    assert output_of("federatedscope_peer.py").startswith("skipped: FEDMEZO_HOME is '/nowhere'")

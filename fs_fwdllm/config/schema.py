@@ -296,7 +296,11 @@ class FwdllmConfig(Section):
     radius_scale: Literal["absolute", "relative"] = Field(
         "absolute", description="relative: the perturbation is radius times the norm of the trainables long"
     )
-    probes_per_batch: int = Field(1, ge=1, description="directions evaluated in one batched (vmap) forward pass")
+    probes_per_batch: int = Field(
+        1,
+        ge=1,
+        description="directions evaluated in one batched (vmap) forward pass; 2 batches both points of a single one",
+    )
     upload: Literal["scalars", "dense"] = Field("scalars", description="what a forward-only client sends")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
     gradient_checkpointing: bool = Field(False, description="recompute activations wherever there is backpropagation")

@@ -114,9 +114,7 @@ def _parse_tsv(text: str, path: Path, columns: Sequence[str]) -> Iterator[dict[s
     return _records(numbered, path, columns)
 
 
-def _records(
-    numbered: Iterable[tuple[int, list[str]]], path: Path, columns: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def _records(numbered: Iterable[tuple[int, list[str]]], path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Name the values of each row; ``numbered`` yields line numbers and values, a blank line has no values."""
     fields = list(columns)
     for number, values in numbered:

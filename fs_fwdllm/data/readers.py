@@ -207,6 +207,10 @@ def _recognise(table: Table) -> _Layout:
 def _without_left_out_category(table: Table) -> Table:
     kept = [row for row, record in enumerate(table.records) if record["category"] != _LEFT_OUT_BY_META]
     if len(kept) < len(table):
-        logger.info("%s: %d rows of category %r are left out, as FederatedScope does for data.splitter meta",
-                    table.source, len(table) - len(kept), _LEFT_OUT_BY_META)
+        logger.info(
+            "%s: %d rows of category %r are left out, as FederatedScope does for data.splitter meta",
+            table.source,
+            len(table) - len(kept),
+            _LEFT_OUT_BY_META,
+        )
     return table.take(kept)

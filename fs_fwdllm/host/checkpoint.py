@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.errors import CheckpointError
@@ -62,18 +62,18 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
     text = json.dumps(about)
-    content = save(tensors, metadata={"fs_fwdllm": text, "crc32": _checksum(text, tensors)})
+    metadata = {"fs_fwdllm": text, "crc32": _checksum(text, tensors)}
     temporary = folder / f".{_FILE}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, folder / _FILE)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{folder / _FILE}: cannot be written ({error.strerror}); the previous checkpoint is intact"
+            f"{folder / _FILE}: cannot be written ({reason}); the previous checkpoint is intact"
         ) from error
     finally:
         with suppress(OSError):

@@ -103,7 +103,11 @@ class RunDriver:
         self._answers: list[ClientUpdate] = []
         self._unreadable: dict[int, str] = {}
         self._report: RoundReport | None = None
-        if checkpoint is not None:
+        if checkpoint is None:
+            # New weights are drawn from the seed: who loads the same model holds the same bits, as digests prove.
+            for client in session.client_samples:
+                self.server.note_holds(client, self.server.digest)
+        else:
             self.next_round = checkpoint.next_round
             self.server.load_state(checkpoint.tensors, checkpoint.numbers)
             self.accounting.restore(checkpoint.counters)

@@ -170,10 +170,11 @@ def check_combination(config: Config) -> None:
             f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of the "
             "model; set it to 1 or use an adapter (llm.adapter.use: true)"
         )
-    if own.probes_per_batch > own.probes:
+    most = max(own.probes, 2 if own.estimator == "central" else 1)  # 2 batches the two points of a single probe
+    if own.probes_per_batch > most:
         raise ConfigError(
             f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
-            f"{own.probes}"
+            f"{most}"
         )
 
 

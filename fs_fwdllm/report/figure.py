@@ -47,9 +47,7 @@ def new_figure(rows: int, columns: int, width_px: int, height_px: int, title: st
     return figure, list(axes.flat)
 
 
-def draw(
-    axis: Axes, x: Sequence[float], y: Sequence[float], *, label: str, colour: str, width_pt: float = 1.8
-) -> None:
+def draw(axis: Axes, x: Sequence[float], y: Sequence[float], *, label: str, colour: str, width_pt: float = 1.8) -> None:
     """One curve; few points are marked, so that a single one can be seen."""
     marker = "o" if len(x) <= 40 else None
     label = f" {label}" if label.startswith("_") else label  # a legend leaves out names with a leading underscore

@@ -23,6 +23,7 @@ EXAMPLES: list[Record] = [
         6,
         0,
         (b"frame", b""),
+        batch_index=3,
         block=2,
         versions=(5, 1),
         cycle=7,

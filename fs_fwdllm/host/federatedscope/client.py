@@ -1,7 +1,7 @@
 """The host's client worker: takes work as one text field, answers with one, evaluates when asked.
 
 What it receives is our frames as base64 text; nothing is unpickled, and the host's own messages that would carry
-pickled parameters are refused. In a process of its own it also says that it is there, again and again while it has
+pickled parameters are left alone. In a process of its own it also says that it is there, again and again while it has
 nothing to do: so a server that was restarted learns of it, and a server that is gone is noticed.
 """
 
@@ -15,17 +15,21 @@ from typing import Any
 from federatedscope.core.message import Message
 from federatedscope.core.workers import Client
 
+from fs_fwdllm.errors import HostError, WireError
 from fs_fwdllm.host.driver import answer, follow
-from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
-from fs_fwdllm.host.federatedscope.process import HostModel, HostProcess
-from fs_fwdllm.host.federatedscope.transport import HostError, is_reachable, next_message
-from fs_fwdllm.wire import from_text, to_text
+from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
+from fs_fwdllm.host.federatedscope.process import HostModel, HostProcess, save_values
+from fs_fwdllm.host.federatedscope.transport import Hello, Sender, frame_in, next_message, reachable
+from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMClient"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
-_SAY_HERE_EVERY_S = 5.0
+#: What a client takes in distributed mode; the host's other messages need not be honoured, and some are unpickled.
+_TAKEN = ("assign_client_id", MESSAGE_WORK, MESSAGE_EVALUATE, "converged", "finish")
+_LONGEST_SILENCE_S = 30.0
+_HELLOS_PER_DEADLINE = 20
 
 
 class FwdLLMClient(Client):
@@ -38,6 +42,10 @@ class FwdLLMClient(Client):
         self._process: HostProcess = model.process
         self._examples = list(getattr(self.data, "train_data", None) or [])
         self._incarnation = int.from_bytes(os.urandom(3), "little")
+        self._asked_for = int(self._cfg.distribute.data_idx) if self.mode == "distributed" else int(self.ID)
+        self._deadline_s = self._process.config.fwdllm.deadline_s
+        self._sender = Sender(self.comm_manager, self._deadline_s) if self.mode == "distributed" else None
+        self._unsent: Any = None
 
     def _register_default_handlers(self) -> None:
         super()._register_default_handlers()
@@ -48,74 +56,119 @@ class FwdLLMClient(Client):
 
     def join_in(self) -> None:
         """Tell the server who we are, where, how many samples we hold, and what parameters."""
-        distributed = self.mode == "distributed"
-        address = self.local_address if distributed else {"host": "", "port": 0}
-        content = {
-            **address,
-            "client": int(self._cfg.distribute.data_idx) if distributed and self.ID < 0 else int(self.ID),
-            "samples": len(self._examples),
-            "incarnation": self._incarnation,
-            "digest": self._process.worker.replica.digest.hex(),
-        }
-        self._send("join_in", content)
+        hello = Hello(
+            client=self._asked_for if self.ID < 0 else int(self.ID),
+            samples=len(self._examples),
+            incarnation=self._incarnation,
+            digest=self._process.worker.replica.digest,
+            **(self.local_address or {}),
+        )
+        self._send("join_in", hello.content())
 
     def run(self) -> None:
         """Handle messages until the server says that it is over (distributed mode).
 
         Raises:
-            HostError: nothing has listened at the server's address for ``fwdllm.deadline_s`` seconds.
+            HostError: the server stopped for an error, or nothing has listened at its address for
+                ``fwdllm.deadline_s`` seconds.
         """
-        gone_since: float | None = None
+        heard = time.monotonic()
+        patience_s = min(_LONGEST_SILENCE_S, self._deadline_s / _HELLOS_PER_DEADLINE)
         while True:
-            message = next_message(self.comm_manager, _SAY_HERE_EVERY_S)
+            message = next_message(self.comm_manager, patience_s)
             if message is not None:
-                gone_since = None
-                handler = self.msg_handlers.get(message.msg_type, self.callback_funcs_for_foreign_message)
-                handler(message)
+                self._handle(message)
                 if message.msg_type == "finish":
                     return
-                continue
-            if is_reachable(self.comm_manager.neighbors[self.server_id]):
-                gone_since = None
+            elif all(reachable([self._server_address]).values()):
+                self._send_again()
                 self.join_in()
+            else:
+                self._give_up_after(heard)
                 continue
-            gone_since = gone_since or time.monotonic()
-            self._give_up_after(gone_since)
+            heard = time.monotonic()
 
-    def _give_up_after(self, gone_since: float) -> None:
-        deadline_s = self._process.config.fwdllm.deadline_s
-        if time.monotonic() - gone_since > deadline_s:
+    @property
+    def _server_address(self) -> str:
+        return str(self.comm_manager.neighbors[self.server_id])
+
+    def _handle(self, message: Any) -> None:
+        if message.msg_type not in _TAKEN:
+            self.callback_funcs_for_foreign_message(message)
+            return
+        try:
+            self.msg_handlers[message.msg_type](message)
+        except WireError as error:
+            logger.warning("client %d: dropped a message: %s", self.ID, error)
+
+    def _give_up_after(self, heard: float) -> None:
+        if time.monotonic() - heard > self._deadline_s:
             raise HostError(
-                f"client {self.ID}: nothing listens at the server's address "
-                f"{self.comm_manager.neighbors[self.server_id]} for {deadline_s:g} s (fwdllm.deadline_s); start the "
-                "server again with federate.restore_from set to its run folder, then this client"
+                f"client {self.ID}: nothing listens at the server's address {self._server_address} for "
+                f"{self._deadline_s:g} s (fwdllm.deadline_s); start the server again with federate.restore_from set to "
+                "its run folder, then this client"
             )
+
+    def callback_funcs_for_assign_id(self, message: Any) -> None:
+        """Take the number the server gives us."""
+        if not str(message.content).isdecimal():
+            raise WireError(f"the server's number for a client is {message.content!r}")
+        super().callback_funcs_for_assign_id(message)
 
     def callback_funcs_for_work(self, message: Any) -> None:
         """Do a round's work and send the update."""
         self.state = message.state
-        frame = answer(self._process.worker, from_text(message.content), self._examples)
-        self._send(MESSAGE_UPDATE, to_text(frame))
+        self._send(MESSAGE_UPDATE, to_text(answer(self._process.worker, frame_in(message), self._examples)))
 
     def callback_funcs_for_evaluate(self, message: Any) -> None:
-        """Follow the server, then evaluate as the host's client does."""
-        follow(self._process.worker, from_text(message.content))
-        message.content = None  # the host's handler would load parameters from it
-        super().callback_funcs_for_evaluate(message)
+        """Follow the server, evaluate every split, and send the results in the host's terms."""
+        follow(self._process.worker, frame_in(message))
+        self.state = message.state
+        results: dict[str, float] = {}
+        for split in self._cfg.eval.split:
+            results |= self.trainer.evaluate(split)
+        if results:
+            self._log_results(results)
+        self._send("metrics", results or NO_RESULTS)
+
+    def _log_results(self, results: dict[str, float]) -> None:
+        formatted = self._monitor.format_eval_res(
+            results, rnd=self.state, role=f"Client #{self.ID}", forms=["raw"], return_raw=True
+        )
+        logger.info(formatted)
+        if not any(self._cfg.eval.best_res_update_round_wise_key in key for key in results):
+            return
+        best = self._monitor.update_best_result(self.best_results, results, results_type=f"client #{self.ID}")
+        if best and self._cfg.federate.save_client_model and self._cfg.federate.save_to:
+            folder, name = os.path.split(self._cfg.federate.save_to)
+            path = os.path.join(folder, f"client_{self.ID}_{name}")
+            save_values(path, self.state, self._process.worker.replica.trainables)
 
     def callback_funcs_for_finish(self, message: Any) -> None:
-        """The server says that it is over, and perhaps why."""
-        if message.content:
-            logger.error("client %d: the server has stopped: %s", self.ID, message.content)
+        """The server says that it is over.
+
+        Raises:
+            HostError: it is over because of an error.
+        """
         self._monitor.finish_fl()
+        if message.content:
+            raise HostError(f"client {self.ID}: the server has stopped: {message.content}")
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""
         logger.warning("client %d: dropped a message of type %r", self.ID, message.msg_type)
 
     def _send(self, kind: str, content: Any) -> None:
-        receiver = [self.server_id]
-        self.comm_manager.send(
-            Message(msg_type=kind, sender=self.ID, receiver=receiver, state=max(self.state, 0), content=content)
+        message = Message(
+            msg_type=kind, sender=self.ID, receiver=[self.server_id], state=max(self.state, 0), content=content
         )
+        if self._sender is None:
+            self.comm_manager.send(message)
+        else:
+            self._unsent = None if self._sender(self._server_address, message) else message
 
+    def _send_again(self) -> None:
+        """Send what did not arrive; a server that no longer wants it leaves it out."""
+        message, self._unsent = self._unsent, None
+        if message is not None and self._sender is not None:
+            self._sender(self._server_address, message)

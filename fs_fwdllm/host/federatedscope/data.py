@@ -8,8 +8,11 @@ classification and pre-split files, our reader does, and the host carries the ex
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from fs_fwdllm.data.readers import PRESPLIT
 from fs_fwdllm.data.types import IGNORED_LABEL, ClientData, Example, FederatedData
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.host.federatedscope import process, splitter
+from fs_fwdllm.host.federatedscope.command_line import check_command_line
 from fs_fwdllm.host.federatedscope.settings import complete, config_from_host, is_ours, refuse_unsupported
 from fs_fwdllm.method import check_combination
 from fs_fwdllm.model import load_tokenizer
@@ -28,6 +32,8 @@ __all__ = ["ExampleSplits", "load_data"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
+#: Data types that the host has no reader for.
+_OURS_ALONE = re.compile(r"@(text|qa)$|\.h5@")
 _SPLITS = ("train", "val", "test")
 _reading_for_us = False
 
@@ -56,22 +62,34 @@ def load_data(config: Any, client_configs: Any) -> Any:
     if not is_ours(config):
         process.close()
         return _presplit_for_host(config) if presplit else None
+    check_command_line(sys.argv[1:], config)
     refuse_unsupported(config)
     own = config_from_host(config)
     if own.federate.sample_client_num == own.federate.client_num:
         own.federate.sample_client_num = -1  # the host writes "all" as a number, and counts clients without data
-    if config.federate.client_idx_for_local_train:
-        own.federate.client_num, own.federate.sample_client_num = 1, -1
     complete(config, [])
     own.trainer.type = config.trainer.type
     check_combination(own)
-    read = _read_ourselves if presplit or config.data.type.lower().endswith("@text") else _read_by_host
+    read = _read_ourselves if presplit or _OURS_ALONE.search(config.data.type.lower()) else _read_by_host
     data, config, federated, tokenizer = read(config, client_configs, own)
+    if config.federate.client_idx_for_local_train:
+        federated = _only(federated, config.federate.client_idx_for_local_train)
+        own.federate.client_num, own.federate.sample_client_num = 1, -1
     holders = [*federated.clients.values(), ClientData(val=federated.val, test=federated.test)]
     complete(config, process.splits_of(holders))
     restore_from, config.federate.restore_from = config.federate.restore_from, ""
     process.open_process(process.HostProcess(own, federated, tokenizer, restore_from))
     return data, config
+
+
+def _only(federated: FederatedData, client: int) -> FederatedData:
+    """The data of a single client, which the host numbers 1."""
+    if client not in federated.clients:
+        raise ConfigError(
+            f"federate.client_idx_for_local_train {client}: allowed are 0 (all clients) and 1 to "
+            f"{max(federated.clients)}"
+        )
+    return replace(federated, clients={1: federated.clients[client]})
 
 
 def _read_ourselves(config: Any, client_configs: Any, own: Config) -> tuple[Any, Any, FederatedData, Any]:
@@ -109,7 +127,11 @@ def _read_by_host(config: Any, client_configs: Any, own: Config) -> tuple[Any, A
         held = _held(data, "this participant")
         return data, config, FederatedData("causal_lm", {1: held}, held.val, held.test), tokenizer
     clients = {client: _held(own_data, f"client {client}") for client, own_data in data.items() if client}
-    return data, config, FederatedData("causal_lm", clients, [], []), tokenizer
+    if 0 not in data:
+        return data, config, FederatedData("causal_lm", clients, [], []), tokenizer
+    data[0].train_data = None  # everybody's rows once more, which a server does not train on
+    everything = _held(data[0], "the server")
+    return data, config, FederatedData("causal_lm", clients, everything.val, everything.test), tokenizer
 
 
 @contextmanager

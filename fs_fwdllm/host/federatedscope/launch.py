@@ -43,13 +43,13 @@ def launch(arguments: Sequence[str]) -> None:
     """Run the host's ``main`` in this process with ``arguments`` (``--cfg FILE key value ...``).
 
     Raises:
-        ConfigError: FederatedScope is not found.
+        ConfigError: FederatedScope is not found, or the file or an override is wrong.
         FwdLLMError: whatever stops a run of ours.
     """
     home = find_host()
     if home is not None:
         sys.path.insert(0, str(home))
-    _register()
+    _register(arguments)
     before = sys.argv
     sys.argv = ["federatedscope/main.py", *arguments]
     try:
@@ -58,11 +58,13 @@ def launch(arguments: Sequence[str]) -> None:
         sys.argv = before
 
 
-def _register() -> None:
+def _register(arguments: Sequence[str]) -> None:
     """Fill the registries, and the configuration once more after the host: registered first, we were overwritten."""
     importlib.import_module("fs_fwdllm.host.federatedscope.plugin")  # it prepares the process, so it goes first
     from federatedscope.core.configs.config import global_cfg
 
+    from fs_fwdllm.host.federatedscope.command_line import check_command_line
     from fs_fwdllm.host.federatedscope.settings import extend_host_config
 
     extend_host_config(global_cfg)
+    check_command_line(arguments, global_cfg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "METHODS", "METRIC_NAMES", "TRAINERS"]
+__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "METHODS", "METRIC_NAMES", "NO_RESULTS", "TRAINERS"]
 
 #: ``trainer.type`` and ``federate.method`` values (lower case) that make a run one of ours.
 TRAINERS = ("mezotrainer", "fwdtrainer", "cybgdtrainer")
@@ -14,3 +14,5 @@ METRIC_NAMES = ("accuracy", "macro_f1", "majority_accuracy", "mcc", "perplexity"
 MESSAGE_WORK = "fwdllm_work"
 MESSAGE_UPDATE = "fwdllm_update"
 MESSAGE_EVALUATE = "fwdllm_evaluate"
+#: The content of a client's results when it holds no sample to evaluate on: the host cannot send an empty mapping.
+NO_RESULTS = "none"

@@ -8,25 +8,37 @@ the host would build one for each.
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fs_fwdllm.config import Config
+from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.data.types import ClientData, FederatedData
 from fs_fwdllm.errors import CheckpointError, nearest
+from fs_fwdllm.host.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
 from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import ClientWorker, assemble_worker
+from fs_fwdllm.report import RunFolder
+from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.trainables import Trainables
 
 __all__ = [
-    "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "named_values",
-    "open_process", "splits_of",
+    "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",
+    "named_values", "open_folder", "open_process", "save_values", "splits_of",
 ]  # fmt: skip
+
+_FOLDER = "fwdllm"
+
+
+#: Says, in a run folder, which host made it.
+HOST_FILE = "federatedscope.txt"
 
 
 class HostProcess:
@@ -95,9 +107,7 @@ class HostModel(nn.Module):
 
 def named_values(trainables: Trainables) -> dict[str, torch.Tensor]:
     """Trained parameters under the names that the host's own adapter models give them."""
-    return {
-        name: tensor.detach().clone() for name, tensor in zip(trainables.names, trainables.tensors, strict=True)
-    }
+    return {name: tensor.detach().clone() for name, tensor in zip(trainables.names, trainables.tensors, strict=True)}
 
 
 def load_named_values(trainables: Trainables, state: dict[str, torch.Tensor]) -> None:
@@ -119,6 +129,61 @@ def load_named_values(trainables: Trainables, state: dict[str, torch.Tensor]) ->
                 f"federate.restore_from: {name!r} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}"
             )
     trainables.load_values([value.to(tensor.dtype) for value, tensor in zip(values, trainables.tensors, strict=True)])
+
+
+def save_values(path: str, finished_rounds: int, trainables: Trainables) -> None:
+    """Write ``{'cur_round', 'model'}``, the file the host's evaluation scripts read; atomically.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save({"cur_round": finished_rounds, "model": named_values(trainables)}, content)
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"federate.save_to {path!r}: cannot be written ({error.strerror})") from error
+
+
+def load_values(path: str, trainables: Trainables) -> int:
+    """Load what :func:`save_values` (or the host) wrote, without unpickling objects; the rounds it had finished.
+
+    Raises:
+        CheckpointError: it is no such file, or of another model.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        values, finished_rounds = saved["model"], int(saved["cur_round"])
+    except Exception as error:  # torch raises a dozen types for files that are not its own
+        raise CheckpointError(f"federate.restore_from {path!r}: is no checkpoint of the host ({error})") from error
+    load_named_values(trainables, values)
+    return finished_rounds
+
+
+def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoint | None]:
+    """Our run folder, inside the host's; with ``federate.restore_from`` naming one of ours, what it stopped at.
+
+    Raises:
+        CheckpointError: the run that is to be continued has no checkpoint, had another configuration, or has finished.
+    """
+    folder = RunFolder(outdir / _FOLDER)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder.config_path, dump_config(process.config))
+    write_text_atomically(folder.path / HOST_FILE, "made inside FederatedScope; goes on with federate.restore_from\n")
+    source = Path(process.restore_from)
+    if not process.restore_from or not source.is_dir():
+        return folder, None
+    checkpoint = read_checkpoint(RunFolder(source).checkpoint_path)
+    if checkpoint.fingerprint != config_fingerprint(process.config):
+        raise CheckpointError(
+            f"federate.restore_from {str(source)!r}: that run had another configuration; a run continues with the one "
+            "it was started with"
+        )
+    if checkpoint.next_round >= process.config.federate.total_round_num:
+        raise CheckpointError(f"federate.restore_from {str(source)!r}: that run has finished; nothing is left to do")
+    return folder, checkpoint
 
 
 _current: HostProcess | None = None

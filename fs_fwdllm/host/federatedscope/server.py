@@ -11,40 +11,34 @@ waits for messages itself, with deadlines: for clients to join, to answer, to ev
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import time
 from pathlib import Path
 from typing import IO, Any, cast
 
-import torch
-from federatedscope.core.message import Message
-from federatedscope.core.workers import Server
 from rich.console import Console
 
-from fs_fwdllm.config import dump_config
-from fs_fwdllm.errors import CheckpointError, FwdLLMError, TrainingStalledError, WireError
-from fs_fwdllm.host.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
+from fs_fwdllm.errors import CheckpointError, FwdLLMError, HostError, TrainingStalledError, WireError
 from fs_fwdllm.host.driver import RunDriver
 from fs_fwdllm.host.federatedscope import process as processes
+from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.process import HostModel
-from fs_fwdllm.host.federatedscope.transport import HostError, is_reachable, next_message, own_port_is_free
-from fs_fwdllm.report import RunFolder
-from fs_fwdllm.report.files import write_text_atomically
-from fs_fwdllm.wire import from_text, to_text
+from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
+from fs_fwdllm.host.federatedscope.transport import frame_in, next_message
+from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMServer"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
+#: What a server takes in distributed mode; the host's other messages need not be honoured, and some are unpickled.
+_TAKEN = ("join_in", MESSAGE_UPDATE, "metrics")
 _LOOK_AT_DEADLINES_EVERY_S = 0.2
-_LOOK_FOR_CLIENTS_EVERY_S = 2.0
-_FOLDER = "fwdllm"
 
 
-class FwdLLMServer(Server):
+class FwdLLMServer(MemberServer):
     """The server of any of our methods. Arguments as the host's own server."""
 
     is_finish: bool
@@ -52,21 +46,15 @@ class FwdLLMServer(Server):
     def __init__(
         self, *arguments: Any, config: Any = None, model: HostModel | None = None, data: Any = None, **named: Any
     ) -> None:
-        if config is not None and config.federate.mode.lower() == "distributed":
-            _refuse_taken_port(named)
         super().__init__(*arguments, config=config, model=model, data=data, **named)
         if config is None or model is None:  # the host asks an unconfigured worker for its handlers
             return
         self._process = model.process
         self.aggregator = TrainedParameters(self)
         self.aggregators = [self.aggregator]
-        self._samples: dict[int, int] = {}
-        self._incarnations: dict[int, int] = {}
-        self._digests: dict[int, bytes] = {}
         self._driver: RunDriver | None = None
         self._evaluating: set[int] = set()
         self._waiting_since = time.monotonic()
-        self._looked_for_clients = 0.0
 
     def _register_default_handlers(self) -> None:
         super()._register_default_handlers()
@@ -74,84 +62,46 @@ class FwdLLMServer(Server):
         self.register_handlers("model_para", self.callback_funcs_for_foreign_message, [None])
 
     @property
+    def _is_running(self) -> bool:
+        return self._driver is not None
+
+    @property
     def driver(self) -> RunDriver:
         if self._driver is None:
             raise RuntimeError("the run has not started: clients are still joining")
         return self._driver
 
-    # --- joining -----------------------------------------------------------------------------------------------
-
-    def callback_funcs_for_join_in(self, message: Any) -> None:
-        """A client says that it is there: for the first time, again, or anew after it was restarted."""
-        content = message.content
-        client = self._identify(content)
-        self.comm_manager.add_neighbors(client, {"host": content["host"], "port": content["port"]})
-        known = self._incarnations.get(client)
-        if known == content["incarnation"]:
-            return
-        self._incarnations[client] = content["incarnation"]
-        self._samples[client] = int(content["samples"])
-        self._digests[client] = bytes.fromhex(content["digest"])
-        if self.mode == "distributed":
-            self._tell(client, "assign_client_id", str(client))
-            logger.info("client %d is here (%s)", client, "again" if self._driver else "joined")
-        if self._driver is not None:
-            self._welcome_back(client)
-        elif len(self._samples) == self.client_num:
-            self._start()
-
-    def _identify(self, content: Any) -> int:
-        client = int(content["client"])
-        if client > 0:
-            return client
-        known = {value: key for key, value in self._incarnations.items()}
-        if content["incarnation"] in known:
-            return known[content["incarnation"]]
-        return max(self._samples, default=0) + 1
-
-    def _welcome_back(self, client: int) -> None:
-        self.driver.server.note_holds(client, self._digests[client])
+    def _catch_up(self, client: int) -> None:
+        """Send a client what it missed, if the run is waiting for it."""
+        self.driver.server.note_holds(client, self._clients[client].digest)
         if client in self.driver.missing:
-            self._tell(client, MESSAGE_WORK, to_text(self.driver.reopen_for(client)))
-        if client in self._evaluating:
-            self._tell(client, MESSAGE_EVALUATE, to_text(self.driver.current_state_for(client)))
+            self._tell({client: to_text(self.driver.reopen_for(client))}, MESSAGE_WORK)
+        elif client in self._evaluating:
+            self._tell({client: to_text(self.driver.current_state_for(client))}, MESSAGE_EVALUATE)
 
     # --- rounds ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         session = self._process.session
-        session.client_samples = {client: count for client, count in sorted(self._samples.items()) if count}
-        folder, checkpoint = self._open_folder()
-        console = Console(file=cast(IO[str], _LogLines()), highlight=False, width=200, color_system=None)
+        session.client_samples = {
+            client: hello.samples for client, hello in sorted(self._clients.items()) if hello.samples
+        }
+        folder, checkpoint = processes.open_folder(self._process, Path(self._cfg.outdir))
+        console = Console(file=cast(IO[str], LogLines()), highlight=False, width=200, color_system=None)
         self._driver = RunDriver(session, folder, checkpoint, console)
         self._driver.__enter__()
         if checkpoint is None:
             self._restore_parameters()
             self._driver.record_start(None)
-        else:  # the clients went on, or were restarted too, while the server was away
-            for client, digest in self._digests.items():
-                self._driver.server.note_holds(client, digest)
+        # Nothing is sent to those who hold it: the initial parameters follow from the seed, and clients may have gone
+        # on while the server was away.
+        for client, hello in self._clients.items():
+            self._driver.server.note_holds(client, hello.digest)
         self.state = self._driver.next_round
         if self._cfg.federate.make_global_eval:
             self.trainer.held = self._driver.server.trainables
         logger.info("----------- Starting training (Round #%d) -------------", self.state)
         self._open_round()
-
-    def _open_folder(self) -> tuple[RunFolder, Checkpoint | None]:
-        """Our run folder, inside the host's; with ``federate.restore_from`` naming one of ours, what it stopped at."""
-        folder = RunFolder(Path(self._cfg.outdir) / _FOLDER)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder.config_path, dump_config(self._process.config))
-        source = Path(self._process.restore_from)
-        if not self._process.restore_from or not source.is_dir():
-            return folder, None
-        checkpoint = read_checkpoint(RunFolder(source).checkpoint_path)
-        if checkpoint.fingerprint != config_fingerprint(self._process.config):
-            raise CheckpointError(
-                f"federate.restore_from {str(source)!r}: that run had another configuration; a run continues with the "
-                "one it was started with"
-            )
-        return folder, checkpoint
 
     def _restore_parameters(self) -> None:
         """Start from parameters in the host's own format."""
@@ -165,18 +115,17 @@ class FwdLLMServer(Server):
 
     def _open_round(self) -> None:
         frames = self.driver.open_round()
+        self._tell({client: to_text(frame) for client, frame in frames.items()}, MESSAGE_WORK)
         self._waiting_since = time.monotonic()
-        for client, frame in frames.items():
-            self._tell(client, MESSAGE_WORK, to_text(frame))
 
     def callback_funcs_for_update(self, message: Any) -> None:
         """Take a client's update; the last one closes the round."""
         client = int(message.sender)
-        if self._driver is None or client not in self._driver.missing:
-            logger.warning("an update of client %s came late or unasked and is left out", message.sender)
+        if self._driver is None or client not in self._driver.missing or message.state != self.state:
+            logger.warning("an update of client %d came late or unasked and is left out", client)
             return
         try:
-            frame = from_text(message.content)
+            frame = frame_in(message)
         except WireError as error:
             logger.warning("client %d: %s", client, error)
             frame = b""
@@ -199,53 +148,42 @@ class FwdLLMServer(Server):
 
     def broadcast_model_para(self, msg_type: str = "evaluate", **_: Any) -> None:
         """Ask every client to evaluate the present parameters (the host calls this from :meth:`eval`)."""
-        self._evaluating = set(self._samples)
-        for client in sorted(self._samples):
-            self._tell(client, MESSAGE_EVALUATE, to_text(self.driver.current_state_for(client)))
+        self._evaluating = set(self._clients)
+        frames = {client: to_text(self.driver.current_state_for(client)) for client in sorted(self._clients)}
+        self._tell(frames, MESSAGE_EVALUATE)
 
     def callback_funcs_for_metrics(self, message: Any) -> None:
         """Take a client's results; the last one ends the evaluation."""
         client = int(message.sender)
-        if client not in self._evaluating:
+        if client not in self._evaluating or message.state != self.state:
             return
         self.driver.server.note_holds(client, self.driver.server.digest)
-        results = message.content if isinstance(message.content, dict) else None
-        self.msg_buffer["eval"].setdefault(self.state, {})[client] = results
+        self.msg_buffer["eval"].setdefault(self.state, {})[client] = results_in(message.content)
         self._evaluating.discard(client)
         if not self._evaluating:
             self._merge_and_format_eval_results()
 
-    def check_and_save(self) -> None:
-        """After an evaluation: record it, let the host save and decide on stopping, then go on."""
-        self.driver.record(self._latest_evaluation())
-        if any(self._anything_evaluated()):
-            super().check_and_save()
-        elif self.driver.finished:
+    def _merge_and_format_eval_results(self) -> None:
+        """As the host does, unless nobody has results for the split that decides on the best round."""
+        results = self.msg_buffer["eval"].setdefault(self.state, {})
+        key = self._cfg.eval.best_res_update_round_wise_key
+        if any(key in name for held in results.values() for name in held or ()):
+            super()._merge_and_format_eval_results()
+            return
+        logger.warning("nobody evaluated %r after round %d", key, self.state)
+        self.driver.record(None)
+        if self.driver.finished:
+            self.save_best_results()
             self.terminate()
-        if not self.is_finish:
+        else:
             self._open_round()
 
-    def _anything_evaluated(self) -> list[bool]:
-        if self._cfg.federate.make_global_eval:
-            return [True]
-        buffers = self.msg_buffer["eval"]
-        return [results is not None for results in buffers[max(buffers)].values()] if buffers else []
-
-    def _latest_evaluation(self) -> dict[str, float] | None:
-        """The last merged results in our report's terms: the first evaluated split, without its prefix."""
-        for form in ("Results_weighted_avg", "Results_avg", "Results_raw"):
-            merged = self.history_results.get(form)
-            if not merged:
-                continue
-            for split in self._cfg.eval.split:
-                values = {
-                    key.removeprefix(f"{split}_"): float(series[-1] if isinstance(series, list) else series)
-                    for key, series in merged.items()
-                    if key.startswith(f"{split}_")
-                }
-                if values:
-                    return {"loss": values.pop("avg_loss", values.get("loss", float("nan"))), **_without(values)}
-        return None
+    def check_and_save(self) -> None:
+        """After an evaluation: record it, let the host save and decide on stopping, then go on."""
+        self.driver.record(latest_evaluation(self.history_results, self._cfg.eval.split))
+        super().check_and_save()
+        if not self.is_finish:
+            self._open_round()
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -255,8 +193,7 @@ class FwdLLMServer(Server):
             return
         self.is_finish = True
         self._monitor.finish_fl()
-        for client in sorted(self.comm_manager.neighbors):
-            self._tell(client, msg_type, "")
+        self._tell(dict.fromkeys(sorted(self._clients), ""), msg_type)
         if self._driver is not None:
             self._driver.finish()
             self._driver.__exit__(None, None, None)
@@ -281,13 +218,13 @@ class FwdLLMServer(Server):
             raise
 
     def _handle(self, message: Any) -> None:
-        handler = self.msg_handlers.get(message.msg_type, self.callback_funcs_for_foreign_message)
+        if message.msg_type not in _TAKEN:
+            self.callback_funcs_for_foreign_message(message)
+            return
         try:
-            handler(message)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if message.msg_type in (MESSAGE_UPDATE, "metrics") or self._driver is None:
-                raise
-            logger.warning("dropped a malformed %r message (%s)", message.msg_type, error)
+            self.msg_handlers[message.msg_type](message)
+        except WireError as error:
+            logger.warning("dropped a message of %s: %s", message.sender, error)
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""
@@ -295,8 +232,7 @@ class FwdLLMServer(Server):
 
     def _stop_for(self, error: FwdLLMError) -> None:
         self.is_finish = True
-        for client in sorted(self.comm_manager.neighbors):
-            self._tell(client, "finish", f"{type(error).__name__}: {error}")
+        self._tell(dict.fromkeys(sorted(self._clients), f"{type(error).__name__}: {error}"), "finish")
         if self._driver is not None:
             self._driver.__exit__(type(error), error, error.__traceback__)
 
@@ -318,43 +254,27 @@ class FwdLLMServer(Server):
                 logger.warning("clients %s did not evaluate in time", sorted(self._evaluating))
                 self._evaluating.clear()
             if not self._evaluating:
-                self.msg_buffer["eval"].setdefault(self.state, {})
                 self._merge_and_format_eval_results()
 
     def _start_with_who_is_here(self, minimum: int) -> None:
         deadline_s = self._process.config.fwdllm.deadline_s
-        if len(self._samples) < minimum:
+        if len(self._clients) < minimum:
             raise HostError(
-                f"{len(self._samples)} of {self.client_num} clients joined within {deadline_s:g} s "
+                f"{len(self._clients)} of {self.client_num} clients joined within {deadline_s:g} s "
                 f"(fwdllm.deadline_s), but {minimum} are needed (fwdllm.min_answers)"
             )
-        logger.warning("starts with %d of %d clients: the others did not join", len(self._samples), self.client_num)
+        logger.warning("starts with %d of %d clients: the others did not join", len(self._clients), self.client_num)
         self._start()
-
-    def _drop_gone(self, waiting: set[int]) -> None:
-        """Stop waiting for clients whose port is closed: their process has ended."""
-        if time.monotonic() - self._looked_for_clients < _LOOK_FOR_CLIENTS_EVERY_S:
-            return
-        self._looked_for_clients = time.monotonic()
-        for client in sorted(waiting):
-            if not is_reachable(self.comm_manager.neighbors[client]):
-                logger.warning("client %d is gone: nothing listens at %s", client, self.comm_manager.neighbors[client])
-                waiting.discard(client)
 
     def _close_with_who_answered(self, minimum: int) -> None:
         answered = self.driver.answered
         if answered < minimum:
             raise TrainingStalledError(
                 f"round {self.driver.next_round + 1}: {answered} clients answered, but {minimum} are needed "
-                f"(fwdllm.min_answers); Continue with "
+                f"(fwdllm.min_answers); continue with "
                 f"federate.restore_from {str(self.driver.folder.path)!r} when they are back"
             )
         self._close_round()
-
-    def _tell(self, client: int, kind: str, content: Any) -> None:
-        self.comm_manager.send(
-            Message(msg_type=kind, sender=self.ID, receiver=[client], state=self.state, content=content)
-        )
 
 
 class TrainedParameters:
@@ -364,45 +284,12 @@ class TrainedParameters:
         self._server = server
 
     def save_model(self, path: str, cur_round: int = -1) -> None:
-        """``{'cur_round', 'model'}``, as the host's evaluation scripts read it; written atomically."""
-        content = io.BytesIO()
-        values = processes.named_values(self._server.driver.server.trainables)
-        torch.save({"cur_round": cur_round, "model": values}, content)
-        temporary = f"{path}.{os.getpid()}"
-        try:
-            Path(temporary).write_bytes(content.getvalue())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise CheckpointError(f"federate.save_to {path!r}: cannot be written ({error.strerror})") from error
+        """As :func:`~fs_fwdllm.host.federatedscope.process.save_values`."""
+        processes.save_values(path, cur_round, self._server.driver.server.trainables)
 
     def load_model(self, path: str) -> int:
-        """Load what :meth:`save_model` (or the host) wrote, without unpickling objects; the round it was saved in."""
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            values, finished = saved["model"], int(saved["cur_round"])
-        except Exception as error:  # torch raises a dozen types for files that are not its own
-            raise CheckpointError(f"federate.restore_from {path!r}: is no checkpoint of the host ({error})") from error
+        """As :func:`~fs_fwdllm.host.federatedscope.process.load_values`."""
         server = self._server.driver.server
-        processes.load_named_values(server.trainables, values)
+        finished_rounds = processes.load_values(path, server.trainables)
         server.note_parameters_changed()
-        return finished
-
-
-class _LogLines(io.TextIOBase):
-    """Passes what our console prints to the host's log, line by line."""
-
-    def write(self, text: str) -> int:
-        for line in text.splitlines():
-            if line.strip():
-                logger.info(line.rstrip())
-        return len(text)
-
-
-def _without(values: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if key not in ("loss", "total", "acc")}
-
-
-def _refuse_taken_port(named: dict[str, Any]) -> None:
-    host, port = str(named.get("host", "")), int(named.get("port", 0))
-    if not own_port_is_free(host, port):
-        raise HostError(f"distribute.server_port {port}: something else listens at {host}:{port}; choose another port")
+        return finished_rounds

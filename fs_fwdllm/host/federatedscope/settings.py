@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 from pydantic.fields import FieldInfo
 
 from fs_fwdllm.config import Config, parse_config
@@ -18,12 +19,22 @@ from fs_fwdllm.config.schema import Section, is_host_only
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.host.federatedscope.names import METHODS, TRAINERS
 
-__all__ = ["TRAINERS", "complete", "config_from_host", "extend_host_config", "is_ours", "refuse_unsupported"]
+__all__ = [
+    "TRAINERS",
+    "complete",
+    "config_from_host",
+    "extend_host_config",
+    "is_ours",
+    "refuse_unsupported",
+    "section_of",
+]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
 #: The host's defaults for keys that mean nothing to a language model, and what they mean to us.
 _MEANINGLESS = {"model.task": "node", "model.num_labels": 1, "trainer.type": "general"}
+
+_CLIENTS_WITH_DECILES = 10
 
 #: Keys of the host that our workers cannot honour, with the values they can.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -60,7 +71,7 @@ def extend_host_config(node: Any) -> None:
 
 def _extend(node: Any, section: type[Section], make_node: Any) -> None:
     for name, field in section.model_fields.items():
-        child = _section_of(field)
+        child = section_of(field)
         if child is not None:
             if name not in node:
                 setattr(node, name, make_node())
@@ -69,7 +80,8 @@ def _extend(node: Any, section: type[Section], make_node: Any) -> None:
             setattr(node, name, field.get_default(call_default_factory=True))
 
 
-def _section_of(field: FieldInfo) -> type[Section] | None:
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section a field holds, ``None`` if it holds a value."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
@@ -91,7 +103,7 @@ def _tree(node: Any, section: type[Section], prefix: str) -> dict[str, Any]:
         key = f"{prefix}{name}"
         if name not in node or is_host_only(field):
             continue
-        child = _section_of(field)
+        child = section_of(field)
         if child is not None:
             tree[name] = _tree(node[name], child, f"{key}.")
         elif _MEANINGLESS.get(key) != node[name]:
@@ -122,6 +134,11 @@ def refuse_unsupported(node: Any) -> None:
                 f"{key} {value!r}: federate.method {node.federate.method!r} with trainer.type {node.trainer.type!r} "
                 f"does not support it; allowed is {choices}"
             )
+    if node.federate.mode.lower() == "distributed" and node.fwdllm.step.report_cosine:
+        raise ConfigError(
+            "fwdllm.step.report_cosine True: compares with backpropagation on the clients' data, which a server of "
+            "several processes does not have; set it to False"
+        )
     rule = _value(node, "aggregator.robust_rule")
     if rule not in (None, "fedavg"):
         raise ConfigError(f"aggregator.robust_rule {rule!r}: our servers aggregate scalars; allowed is 'fedavg'")
@@ -152,5 +169,16 @@ def complete(node: Any, splits_with_data: list[str]) -> None:
             key, node.eval.best_res_update_round_wise_key,
         )  # fmt: skip
     node.eval.count_flops = False
+    if node.wandb.use:
+        _make_results_readable(node)
     if node.federate.mode.lower() == "distributed":
         node.federate.share_local_model = False  # nobody to share with, and the host's client fails over it
+
+
+def _make_results_readable(node: Any) -> None:
+    """The host passes results to Weights & Biases through their printed form, which it then reads as JSON: numbers
+    must look like numbers, and what is NaN with few clients (the fairness of deciles) cannot be passed."""
+    if int(np.__version__.partition(".")[0]) > 1:
+        np.set_printoptions(legacy="1.25")  # "0.5", not "np.float64(0.5)"
+    if node.federate.client_num < _CLIENTS_WITH_DECILES:
+        node.eval.report = [form for form in node.eval.report if form != "fairness"]

@@ -1,8 +1,11 @@
-"""Waiting on the host's gRPC messages without spinning, and without waiting for ever.
+"""The host's gRPC messages without spinning, without unpickling, and without waiting for ever.
 
-The host's ``receive`` is a loop that keeps a core busy until a message comes. Here a short sleep is between two looks,
-and after each look the caller gets the chance to see to its deadlines. A participant that is gone is noticed by its
-port: nothing answers there any more.
+The host's ``receive`` is a loop that keeps a core busy until a message comes, and its ``send`` waits as long as the
+other side likes. Here a short sleep is between two looks at the queue, after each look the caller gets the chance to
+see to its deadlines, and a message that cannot be delivered in time is given up. A participant that has ended is
+noticed by its port: nothing answers there any more.
+
+What arrives is read only as far as the types of our messages and theirs reach: anything else is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -10,20 +13,110 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-from fs_fwdllm.errors import FwdLLMError
+from fs_fwdllm.errors import WireError
+from fs_fwdllm.wire import from_text
 
-__all__ = ["HostError", "is_reachable", "next_message", "own_port_is_free"]
+__all__ = ["Hello", "Sender", "frame_in", "next_message", "own_port_is_free", "reachable"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
 _LOOK_EVERY_S = 0.005
-_CONNECT_WITHIN_S = 1.0
+_CONNECT_WITHIN_S = 5.0
+_AT_ONCE = 16
+_LAST_PORT = 65535
 
 
-class HostError(FwdLLMError):
-    """A participant of a distributed run is gone, or never came."""
+@dataclass(frozen=True)
+class Hello:
+    """What a client says of itself when it joins.
+
+    Attributes:
+        client: its number; 0 or less asks the server for one.
+        samples: training samples it holds.
+        incarnation: a number drawn when its process started; another one means that it was restarted.
+        digest: of the parameters it holds.
+        host, port: where it listens; empty and 0 in a simulation.
+    """
+
+    client: int
+    samples: int
+    incarnation: int
+    digest: bytes
+    host: str = ""
+    port: int = 0
+
+    def content(self) -> dict[str, int | str]:
+        """As the content of a host's message."""
+        return {**vars(self), "digest": self.digest.hex()}
+
+    @classmethod
+    def read(cls, content: Any) -> Hello:
+        """Inverse of :meth:`content`.
+
+        Raises:
+            WireError: it is something else.
+        """
+        try:
+            numbers = {name: content[name] for name in ("client", "samples", "incarnation", "port")}
+            host, digest = content["host"], bytes.fromhex(content["digest"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise WireError(f"a join_in message lacks or garbles a field ({type(error).__name__}: {error})") from error
+        if not isinstance(host, str) or any(type(number) is not int for number in numbers.values()):
+            raise WireError("a join_in message has a field of the wrong type")
+        if numbers["samples"] < 0 or not 0 <= numbers["port"] <= _LAST_PORT:
+            raise WireError("a join_in message has a field that is out of range")
+        return cls(**numbers, host=host, digest=digest)
+
+
+def frame_in(message: Any) -> bytes:
+    """The frame a message of ours carries as text.
+
+    Raises:
+        WireError: it carries something else.
+    """
+    if not isinstance(message.content, str):
+        raise WireError(f"a {message.msg_type} message carries a {type(message.content).__name__} instead of text")
+    return from_text(message.content)
+
+
+class Sender:
+    """Sends the host's messages over gRPC, each within a deadline. Takes the place of a manager's own ``_send``.
+
+    Args:
+        manager: the host's gRPC communication manager.
+        deadline_s: seconds a message may take; finding the receiver may take at most five of them.
+    """
+
+    def __init__(self, manager: Any, deadline_s: float) -> None:
+        self._compression = manager.comp_method
+        self._deadline_s = deadline_s
+        manager._send = self
+
+    def __call__(self, address: str, message: Any) -> bool:
+        """Send ``message`` to ``host:port``; whether it was delivered."""
+        import grpc
+        from federatedscope.core.proto.gRPC_comm_manager_pb2_grpc import gRPCComServeFuncStub
+
+        options = (("grpc.enable_http_proxy", 0),)
+        with grpc.insecure_channel(address, options=options, compression=self._compression) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=min(self._deadline_s, _CONNECT_WITHIN_S))
+                gRPCComServeFuncStub(channel).sendMessage(message.transform(to_list=True), timeout=self._deadline_s)
+            except (grpc.RpcError, grpc.FutureTimeoutError) as error:
+                reason = error.code().name if isinstance(error, grpc.Call) else "nobody answers"
+                logger.warning("a %s message to %s was not delivered (%s)", message.msg_type, address, reason)
+                return False
+        return True
+
+    def to_many(self, messages: Sequence[tuple[str, Any]]) -> list[bool]:
+        """Send ``(address, message)`` pairs side by side, so that one dead receiver does not hold up the others."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(lambda pair: self(*pair), messages))
 
 
 def next_message(manager: Any, wait_s: float) -> Any:
@@ -34,18 +127,35 @@ def next_message(manager: Any, wait_s: float) -> Any:
     until = time.monotonic() + wait_s
     while True:
         if manager.server_funcs.msg_queue:
-            try:
-                return manager.receive()
-            except Exception as error:  # whatever the bytes made the host's parser raise, they are not a message
-                logger.warning("dropped a message that cannot be read (%s: %s)", type(error).__name__, error)
-                continue
-        if time.monotonic() >= until:
+            message = _read(manager)
+            if message is not None:
+                return message
+        elif time.monotonic() >= until:
             return None
-        time.sleep(_LOOK_EVERY_S)
+        else:
+            time.sleep(_LOOK_EVERY_S)
 
 
-def is_reachable(address: str) -> bool:
-    """Whether something listens at ``host:port``."""
+def _read(manager: Any) -> Any:
+    try:
+        message = manager.receive()
+    except Exception as error:  # whatever the bytes made the host's parser raise, they are not a message
+        logger.warning("dropped a message that cannot be read (%s: %s)", type(error).__name__, error)
+        return None
+    if type(message.msg_type) is str and type(message.sender) is int and type(message.state) is int:
+        return message
+    logger.warning("dropped a message whose type, sender or round is garbled")
+    return None
+
+
+def reachable(addresses: Iterable[str]) -> dict[str, bool]:
+    """Whether something listens at each ``host:port``; looked up side by side."""
+    wanted = list(addresses)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(wanted, pool.map(_is_reachable, wanted), strict=True))
+
+
+def _is_reachable(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=_CONNECT_WITHIN_S):

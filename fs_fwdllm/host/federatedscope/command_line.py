@@ -1,0 +1,81 @@
+"""What a user wrote, before the host has read it.
+
+The host turns 2.7 into 2 where it expects an integer, without a word, and says of a misspelt key only that it does not
+exist. So for our runs the file and the overrides are read once more, as our own reader would: what both of us do not
+know is an error that names the nearest key, and what means something to us is validated as it was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config.load import apply_overrides, read_tree
+from fs_fwdllm.config.schema import Section, is_host_only
+from fs_fwdllm.errors import ConfigError, nearest
+from fs_fwdllm.host.federatedscope.names import METHODS, TRAINERS
+from fs_fwdllm.host.federatedscope.settings import section_of
+
+__all__ = ["check_command_line"]
+
+
+def check_command_line(arguments: Sequence[str], host: Any) -> None:
+    """Check ``--cfg FILE key value ...`` if it asks for a run of ours; say nothing of other runs.
+
+    Args:
+        host: the host's configuration with its defaults, to tell its keys from misspelt ones.
+
+    Raises:
+        ConfigError: a key that nobody knows, or a value that is not what it should be.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--cfg")
+    try:
+        known, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError:
+        return
+    overrides = _without_options(rest)
+    if not known.cfg or len(overrides) % 2:
+        return  # the host says what is wrong
+    tree = read_tree(Path(known.cfg))
+    apply_overrides(tree, overrides)
+    if _is_ours(tree):
+        parse_config(_ours(tree, Config, host))
+
+
+def _without_options(words: list[str]) -> list[str]:
+    """The key-value pairs; an option of the host's takes the word after it."""
+    kept = list(words)
+    while kept and kept[0].startswith("--"):
+        del kept[:2]
+    return kept
+
+
+def _is_ours(tree: dict[str, Any]) -> bool:
+    def value(section: str, key: str) -> str:
+        node = tree.get(section)
+        return str(node.get(key, "")).lower() if isinstance(node, dict) else ""
+
+    return value("federate", "method") in METHODS or value("trainer", "type") in TRAINERS
+
+
+def _ours(tree: dict[str, Any], section: type[Section], host: Any, prefix: str = "") -> dict[str, Any]:
+    """``tree`` without the keys that only the host gives a meaning to."""
+    kept: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name not in host and not host.is_new_allowed():
+            raise ConfigError(f"{prefix}{name}: unknown key (value {value!r}){_nearest_key(prefix, name, host)}")
+        field = section.model_fields.get(name)
+        if field is None or is_host_only(field):
+            continue
+        child = section_of(field)
+        nested = child is not None and isinstance(value, dict) and hasattr(host[name], "is_new_allowed")
+        kept[name] = _ours(value, child, host[name], f"{prefix}{name}.") if nested and child else value
+    return kept
+
+
+def _nearest_key(prefix: str, name: str, host: Any) -> str:
+    return nearest(f"{prefix}{name}", [f"{prefix}{known}" for known in host if not known.startswith("__")])

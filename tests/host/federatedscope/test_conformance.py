@@ -1,0 +1,65 @@
+"""The same file and the same data: every host ends with the same bits, and counts the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.federatedscope.federation import Federation, presplit, write_config
+from tests.host.federatedscope.participants import Starter
+from tests.host.fixtures import models, world
+from tests.host.small import World
+
+__all__ = ["models", "world"]
+
+_MEZO = {"federate.method": "fedmezo", "trainer.type": "mezotrainer"}
+_FORWARD = {"federate.method": "fedfwd", "trainer.type": "fwdtrainer", "fwdllm.probes": 3}
+
+#: ``{case: settings}``; each combines several of what could differ between hosts.
+CASES: dict[str, dict[str, Any]] = {
+    "mezo": _MEZO,
+    "forward gradients": _FORWARD,
+    "mezo, decay, some clients, strategy": {
+        **_MEZO, "train.optimizer.weight_decay": 0.01, "federate.sample_client_num": 2,
+        "train.train_strategy": "round-wise", "fwdllm.strategy_span": 0.01, "federate.total_round_num": 5,
+    },
+    "forward gradients, momentum, some clients, schedule": {
+        **_FORWARD, "fwdllm.server_momentum": 0.5, "federate.sample_client_num": 2,
+        "train.scheduler.type": "cosine", "federate.total_round_num": 5,
+    },
+    "fedavg with our trainer, model-diff": {
+        "federate.method": "fedavg", "trainer.type": "mezotrainer", "train.train_strategy": "model-diff",
+        "fwdllm.strategy_span": 0.01, "fwdllm.probes": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hosts_agree_on_every_bit_and_byte(case: str, world: World, launcher: Starter, tmp_path: Path) -> None:
+    cfg = write_config(world, {"data.type": presplit(world), **CASES[case]})
+    federation = Federation(cfg, tmp_path, launcher)
+    expected = federation.local()
+    assert len(set(expected.digests)) == len(expected.digests) - 1, "every round moves the parameters"
+    assert federation.standalone() == expected
+    assert federation.distributed() == expected
+
+
+@pytest.mark.parametrize("kind", ["presplit@text", "texts.jsonl@text"])
+def test_a_classifier_is_the_same_on_the_host(kind: str, world: World, launcher: Starter, tmp_path: Path) -> None:
+    settings = {**_MEZO, "data.type": kind, "data.root": str(world.root)}
+    if kind == "presplit@text":
+        for client in (1, 2, 3):
+            world.texts(12, f"client_{client}.jsonl")
+    federation = Federation(write_config(world, settings, language_model=False), tmp_path, launcher)
+    assert federation.standalone() == federation.local()
+
+
+def test_how_results_are_asked_for_changes_nothing(world: World, launcher: Starter, tmp_path: Path) -> None:
+    """Evaluation by clients sends them the parameters of the round; what they train on stays the same."""
+    settings = {**_MEZO, "data.type": presplit(world), "federate.make_global_eval": False, "eval.freq": 2}
+    federation = Federation(write_config(world, settings), tmp_path, launcher)
+    expected, seen, apart = federation.local(), federation.standalone(), federation.distributed()
+    assert seen.digests == apart.digests == expected.digests
+    assert seen.traffic == apart.traffic

@@ -1,0 +1,237 @@
+"""What ends, stalls, comes back or talks nonsense in a gRPC federation has a defined outcome, and nothing hangs."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.federatedscope.federation import Federation, outcome_of, presplit, write_config
+from tests.host.federatedscope.participants import Participant, Starter, wait_until
+from tests.host.fixtures import models, world
+from tests.host.small import World, read_jsonl
+
+__all__ = ["models", "world"]
+
+_BOUND_S = 90
+
+#: Python that runs in a client first: in its ``turn``-th round it does ``then`` before it works.
+_IN_ROUND = """
+import os, pathlib, signal, time
+import fs_fwdllm.host.federatedscope.client as module
+real, rounds = module.answer, []
+def answer(*arguments):
+    rounds.append(1)
+    if len(rounds) == {turn}:
+        {then}
+    return real(*arguments)
+module.answer = answer
+"""
+
+
+def _waits_for(flag: Path, turn: int) -> str:
+    reached = f"pathlib.Path({str(flag) + '.reached'!r}).touch()"
+    return _IN_ROUND.format(
+        turn=turn, then=f"{reached}\n        while not os.path.exists({str(flag)!r}): time.sleep(0.02)"
+    )
+
+
+def _reached(flag: Path) -> None:
+    wait_until(Path(f"{flag}.reached").exists, _BOUND_S, lambda: f"nobody waits for {flag.name}")
+
+
+@pytest.fixture
+def flag(tmp_path: Path) -> Path:
+    """A file that lets a waiting client go on."""
+    return tmp_path / "go"
+
+
+def _federation(world: World, launcher: Starter, root: Path, clients: int = 3, **settings: Any) -> Federation:
+    chosen = {
+        "federate.method": "fedmezo", "data.type": presplit(world, clients), "federate.client_num": clients,
+        "fwdllm.deadline_s": 60.0, **{key.replace("__", "."): value for key, value in settings.items()},
+    }  # fmt: skip
+    return Federation(write_config(world, chosen), root, launcher, clients=clients)
+
+
+def _start(federation: Federation, before: dict[int, str]) -> tuple[Participant, dict[int, Participant]]:
+    server = federation.start_server()
+    clients = range(1, federation.clients + 1)
+    return server, {client: federation.start_client(client, before=before.get(client, "")) for client in clients}
+
+
+def test_a_client_killed_in_a_round_is_left_out(world: World, launcher: Starter, tmp_path: Path, flag: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, fwdllm__deadline_s=600.0)
+    server, clients = _start(federation, {3: _waits_for(flag, turn=2)})
+    _reached(flag)
+    clients[3].kill()
+    server.succeed(_BOUND_S)  # long before the deadline: a process that has ended is noticed
+    clients[1].succeed(_BOUND_S)
+    clients[2].succeed(_BOUND_S)
+    assert outcome_of(federation.folder("server")).rejected == [{}, *[{"3": "no_answer"}] * 3]
+
+
+def test_a_client_that_stalls_misses_its_deadline_and_comes_back(
+    world: World, launcher: Starter, tmp_path: Path
+) -> None:
+    stops_itself = _IN_ROUND.format(turn=2, then="os.kill(os.getpid(), signal.SIGSTOP)")
+    federation = _federation(world, launcher, tmp_path, clients=2, fwdllm__deadline_s=12.0, federate__total_round_num=3)
+    server, clients = _start(federation, {2: stops_itself})
+    server.says("was not delivered", _BOUND_S)  # the third round's work, while the second one's deadline is over
+    clients[2].signal(signal.SIGCONT)
+    server.succeed(_BOUND_S)
+    clients[1].succeed(_BOUND_S)
+    clients[2].succeed(_BOUND_S)
+    assert outcome_of(federation.folder("server")).rejected == [{}, {"2": "no_answer"}, {}]
+    assert "came late or unasked" in server.text
+
+
+def test_too_few_answers_stop_the_run_for_everybody(
+    world: World, launcher: Starter, tmp_path: Path, flag: Path
+) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=2, fwdllm__min_answers=2)
+    server, clients = _start(federation, {2: _waits_for(flag, turn=2)})
+    _reached(flag)
+    clients[2].kill()
+    assert server.wait(_BOUND_S) != 0
+    assert "error: TrainingStalledError: round 2: 1 clients answered, but 2 are needed" in server.text
+    assert clients[1].wait(_BOUND_S) != 0
+    assert "error: HostError: client 1: the server has stopped: TrainingStalledError" in clients[1].text
+
+
+def test_too_few_clients_stop_the_run(world: World, launcher: Starter, tmp_path: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=2, fwdllm__deadline_s=6.0, fwdllm__min_answers=2)
+    server, client = federation.start_server(), federation.start_client(1)
+    assert server.wait(_BOUND_S) != 0
+    assert "clients joined within 6 s (fwdllm.deadline_s), but 2 are needed" in server.text
+    assert client.wait(_BOUND_S) != 0
+    assert "error: HostError: client" in client.text
+
+
+def test_a_restarted_client_rejoins_and_catches_up(world: World, launcher: Starter, tmp_path: Path, flag: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, federate__total_round_num=5)
+    blocked = tmp_path / "never"
+    server, clients = _start(federation, {1: _waits_for(flag, turn=3), 3: _waits_for(blocked, turn=2)})
+    _reached(blocked)
+    clients[3].kill()
+    _reached(flag)
+    again = federation.start_client(3, name="again")
+    server.says("client 3 is here again", _BOUND_S)
+    flag.touch()
+    for participant in (server, clients[1], clients[2], again):
+        participant.succeed(_BOUND_S)
+    rejected = outcome_of(federation.folder("server")).rejected
+    assert rejected[1] == {"3": "no_answer"}
+    assert rejected[0] == rejected[3] == rejected[4] == {}, "it follows the server's bits, or it would be refused"
+
+
+def test_a_restarted_server_ends_where_the_uninterrupted_one_does(
+    world: World, launcher: Starter, tmp_path: Path, flag: Path
+) -> None:
+    momentum = {"federate__method": "fedfwd", "fwdllm__server_momentum": 0.5}
+    federation = _federation(world, launcher, tmp_path, clients=2, **momentum)
+    expected = federation.local()
+    server, clients = _start(federation, {1: _waits_for(flag, turn=3)})
+    _reached(flag)
+    server.kill()
+    flag.touch()
+    again = federation.start_server("federate.restore_from", federation.folder("server"), name="again")
+    for participant in (again, *clients.values()):
+        participant.succeed(_BOUND_S)
+    lines = read_jsonl(federation.folder("again") / "metrics.jsonl")
+    assert [line["round"] for line in lines] == [3, 4, 4]
+    assert [line["digest"] for line in lines] == expected.digests[-3:]
+    finished = federation.start_standalone("federate.restore_from", federation.folder("again"), name="finished")
+    assert finished.wait(_BOUND_S) != 0
+    assert "that run has finished; nothing is left to do" in finished.text
+
+
+def test_clients_give_up_on_a_server_that_stays_away(
+    world: World, launcher: Starter, tmp_path: Path, flag: Path
+) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1, fwdllm__deadline_s=10.0)
+    server, clients = _start(federation, {1: _waits_for(flag, turn=2)})
+    _reached(flag)
+    server.kill()
+    since = time.monotonic()
+    flag.touch()
+    assert clients[1].wait(_BOUND_S) != 0
+    assert time.monotonic() - since > 9
+    assert "nothing listens at the server's address" in clients[1].text
+    assert "federate.restore_from" in clients[1].text
+
+
+def test_a_port_that_is_taken_is_refused(world: World, launcher: Starter, tmp_path: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1)
+    first = federation.start_server()
+    first.says("Listen to", _BOUND_S)
+    second = federation.start_server(name="second")
+    assert second.wait(_BOUND_S) != 0
+    assert "error: HostError: distribute.server_port" in second.text
+    assert first.poll() is None
+
+
+#: What a stranger sends to everybody; a field that is unpickled leaves a file behind.
+_NONSENSE = """
+import base64, pickle, socket, grpc
+from federatedscope.core.message import Message
+from federatedscope.core.proto import gRPC_comm_manager_pb2 as protocol, gRPC_comm_manager_pb2_grpc as services
+
+class Bomb:
+    def __reduce__(self):
+        return open, ({trace!r}, "w")
+
+bomb = base64.b64encode(pickle.dumps(Bomb())).decode()
+hello = dict(client=1, samples=3, incarnation=5, digest="00", host="127.0.0.1", port=1)
+contents = [bomb, [5, {{"w": bomb}}], {{"w": bomb}}, 3, 0.5, "@", "", {{1: 2}}, [], {{**hello, "client": 99}},
+            {{**hello, "digest": "zz"}}, {{**hello, "client": bomb}}, {{**hello, "port": 70000}}, {{"client": 1}}]
+kinds = ["model_para", "ss_model_para", "evaluate", "join_in", "join_in_info", "address", "ask_for_join_in_info",
+         "metrics", "assign_client_id", "fwdllm_work", "fwdllm_update", "fwdllm_evaluate", "no such type", ""]
+for port in {ports!r}:
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(bytes(range(256)) * 40)
+    with grpc.insecure_channel(f"127.0.0.1:{{port}}") as channel:
+        send = services.gRPCComServeFuncStub(channel).sendMessage
+        for kind in kinds:
+            for content in contents:
+                if kind == "assign_client_id" and content == 3:
+                    continue  # that one is well formed, and nobody is asked for a password
+                send(Message(kind, 7, [0], 1, content).transform(), timeout=20)
+        send(protocol.MessageRequest(), timeout=20)
+        send(Message({{"a": 1}}, 7, [0], 1, 3).transform(), timeout=20)
+        send(Message("metrics", "seven", [0], 1, 3).transform(), timeout=20)
+        send(Message("fwdllm_update", 1, [0], 77, "AAAA").transform(), timeout=20)
+raise SystemExit(0)
+"""
+
+
+def test_nonsense_is_dropped_and_nothing_is_unpickled(
+    world: World, launcher: Starter, tmp_path: Path, flag: Path
+) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=2)
+    expected = federation.local()
+    server, clients = _start(federation, {1: _waits_for(flag, turn=2)})
+    _reached(flag)
+    trace = tmp_path / "unpickled"
+    nonsense = _NONSENSE.format(trace=str(trace), ports=federation.ports)
+    launcher.start([], tmp_path, name="stranger", before=nonsense).succeed(_BOUND_S)
+    flag.touch()
+    for participant in (server, *clients.values()):
+        participant.succeed(_BOUND_S)
+        assert "dropped a message of type 'model_para'" in participant.text
+    assert not trace.exists()
+    assert outcome_of(federation.folder("server")) == expected
+
+
+def test_nonsense_before_the_start_is_dropped_too(world: World, launcher: Starter, tmp_path: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1)
+    server = federation.start_server()
+    server.says("Listen to", _BOUND_S)
+    nonsense = _NONSENSE.format(trace=str(tmp_path / "unpickled"), ports=federation.ports[:1])
+    launcher.start([], tmp_path, name="stranger", before=nonsense).succeed(_BOUND_S)
+    federation.start_client(1).succeed(_BOUND_S)
+    server.succeed(_BOUND_S)
+    assert not (tmp_path / "unpickled").exists()
