@@ -104,7 +104,7 @@ class RunDriver:
         self._unreadable: dict[int, str] = {}
         self._report: RoundReport | None = None
         if checkpoint is None:
-            # New weights are drawn from the seed: who loads the same model holds the same bits; its digest proves it.
+            # New weights are drawn from the seed: who loads the same model holds the same bits, as digests prove.
             for client in session.client_samples:
                 self.server.note_holds(client, self.server.digest)
         else:
