@@ -1,10 +1,11 @@
 """Block training (fedcybgd) against FedAvg of all parameters and of LoRA, at equal tokens.
 
 MRPC with the MiniLM encoder (extra ``demo``), or Alpaca with a small pretrained decoder. All runs see the same number
-of batches of the same clients' data: ``clients a round x local steps x rounds`` is equal. FedAvg asks four clients for
-ten steps each in a round, block training one client for a visit of forty, so that a round is the same work.
-Learning rates are chosen on the first seed from ``--rates`` by the final metric, for every method alike, and then kept
-for the other seeds, which alone are reported where there are any.
+of batches of the same clients' data: ``clients a round x local steps x rounds`` is equal. Block training asks one
+client for a visit of ``--visit`` steps, FedAvg four clients for a quarter of them each, so that a round is the same
+work. Learning rates are chosen on the first seed from ``--rates`` by the final metric, for every method alike, and then
+kept for the other seeds, which alone are reported where there are any: the table is printed after the first seed, and
+again after each other one. Runs that are already complete in ``--outdir`` are read instead of repeated.
 
     python benchmarks/quality_blocks.py mrpc DATA_ROOT/glue/MRPC [--seeds 1 2 3 4] [--batches 960] [--quick]
     python benchmarks/quality_blocks.py alpaca DATA_ROOT --model DATA_ROOT/models/mixed-5m [...]
@@ -27,8 +28,7 @@ from fs_fwdllm.host import local
 from fs_fwdllm.report.units import format_bytes, format_seconds
 
 _CLIENTS = 8
-_VISIT = 40
-_FEDAVG_CLIENTS, _FEDAVG_STEPS = 4, 10
+_FEDAVG_CLIENTS = 4
 
 _COMMON: dict[str, Any] = {
     "federate.client_num": _CLIENTS,
@@ -41,22 +41,18 @@ _LORA = {
     "llm.adapter.use": True,
     "llm.adapter.args": [{"adapter_method": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}],
 }
-_FEDAVG = {
-    "federate.method": "FedAvg",
-    "federate.sample_client_num": _FEDAVG_CLIENTS,
-    "train.local_update_steps": _FEDAVG_STEPS,
-}
-_BLOCKS = {**_FULL, "federate.method": "fedcybgd", "train.local_update_steps": _VISIT}
+_FEDAVG = {"federate.method": "FedAvg", "federate.sample_client_num": _FEDAVG_CLIENTS}
+_BLOCKS = {**_FULL, "federate.method": "fedcybgd"}
 
-#: name: (settings, batches in one round)
+#: name: (settings, clients in one round)
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
-    "blocks": (_BLOCKS, _VISIT),
+    "blocks": (_BLOCKS, 1),
     "blocks, int8 both ways": (
         {**_BLOCKS, "fwdllm.blocks.upload": "int8", "fwdllm.blocks.download.inactive": "int8"},
-        _VISIT,
+        1,
     ),
-    "FedAvg, all": ({**_FEDAVG, **_FULL}, _FEDAVG_CLIENTS * _FEDAVG_STEPS),
-    "FedAvg, LoRA": ({**_FEDAVG, **_LORA}, _FEDAVG_CLIENTS * _FEDAVG_STEPS),
+    "FedAvg, all": ({**_FEDAVG, **_FULL}, _FEDAVG_CLIENTS),
+    "FedAvg, LoRA": ({**_FEDAVG, **_LORA}, _FEDAVG_CLIENTS),
 }
 
 _TASKS: dict[str, dict[str, Any]] = {
@@ -99,24 +95,41 @@ def make_config(settings: dict[str, Any]) -> Config:
 
 def run_once(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """The closing counters of a run with its last evaluation."""
-    settings, per_round = METHODS[name]
+    expname = f"{options.task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    done = finished(options.outdir / expname)
+    return done or finished(local.run(make_config(settings_of(name, seed, rate, options) | {"expname": expname})))
+
+
+def settings_of(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    settings, clients = METHODS[name]
     own = {**_COMMON, **_TASKS[options.task], **settings}
     own |= {
         "data.root": str(options.data_root),
         "outdir": str(options.outdir),
-        "expname": f"{options.task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}",
         "seed": seed,
         "threads": options.threads,
         "train.optimizer.lr": rate,
-        "federate.total_round_num": max(1, options.batches // per_round),
+        "train.local_update_steps": options.visit // clients,
+        "federate.total_round_num": max(1, options.batches // options.visit),
     }
+    if options.batch_size:
+        own["dataloader.batch_size"] = options.batch_size
+    if options.tokens:
+        own["llm.tok_len"] = options.tokens
     if options.model:
         own["model.type"] = f"{options.model}@huggingface_llm"
     if options.quick:
         own |= {"data.subsample": 0.05, "llm.tok_len": 32, "train.local_update_steps": 2}
         own["fwdllm.data.max_test_samples"] = 32
-    path = local.run(make_config(own))
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return own
+
+
+def finished(path: Path) -> dict[str, Any]:
+    """What a run folder holds, nothing if it is absent or its run has not ended."""
+    file = path / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    if not lines or not lines[-1].get("final"):
+        return {}
     return {**lines[-1], "start": lines[0]["eval"], "eval": lines[-2]["eval"]}
 
 
@@ -148,6 +161,32 @@ def summary(name: str, rate: float, finals: Sequence[dict[str, Any]], task: str)
 
 
 def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    print_machine(options.threads)
+    chosen = {name: best_rate(name, options) for name in options.methods}
+    print(f"before training: {next(iter(chosen.values()))[1]['start']}")
+    show(f"the seed {options.seeds[0]} that chose the rates", chosen, {n: [f] for n, (_, f) in chosen.items()}, options)
+    finals: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    for count, seed in enumerate(options.seeds[1:], start=1):
+        for name, (rate, _) in chosen.items():
+            finals[name].append(run_once(name, seed, rate, options))
+        show(f"{count} other seeds", chosen, finals, options)
+
+
+def show(
+    seeds: str,
+    chosen: dict[str, tuple[float, dict[str, Any]]],
+    finals: dict[str, list[dict[str, Any]]],
+    options: argparse.Namespace,
+) -> None:
+    metrics = ("accuracy", "F1") if options.task == "mrpc" else ("loss", "token accuracy")
+    header = (f"{options.task}", "rate", *metrics, "backward", "up", "down", "time")
+    rows = [summary(name, rate, finals[name], options.task) for name, (rate, _) in chosen.items()]
+    print_table(f"{options.task}, {seeds}, equal tokens", header, rows)
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("task", choices=sorted(_TASKS))
     parser.add_argument("data_root", type=Path)
@@ -156,24 +195,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="the first one chooses the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--batches", type=int, default=960, help="batches of every run, over all clients")
+    parser.add_argument("--visit", type=int, default=40, help="steps of a visit; FedAvg's four clients share them")
+    parser.add_argument("--batch-size", type=int, default=0, help="instead of the task's")
+    parser.add_argument("--tokens", type=int, default=0, help="llm.tok_len instead of the task's")
     parser.add_argument("--outdir", type=Path, default=Path("runs/quality_blocks"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one seed and rate, two rounds, few samples")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.rates, options.batches = options.seeds[:1], options.rates[:1], 2 * _VISIT
-    torch.set_num_threads(options.threads)
-    print_machine(options.threads)
-    rows, start = [], {}
-    for name in options.methods:
-        rate, first = best_rate(name, options)
-        finals = [run_once(name, seed, rate, options) for seed in options.seeds[1:]] or [first]
-        start = first["start"]
-        rows.append(summary(name, rate, finals, options.task))
-    metrics = ("accuracy", "F1") if options.task == "mrpc" else ("loss", "token accuracy")
-    header = (f"{options.task}", "rate", *metrics, "backward", "up", "down", "time")
-    print(f"before training: {start}")
-    print_table(f"{options.task}, {max(1, len(options.seeds) - 1)} seeds, equal tokens", header, rows)
+        options.seeds, options.rates, options.batches = options.seeds[:1], options.rates[:1], 2 * options.visit
+    return options
 
 
 if __name__ == "__main__":

@@ -146,6 +146,12 @@ class RunDriver:
         return len(self._answers)
 
     @property
+    def answers_needed(self) -> int:
+        """Answers without which a round that is out of time stops the run (``fwdllm.min_answers``); none where the
+        method gives the work to other clients, and stops by itself when that fails again and again."""
+        return 0 if self.server.reassigns else self.session.config.fwdllm.min_answers
+
+    @property
     def evaluation_is_due(self) -> bool:
         """Whether the round that was just closed is to be followed by an evaluation."""
         return self.session.evaluates_after(self.next_round)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,19 @@ class Session:
         """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
         if not self.evaluation_batches:
             return None
-        own = self.parts.trainables.tensors
-        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
-        with self.parts.trainables.holding(values):
+        with self.at(trainables):
             return evaluate(
                 self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
                 self.loaded.tokenizer,
             )  # fmt: skip
+
+    @contextmanager
+    def at(self, trainables: Trainables) -> Iterator[None]:
+        """Let the model stand at the server's parameters, in its own dtypes (a block server's are float32)."""
+        own = self.parts.trainables.tensors
+        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
+        with self.parts.trainables.holding(values):
+            yield
 
     def save(self, folder: Path, trainables: Trainables) -> Path:
         """Write the trained adapter or model in Hugging Face's format."""

@@ -99,6 +99,8 @@ class RoundServer(ABC):
 
     #: The record a client of this method answers with.
     answer: type[ClientUpdate]
+    #: Whether work that nobody answered is given to others, so that a round may close without any answer.
+    reassigns = False
 
     @property
     def taken(self) -> TakenStep | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from fs_fwdllm.config import load_config
 from fs_fwdllm.host import local
@@ -43,6 +45,27 @@ def test_a_glue_task_runs(world: World, task: str, shared_data: Callable[[str], 
     path = local.run(load_config(ROOT / "configs" / "cybgd" / f"{task}.yaml", given))
     metric = {"mrpc": "binary_f1", "cola": "mcc", "rte": "accuracy"}[task]
     assert metric in read_jsonl(path / "metrics.jsonl")[-2]["eval"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta"])
+def test_questions_are_answered_by_a_decoder_or_an_encoder(
+    world: World, architecture: str, shared_data: Callable[[str], Path]
+) -> None:
+    """The new span head is trained in every visit, and nothing of it is left out."""
+    document = json.loads(shared_data("squad/dev-v1.1.json").read_text(encoding="utf-8"))
+    for name, articles in (("train", document["data"][:8]), ("dev", document["data"][8:10])):
+        short = [{**article, "paragraphs": article["paragraphs"][:2]} for article in articles]
+        (world.root / f"{name}-v1.1.json").write_text(json.dumps({"data": short}), encoding="utf-8")
+    model = f"{world.model(architecture)}@transformers"
+    given = ["data.root", str(world.root), "model.type", model, "outdir", str(world.root / "runs"), *TINY]
+    given += ["llm.tok_len", "60", "fwdllm.data.stride", "8", "data.subsample", "1.0"]
+    path = local.run(load_config(ROOT / "configs" / "cybgd" / "squad.yaml", given))
+    final = read_jsonl(path / "metrics.jsonl")[-2]
+    assert {"f1", "exact_match"} <= set(final["eval"]) and len(final["block_visits"]) == 2
+    trained = load_file(path / "model" / "model.safetensors")
+    before = load_file(world.model(architecture) / "model.safetensors")
+    assert "qa_outputs.weight" in trained and "qa_outputs.weight" not in before
+    assert (path / "console.log").read_text(encoding="utf-8").count("head in every visit") == 1
 
 
 @pytest.mark.parametrize("name", ["alpaca", "centralised"])

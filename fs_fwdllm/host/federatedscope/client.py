@@ -16,6 +16,7 @@ from federatedscope.core.message import Message
 from federatedscope.core.workers import Client
 
 from fs_fwdllm.errors import HostError, WireError
+from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.driver import answer, follow
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.process import HostModel, HostProcess, save_values
@@ -72,10 +73,10 @@ class FwdLLMClient(Client):
             HostError: the server stopped for an error, or nothing has listened at its address for
                 ``fwdllm.deadline_s`` seconds.
         """
-        heard = time.monotonic()
+        heard, joiner = time.monotonic(), Joiner()
         patience_s = min(_LONGEST_SILENCE_S, self._deadline_s / _HELLOS_PER_DEADLINE)
         while True:
-            message = next_message(self.comm_manager, patience_s)
+            message = next_message(self.comm_manager, patience_s, joiner)
             if message is not None:
                 self._handle(message)
                 if message.msg_type == "finish":

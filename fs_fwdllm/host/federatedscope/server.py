@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 
 from fs_fwdllm.errors import CheckpointError, FwdLLMError, HostError, TrainingStalledError, WireError
+from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.driver import RunDriver
 from fs_fwdllm.host.federatedscope import process as processes
 from fs_fwdllm.host.federatedscope.members import MemberServer
@@ -206,9 +207,10 @@ class FwdLLMServer(MemberServer):
             TrainingStalledError: too few clients answered a round within it.
             FwdLLMError: whatever stops a run; the clients are told first.
         """
+        joiner = Joiner()
         try:
             while not self.is_finish:
-                message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S)
+                message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S, joiner)
                 if message is not None:
                     self._handle(message)
                 else:
@@ -247,7 +249,7 @@ class FwdLLMServer(MemberServer):
         elif self._driver.missing:
             self._drop_gone(self._driver.missing)
             if over or not self._driver.missing:
-                self._close_with_who_answered(own.min_answers)
+                self._close_with_who_answered(self.driver.answers_needed)
         elif self._evaluating:
             self._drop_gone(self._evaluating)
             if over:

@@ -49,8 +49,7 @@ class EvaluationTrainer(BaseTrainer):
         if not batches:
             return {}
         session = self._process.session
-        values = None if self.held is None else [tensor.detach() for tensor in self.held.tensors]
-        with nullcontext() if values is None else session.parts.trainables.holding(values):
+        with nullcontext() if self.held is None else session.at(self.held):
             results = self._measure(session.parts.objective, batches)
         return {f"{name}_{metric}": value for metric, value in results.items()}
 

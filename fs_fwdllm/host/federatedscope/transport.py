@@ -10,15 +10,17 @@ What arrives is read only as far as the types of our messages and theirs reach: 
 
 from __future__ import annotations
 
+import copy
 import logging
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fs_fwdllm.errors import WireError
+from fs_fwdllm.host.chunks import Joiner, split
 from fs_fwdllm.wire import from_text
 
 __all__ = ["Hello", "Sender", "frame_in", "next_message", "own_port_is_free", "reachable"]
@@ -98,7 +100,7 @@ class Sender:
         manager._send = self
 
     def __call__(self, address: str, message: Any) -> bool:
-        """Send ``message`` to ``host:port``; whether it was delivered."""
+        """Send ``message`` to ``host:port``, a large text in pieces; whether it was delivered."""
         import grpc
         from federatedscope.core.proto.gRPC_comm_manager_pb2_grpc import gRPCComServeFuncStub
 
@@ -106,7 +108,9 @@ class Sender:
         with grpc.insecure_channel(address, options=options, compression=self._compression) as channel:
             try:
                 grpc.channel_ready_future(channel).result(timeout=min(self._deadline_s, _CONNECT_WITHIN_S))
-                gRPCComServeFuncStub(channel).sendMessage(message.transform(to_list=True), timeout=self._deadline_s)
+                stub = gRPCComServeFuncStub(channel)
+                for piece in _pieces(message):
+                    stub.sendMessage(piece.transform(to_list=True), timeout=self._deadline_s)
             except (grpc.RpcError, grpc.FutureTimeoutError) as error:
                 reason = error.code().name if isinstance(error, grpc.Call) else "nobody answers"
                 logger.warning("a %s message to %s was not delivered (%s)", message.msg_type, address, reason)
@@ -119,21 +123,45 @@ class Sender:
             return list(pool.map(lambda pair: self(*pair), messages))
 
 
-def next_message(manager: Any, wait_s: float) -> Any:
+def _pieces(message: Any) -> Iterator[Any]:
+    """``message`` itself, or one message for each piece of its text."""
+    if not isinstance(message.content, str):
+        yield message
+        return
+    for text in split(message.content):
+        piece = copy.copy(message)
+        piece.content = text
+        yield piece
+
+
+def next_message(manager: Any, wait_s: float, joiner: Joiner) -> Any:
     """The next readable message of a gRPC communication manager, ``None`` if none comes within ``wait_s`` seconds.
 
-    What cannot be read as a message of the host's is dropped with a warning.
+    Texts that came in pieces are put together by ``joiner``. What cannot be read as a message of the host's is dropped
+    with a warning.
     """
     until = time.monotonic() + wait_s
     while True:
         if manager.server_funcs.msg_queue:
-            message = _read(manager)
+            message = _whole(_read(manager), joiner)
             if message is not None:
                 return message
         elif time.monotonic() >= until:
             return None
         else:
             time.sleep(_LOOK_EVERY_S)
+
+
+def _whole(message: Any, joiner: Joiner) -> Any:
+    """``message`` with its whole text; ``None`` while pieces are missing."""
+    if message is None or not isinstance(message.content, str):
+        return message
+    try:
+        message.content = joiner.add((message.sender, message.msg_type, message.state), message.content)
+    except WireError as error:
+        logger.warning("dropped a message of %s: %s", message.sender, error)
+        return None
+    return message if message.content is not None else None
 
 
 def _read(manager: Any) -> Any:

@@ -1,16 +1,18 @@
 """The server's half: who visits which block next, what they are sent, and what becomes of their deltas.
 
-The server keeps the float32 blocks with their versions, the queue of due visits, and for every client the version of
-each block it last received. A visit that nobody answered usably goes back to the queue with other clients. Deltas of
-the clients that visited one block together are averaged by samples; deltas of different blocks are simply added, since
-they touch different parameters. The model is complete at any time: it can be evaluated and saved after every round.
+The server keeps the float32 blocks with their versions (:mod:`.published`), the queue of due visits
+(:mod:`.visit_queue`), and for every client the versions it holds (:mod:`.holdings`). A visit that nobody answered
+usably goes back to the queue with other clients, so that a round without any answer costs nothing but its time. Deltas
+of the clients that visited one block together are averaged by samples; deltas of different blocks are simply added,
+since they touch different parameters. The model is complete at any time: it can be evaluated and saved after every
+round.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,13 +20,16 @@ import torch
 from fs_fwdllm.data import seeded_permutation
 from fs_fwdllm.errors import UpdateRejected, WireError
 from fs_fwdllm.method.cybgd.client import delta_encoding
-from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors, encode_tensors
-from fs_fwdllm.method.cybgd.schedule import CycleSchedule, Visit
+from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors
+from fs_fwdllm.method.cybgd.holdings import Holdings
+from fs_fwdllm.method.cybgd.published import PublishedBlocks
+from fs_fwdllm.method.cybgd.schedule import CycleSchedule
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, average_states, pack_states, unpack_states
-from fs_fwdllm.method.cybgd.store import FLOAT32, BlockStore
+from fs_fwdllm.method.cybgd.store import BlockStore
+from fs_fwdllm.method.cybgd.visit_queue import OpenVisit, VisitQueue
 from fs_fwdllm.method.server import RoundReport, RoundServer, ServerSettings
-from fs_fwdllm.wire import Assignment, ClientUpdate, decode, encode
-from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, BlockModel, BlockValues, OptimizerState
+from fs_fwdllm.wire import Assignment, ClientUpdate, decode
+from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, OptimizerState
 
 __all__ = ["BlockServer", "BlockServerSettings"]
 
@@ -50,20 +55,17 @@ class BlockServerSettings:
     compress: bool
 
 
-@dataclass
-class _Open:
-    """A visit of the round that is open."""
-
-    visit: Visit
-    block: int
-    clients: list[int]
-    sent: dict[int, list[int]] = field(default_factory=dict)
-
-
 class BlockServer(RoundServer):
-    """Cycles through the blocks."""
+    """Cycles through the blocks.
+
+    Attributes:
+        blocks: the float32 blocks and their versions.
+        queue: open and due visits.
+        visits: per block of the cycle, how many visits it has had.
+    """
 
     answer = BlockDelta
+    reassigns = True
 
     def __init__(
         self, store: BlockStore, settings: ServerSettings, schedule: CycleSchedule, blocks: BlockServerSettings
@@ -71,103 +73,61 @@ class BlockServer(RoundServer):
         super().__init__(store, settings)
         self.store = store
         self.plan = store.plan
-        self._schedule = schedule
-        self._blocks = blocks
+        self._settings = blocks
         self._base_digest = self.digest
-        self._clients = sorted(settings.plans)
-        self._next_visit = 0
-        self._due: list[Visit] = []
-        self._planned: list[_Open] = []
-        self._open: list[_Open] = []
-        #: Per part, how often it has changed. Per block of the cycle, how many visits it has had.
-        self.versions = [0] * len(self.plan.parts)
+        self.blocks = PublishedBlocks(store, blocks.view, compress=blocks.compress)
+        self.queue = VisitQueue(schedule, sorted(settings.plans), blocks.parallel_blocks)
         self.visits = [0] * len(self.plan.blocks)
-        self._known: dict[int, list[int]] = {}
-        self._states: dict[int, np.ndarray] = {}
+        self._holdings = Holdings(len(self.plan.parts), self._base_digest)
         self._decoded: dict[int, list[torch.Tensor]] = {}
-        self._views: dict[int, bytes] = {}
+
+    @property
+    def versions(self) -> list[int]:
+        """Per part, how often it has changed."""
+        return self.blocks.versions
 
     def wanted_clients(self, round_index: int, available: Sequence[int]) -> list[int]:
         """The clients of the round's visits, in ascending order; :meth:`assign` expects them."""
-        self._planned = self._plan_round(sorted(available))
-        return _clients_of(self._planned)
-
-    def _plan_round(self, available: Sequence[int]) -> list[_Open]:
-        """The visits of the next round: failed ones first; no block and no client twice in a round."""
-        chosen: list[_Open] = []
-        for visit in self._candidates():
-            block = self._schedule.block(visit.number, len(self._clients))
-            clients = self._schedule.clients(visit, available)
-            taken = {client for other in chosen for client in other.clients}
-            if block in {other.block for other in chosen} or taken.intersection(clients):
-                continue
-            chosen.append(_Open(visit, block, clients))
-            if len(chosen) == self._blocks.parallel_blocks:
-                break
-        return chosen
-
-    def _candidates(self) -> Iterable[Visit]:
-        yield from self._due
-        for number in range(self._next_visit, self._next_visit + len(self.plan.blocks) * len(self._clients)):
-            yield Visit(number)
+        return self.queue.plan(available)
 
     def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
-        """Open a round: visits for ``clients``, those that :meth:`wanted_clients` named or others of the host's choice.
-
-        A host that asks others gives them the next blocks in turn, ``clients_per_block`` of them each.
-        """
+        """Open a round: visits for ``clients``, whom :meth:`wanted_clients` named or whom the host chose."""
         self.round_index = round_index
-        planned = self._planned or self._plan_round(self._clients)
-        self._open = planned if _clients_of(planned) == sorted(clients) else self._fill(sorted(clients))
-        self._planned = []
         rate = self.settings.schedule(round_index)
-        self._assigned = {
-            client: self._assignment(visit, client, rate) for visit in self._open for client in visit.clients
-        }
         self._decoded.clear()
-        self._take_from_queue()
+        self._assigned = {
+            client: self._assignment(visit, client, rate)
+            for visit in self.queue.begin(clients)
+            for client in visit.clients
+        }
         return dict(sorted(self._assigned.items()))
 
-    def _fill(self, clients: Sequence[int]) -> list[_Open]:
-        """Visits for clients that the schedule did not ask for."""
-        size = self._schedule.clients_per_block
-        filled: list[_Open] = []
-        candidates = iter(self._candidates())
-        for first in range(0, len(clients), size):
-            for visit in candidates:
-                block = self._schedule.block(visit.number, len(self._clients))
-                if block not in {other.block for other in filled}:
-                    filled.append(_Open(visit, block, list(clients[first : first + size])))
-                    break
-        return filled
+    def reassign(self, client: int) -> Assignment:
+        """The open round's visit anew, with what ``client`` lacks by now (see :meth:`note_holds`)."""
+        rate = self._assigned[client].learning_rate
+        self._assigned[client] = self._assignment(self.queue.visit_of(client), client, rate)
+        return self._assigned[client]
 
-    def _take_from_queue(self) -> None:
-        """What is open is no longer due; visits that were passed over become due."""
-        numbers = {visit.visit.number for visit in self._open}
-        last = max(numbers, default=-1)
-        passed = [Visit(number) for number in range(self._next_visit, last + 1) if number not in numbers]
-        self._due = [visit for visit in self._due if visit.number not in numbers] + passed
-        self._next_visit = max(self._next_visit, last + 1)
-
-    def _assignment(self, visit: _Open, client: int, rate: float) -> BlockAssignment:
-        cycle = self._schedule.cycle(visit.visit.number)
-        dropped = self._dropped(visit.block, cycle, client)
-        active = self.plan.active(visit.block)
-        frames, visit.sent[client] = self._download(client, active, dropped)
-        plan = self.settings.plans[client]
+    def _assignment(self, visit: OpenVisit, client: int, rate: float) -> BlockAssignment:
+        cycle = self.queue.schedule.cycle(visit.visit.number)
+        active, dropped = self.plan.active(visit.block), self._dropped(visit.block, cycle, client)
+        frames, held = self.blocks.for_visit(
+            self._holdings.of(client), active, dropped, send_all=self._settings.send_all
+        )
+        visit.sent[client] = held
         return BlockAssignment(
             round_index=self.round_index,
             client=client,
             digest=self._digest,
             learning_rate=rate,
-            steps=plan.steps,
+            steps=self.settings.plans[client].steps,
             probes=0,
             batch_index=self.round_index,
             catch_up=tuple(frames),
             block=visit.block,
             versions=tuple(self.versions[part] for part in active),
             cycle=cycle,
-            held=tuple(version + 1 if part in visit.sent[client] else 0 for part, version in enumerate(self.versions)),
+            held=tuple(version + 1 if part in held else 0 for part, version in enumerate(self.versions)),
             dropped=dropped,
             digest_base=self._base_digest,
         )
@@ -176,84 +136,44 @@ class BlockServer(RoundServer):
         """Layers the client skips, drawn for (run, cycle, client); never one the target has a part in."""
         own = set(self.plan.blocks[block].layers)
         others = [layer for layer in range(len(self.plan.layer_names)) if layer not in own]
-        count = math.floor(self._blocks.drop_ratio * len(others))
-        order = seeded_permutation(len(others), "dropped layers", self._schedule.seed, cycle, client)
+        count = math.floor(self._settings.drop_ratio * len(others))
+        order = seeded_permutation(len(others), "dropped layers", self.queue.schedule.seed, cycle, client)
         return tuple(sorted(others[index] for index in order[:count]))
 
-    def _download(self, client: int, active: Sequence[int], dropped: Sequence[int]) -> tuple[list[bytes], list[int]]:
-        """Frames the client needs, and the parts it holds at their current version afterwards."""
-        known = self._known.get(client, [0] * len(self.versions))
-        frames, held = [], []
-        for part, own in enumerate(self.plan.parts):
-            if part not in active and own.layers and set(own.layers) <= set(dropped):
-                continue
-            held.append(part)
-            current = known[part] == self.versions[part] and not self._blocks.send_all
-            if part in active:
-                if not (current and self._is_exact_when_known(part)):
-                    frames.append(self._values_frame(part, FLOAT32, active=True))
-                if part in self._states:
-                    frames.append(encode(OptimizerState(part, values=self._states[part])))
-            elif not current:
-                frames.append(self._view_frame(part))
-        return frames, held
+    def current_state_for(self, client: int) -> Assignment:
+        """An assignment of no work with every block that ``client`` lacks, in the form of inactive blocks."""
+        frames = self.blocks.missing(self._holdings.of(client))
+        self._holdings.note_told(client, self._digest, self.versions)
+        return replace(super().current_state_for(client), catch_up=tuple(frames))
 
-    def _is_exact_when_known(self, part: int) -> bool:
-        """Whether a client that holds the current view of a part has its exact float32 values."""
-        return self.versions[part] == 0 or (self.store.is_float32(part) and self._blocks.view == FLOAT32)
-
-    def _view_frame(self, part: int) -> bytes:
-        """The frame of an inactive part; kept until the part changes."""
-        if part not in self._views:
-            self._views[part] = self._values_frame(part, self._blocks.view, active=False)
-        return self._views[part]
-
-    def _values_frame(self, part: int, encoding: Encoding, *, active: bool) -> bytes:
-        data, compressed = encode_tensors(self.store.values(part), encoding, compress=self._blocks.compress)
-        record = BlockValues(
-            block=part,
-            version=self.versions[part],
-            form=encoding.form,
-            keep_ratio=encoding.keep_ratio,
-            active=active,
-            compressed=compressed,
-            values=np.frombuffer(data, np.uint8),
-        )
-        return encode(record)
+    def note_holds(self, client: int, digest: bytes) -> None:
+        """``client`` says that it is at ``digest`` (see :mod:`.holdings`)."""
+        self._holdings.note_holds(client, digest)
 
     def absorb(self, updates: Iterable[ClientUpdate]) -> RoundReport:
         """Close the round. Blocks that nobody visited usably are due again; the report's details count visits."""
+        start, before = self._digest, list(self.versions)
         report = super().absorb(updates)
         unvisited = []
-        for visit in self._open:
+        for visit in self.queue.open:
             answered = [client for client in visit.clients if client in report.losses]
             for client in answered:
-                self._note_held(client, visit.sent[client], visit.block)
+                self._holdings.note_answered(client, start, visit.sent[client], before)
             if answered:
                 self.visits[visit.block] += 1
             else:
                 unvisited.append(visit.block)
-                self._due.append(Visit(visit.visit.number, visit.visit.attempt + 1))
+                self.queue.failed(visit)
         self._decoded.clear()
         report.zero_share = 0.0
+        opened = self.queue.open
         report.details = {
-            "blocks": {str(client): visit.block for visit in self._open for client in visit.clients},
-            "cycle": max((self._schedule.cycle(visit.visit.number) for visit in self._open), default=0),
+            "blocks": {str(client): visit.block for visit in opened for client in visit.clients},
+            "cycle": max((self.queue.schedule.cycle(visit.visit.number) for visit in opened), default=0),
             "block_visits": list(self.visits),
             "reassigned_blocks": unvisited,
         }
         return report
-
-    def _note_held(self, client: int, held: Sequence[int], block: int) -> None:
-        """The client holds what it was sent; what the round changed has a newer version by now."""
-        known = self._known.setdefault(client, [0] * len(self.versions))
-        changed = self._changed_parts()
-        for part in held:
-            known[part] = self.versions[part] - (1 if part in changed else 0)
-
-    def _changed_parts(self) -> set[int]:
-        """Parts that the round's accepted updates have changed."""
-        return {part for client in self._decoded for part in self.plan.active(self._block_of(client))}
 
     def _block_of(self, client: int) -> int:
         assignment = self._assigned[client]
@@ -282,7 +202,7 @@ class BlockServer(RoundServer):
         client = update.client
         if update.digest_start != self.store.digest_of_values(active, [self.store.values(part) for part in active]):
             raise UpdateRejected("foreign_version", f"client {client} started block {update.block} from other values")
-        if update.form != self._blocks.upload:
+        if update.form != self._settings.upload:
             raise UpdateRejected("other_form", f"client {client} sent a delta in form {update.form!r}")
         try:
             shapes = [shape for part in active for shape in self.store.shapes(part)]
@@ -298,7 +218,7 @@ class BlockServer(RoundServer):
 
     def _received_states(self, update: BlockDelta) -> dict[int, list[TensorState]]:
         """The optimiser's state for every part of the visit, where the server keeps it. Raises ``WireError``."""
-        wanted = self.plan.active(update.block) if self._blocks.optimizer_state == "server" else ()
+        wanted = self.plan.active(update.block) if self._settings.optimizer_state == "server" else ()
         records = [decode(frame) for frame in update.states]
         if [getattr(record, "block", None) for record in records] != list(wanted):
             raise WireError(f"{len(records)} optimiser states, but the visit trains {len(wanted)} parts")
@@ -327,58 +247,36 @@ class BlockServer(RoundServer):
             own = delta[: len(values)] if place == 0 else delta[-len(values) :]
             for sum_, change in zip(total, own, strict=True):
                 sum_ += change * float(np.float32(share))
-        self.store.load(part, [value + change.to(value.device) for value, change in zip(values, total, strict=True)])
-        self.versions[part] += 1
-        self._views.pop(part, None)
-        if self._blocks.optimizer_state == "server":
+        self.blocks.change(part, [value + change.to(value.device) for value, change in zip(values, total, strict=True)])
+        if self._settings.optimizer_state == "server":
             received = [self._received_states(update)[part] for update in updates if isinstance(update, BlockDelta)]
-            self._states[part] = pack_states(average_states(received, list(shares)), compress=self._blocks.compress)
+            averaged = average_states(received, list(shares))
+            self.blocks.states[part] = pack_states(averaged, compress=self._settings.compress)
 
     def dense_frame(self) -> bytes:
         """Everything that has changed since the start, as clients that lack nothing hold it."""
-        frames = [self._view_frame(part) for part, version in enumerate(self.versions) if version]
-        return encode(BlockModel(round_index=self.round_index, digest=self._digest, frames=tuple(frames)))
+        return self.blocks.model_frame(self.round_index, self._digest)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The float32 blocks that have changed (the others are the base model's), and optimiser states."""
-        tensors = {
-            f"block.{part}.{index}": value
-            for part, version in enumerate(self.versions)
-            if version
-            for index, value in enumerate(self.store.values(part))
-        }
-        for part, packed in self._states.items():
-            tensors[f"optimizer.{part}"] = torch.frombuffer(bytearray(packed.tobytes()), dtype=torch.uint8)
-        return tensors
+        """The float32 blocks that have changed, and optimiser states."""
+        return self.blocks.state_tensors()
 
     def state_numbers(self) -> dict[str, object]:
         return {
             "failed_rounds": self.failed_rounds,
-            "next_visit": self._next_visit,
-            "due": [[visit.number, visit.attempt] for visit in self._due],
             "versions": self.versions,
             "visits": self.visits,
-            "known": [[client, known] for client, known in sorted(self._known.items())],
+            **self.queue.state_numbers(),
+            **self._holdings.state_numbers(),
         }
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
         """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
-        own = {name: numbers[name] for name in ("versions", "visits", "due", "known")}
-        assert all(isinstance(value, list) for value in own.values())
+        versions, visits = numbers["versions"], numbers["visits"]
+        assert isinstance(versions, list) and isinstance(visits, list)
         self.failed_rounds = int(str(numbers["failed_rounds"]))
-        self._next_visit = int(str(numbers["next_visit"]))
-        self._due = [Visit(number, attempt) for number, attempt in own["due"]]  # type: ignore[attr-defined]
-        self.versions, self.visits = list(own["versions"]), list(own["visits"])  # type: ignore[call-overload]
-        self._known = {client: list(known) for client, known in own["known"]}  # type: ignore[attr-defined]
-        for part, version in enumerate(self.versions):
-            if version:
-                count = len(self.store.values(part))
-                self.store.load(part, [tensors[f"block.{part}.{index}"] for index in range(count)])
-        packed = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
-        self._states = {int(name.rpartition(".")[2]): value.numpy() for name, value in packed.items()}
-        self._views.clear()
+        self.visits = list(visits)
+        self.queue.load_state(numbers)
+        self._holdings.load_state(numbers)
+        self.blocks.load_state(tensors, versions)
         self._digest = self.store.digest()
-
-
-def _clients_of(visits: Iterable[_Open]) -> list[int]:
-    return sorted(client for visit in visits for client in visit.clients)

@@ -2,6 +2,14 @@
 
 What a layer returns differs between architectures (a tensor, or a tuple that starts with it), so the first dropped
 call of a kind of layer is still computed, to see the form of its result; later ones cost nothing.
+
+**Bias.** A visit with dropped layers takes the gradient of another function: the model without them. For a target block
+``b`` and a draw ``S`` of dropped layers the client follows ``grad_b f(theta without S)``. The mean of that over the
+draws is the gradient of ``E_S f(theta without S)``, not of ``f(theta)``; the difference does not shrink with more
+steps, clients or smaller rates, and the delta is still added to the whole model. Nothing rescales what remains, as
+stochastic depth (arXiv 1603.09382) does at test time and layer dropout (arXiv 1909.11556) makes unnecessary by training
+all layers that way from the start. The method as published sends such models (its ``compress``); here it is off unless
+``fwdllm.blocks.download.drop_ratio`` is set. Quantised or pruned blocks approximate the whole function instead.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ again, and so that a client that holds no float32 values can confirm it.
 
 A client's replica holds what the last message left there: of inactive blocks the *view* that the download's encoding
 gives (the exact deployed bits, or a quantised or pruned form of them), of the blocks a visit trains the exact float32
-values. After the visit the trained blocks show the view of the values they started from, so that what a client holds
-depends only on the versions it was sent, not on what it trained; the server's answer to its upload is a new version.
+values. After the visit the trained blocks show the view of the values they started from (the base model's are shown
+exactly, as everybody holds them), so that what a client holds depends only on the versions it was sent, not on what it
+trained; the server's answer to its upload is a new version.
 """
 
 from __future__ import annotations
@@ -198,8 +199,8 @@ class BlockReplica(Replica):
         self._kept.pop(part, None)
 
     def _seen(self, part: int, start: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if self._exact or part >= len(self.store.plan.blocks):
-            return list(start)
+        if self._exact or part >= len(self.store.plan.blocks) or self._versions[part] == 0:
+            return list(start)  # the base model's blocks are held exactly by everybody
         data, _ = encode_tensors(start, self._view, compress=False)
         return decode_tensors(data, self.store.shapes(part), self._view, compressed=False)
 

@@ -13,6 +13,7 @@ import pytest
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.config.yaml_text import dump_yaml
 from tests.host.small import METHODS, World, read_jsonl
+from tests.method.cybgd.settings import blocks
 
 __all__ = ["BACKENDS", "CASES", "FedMLWorld", "comparable", "digests", "inject"]
 
@@ -27,7 +28,18 @@ CASES: dict[str, dict[str, Any]] = {
     "mezo": {**METHODS["mezo"], "train.optimizer.weight_decay": 0.1},
     "forward": {**METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9},
     "fedavg": METHODS["fedavg"],
-}
+    # Three visits side by side; int8 uploads leave a remainder on every client, which must be its own in any process.
+    "blocks": {
+        **blocks(parallel_blocks=3, embeddings="in", upload="int8", download_inactive="int8"),
+        "fwdllm.gradient_checkpointing": True,
+    },
+    # The gate waits for several rounds before it lets a step be taken; the last round's is taken anyway.
+    "gated": {
+        **METHODS["forward_gradient"], "federate.method": "fwdllm", "fwdllm.gate.kind": "relative",
+        "fwdllm.gate.threshold": 1e-9, "fwdllm.gate.max_repeats": 1, "fwdllm.sampling.kind": "corrected",
+        "fwdllm.server_momentum": 0.5,
+    },
+}  # fmt: skip
 _VARYING = ("seconds", "peak_rss_mib", "peak_device_mib")
 
 #: Runs at the start of every process of a run: makes one of them misbehave in one round.
@@ -95,13 +107,13 @@ def inject(world: FedMLWorld, patch: pytest.MonkeyPatch, rank: int, round_index:
 
 
 def comparable(path: Path) -> tuple[list[dict[str, Any]], str, str]:
-    """What must not depend on who carried the run: metrics without time and memory, bytes, the adapter."""
+    """What must not depend on who carried the run: metrics without time and memory, bytes, what was saved."""
     lines = [
         {key: value for key, value in line.items() if key not in _VARYING}
         for line in read_jsonl(path / "metrics.jsonl")
     ]
-    adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
-    return lines, (path / "bytes.csv").read_text(encoding="utf-8"), adapter.hex()
+    (saved,) = [*path.glob("adapter/adapter_model.safetensors"), *path.glob("model/model.safetensors")]
+    return lines, (path / "bytes.csv").read_text(encoding="utf-8"), saved.read_bytes().hex()
 
 
 def digests(path: Path) -> list[str]:

@@ -47,6 +47,11 @@ def test_several_processes_end_with_the_local_hosts_bits(world: FedMLWorld, case
     assert not survivors(world)
 
 
+@pytest.mark.parametrize("case", ["blocks", "gated"])
+def test_methods_that_wait_or_take_turns_end_with_the_local_hosts_bits(world: FedMLWorld, case: str) -> None:
+    assert comparable(run(world.file(case, "MPI"))) == comparable(run_locally(world.config(case)))
+
+
 @pytest.mark.parametrize("backend", ["simulation MPI", "GRPC"])
 def test_one_round_is_enough_and_no_process_speaks_to_another_machine(world: FedMLWorld, backend: str) -> None:
     """As many processes as clients of a round, FedML's own default; its MPI simulator would wait for ever."""

@@ -229,8 +229,8 @@ def test_dropped_clients_stop_no_cycle_and_coverage_counts_them(world: World) ->
     for round_index in range(12):
         report = play(federation, round_index, lambda updates: updates[:1] if round_index % 3 == 1 else updates)  # noqa: B023
     visits, server = report.details["block_visits"], federation.server
-    assert len(visits) == 5 and sum(visits) == 12 * 2 - 4 == server._next_visit - len(server._due)
-    assert min(visits) >= 3 and all(visit.number >= server._next_visit - 6 for visit in server._due)
+    assert len(visits) == 5 and sum(visits) == 12 * 2 - 4 == server.queue.next_visit - len(server.queue.due)
+    assert min(visits) >= 3 and all(visit.number >= server.queue.next_visit - 6 for visit in server.queue.due)
 
 
 def test_nobody_ever_answers(world: World) -> None:
