@@ -89,7 +89,8 @@ class FwdLLMServer(MemberServer):
         }
         folder, checkpoint = processes.open_folder(self._process, Path(self._cfg.outdir))
         console = Console(file=cast(IO[str], LogLines()), highlight=False, width=200, color_system=None)
-        self._driver = RunDriver(session, folder, checkpoint, console)
+        simulated = self._process.worker if self.mode == "standalone" else None
+        self._driver = RunDriver(session, folder, checkpoint, console, worker=simulated)
         self._driver.__enter__()
         if checkpoint is None:
             self._restore_parameters()
