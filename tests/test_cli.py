@@ -41,9 +41,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         module = ModuleType(f"fs_fwdllm.{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
         vars(module).update(functions)
-        if name == "host.local":
-            run = functions.get("run", Config)
-            vars(module)["run_file"] = lambda path, overrides: run(load_config(path, overrides))
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return put
