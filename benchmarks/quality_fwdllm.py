@@ -51,35 +51,35 @@ PUBLISHED = {
     "train.scheduler.type": "linear",
 }  # fmt: skip
 OURS = {
-    **FORWARD, "fwdllm.estimator": "one_sided", "fwdllm.radius": 0.001, "fwdllm.probes": 10,
+    **FORWARD, "fwdllm.estimator": "one_sided", "fwdllm.radius": 0.001, "fwdllm.probes": 30,
     "fwdllm.probes_per_batch": 10, "fwdllm.server_momentum": 0.9, "train.scheduler.type": "cosine",
 }  # fmt: skip
 BACKPROP = {"trainer.type": "llmtrainer", "train.scheduler.type": "cosine"}
 
 SETTINGS = {
-    "ours": Setting(200, OURS, (0.2, 0.5, 1.0, 2.0, 4.0), 1.0),
+    "ours": Setting(200, OURS, (0.2, 0.5, 1.0, 2.0, 4.0), 2.0),
     "published": Setting(1100, {**PUBLISHED, "fwdllm.gate.threshold": 0.01}, (0.01, 0.1, 0.3, 1.0, 3.0), 0.3),
     "fedavg": Setting(
         40,
         {**BACKPROP, "federate.method": "FedAvg", "federate.sample_client_num": 20, "train.local_update_steps": 5,
          "train.optimizer.type": "AdamW"},
-        (0.003, 0.01, 0.03, 0.1, 0.3), 0.03, backward=True,
+        (0.003, 0.01, 0.03, 0.1, 0.3), 0.1, backward=True,
     ),
     "fedsgd": Setting(
         200,
         {**BACKPROP, "federate.method": "FedSGD", "train.optimizer.momentum": 0.9},
-        (0.2, 0.5, 1.0, 2.0, 4.0), 1.0, backward=True,
+        (0.2, 0.5, 1.0, 2.0, 4.0), 4.0, backward=True,
     ),
 }  # fmt: skip
 SETTINGS |= {
     f"ours, {probes} probes": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.probes": probes})
-    for probes in (1, 3, 30, 100)
+    for probes in (1, 3, 10, 100)
 }
 SETTINGS |= {
     "ours, relative gate": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.gate.kind": "relative"}),
     "ours, corrected": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.sampling.kind": "corrected"}),
     "ours, normalised": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.step.control": "normalised"}),
-    "ours, central": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.estimator": "central", "fwdllm.probes": 5}),
+    "ours, central": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.estimator": "central", "fwdllm.probes": 15}),
 }
 
 
