@@ -101,6 +101,7 @@ def prepare(kind: str, *, small: bool, rows: int, tokens: int) -> Callable[[], o
             1e-6,
             2,
             0,
+            batch_index=0,
             block=0,
             versions=(0,),
             cycle=0,
