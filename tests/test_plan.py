@@ -153,16 +153,17 @@ def test_length_of_a_frame_is_that_of_the_real_one(count: int) -> None:
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from fs_fwdllm.config import load_config
 from fs_fwdllm.host import local
+from fs_fwdllm.host.accounting import peak_rss_mib
 from fs_fwdllm.plan import make_plan
 config = load_config(sys.argv[2])
 if sys.argv[1] == "plan":
     print(json.dumps(make_plan(config).memory.peak_bytes))
 else:
     local.run(config)
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+    print(json.dumps(peak_rss_mib() * 2**20))
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +76,13 @@ class Accounting:
 
 
 def peak_rss_mib() -> float:
-    """Highest resident memory of this process so far, in MiB."""
+    """Highest resident memory of this process so far, in MiB.
+
+    On Linux from the process's own status: ``getrusage`` counts, for a child, what its parent held when it was started.
+    """
+    with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
