@@ -2,13 +2,13 @@
 
 ``sp`` runs here. For ``MPI`` the processes are ``mpiexec``'s; for ``GRPC`` the server is started first, then, when its
 port answers, the clients. Each writes its standard error to ``processes/rank-N.log`` in the run folder, and its error,
-if it ends with one, to ``processes/rank-N.error``.
+if it ends with one, to ``processes/rank-N.error``; what killed a process of ``mpiexec`` is written there by its
+:mod:`~fs_fwdllm.host.fedml.guard`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.driver import read_own_checkpoint
+from fs_fwdllm.host.fedml.guard import is_running, name_of
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.process import processes_folder, server_address
 from fs_fwdllm.host.fedml.settings import FedMLSettings, dump_settings, read_settings
@@ -140,15 +141,15 @@ class Processes:
         if path == _addresses_path(self._folder):
             _write_addresses(path, self._settings.worker_num + 1)
         address = server_address(self._settings)
-        self._start(_name(0), [*self._command(), "--rank", "0", "--role", "server"])
+        self._start(name_of(0), [*self._command(), "--rank", "0", "--role", "server"])
         end = time.monotonic() + self._settings.deadline_s
         while not _is_listening(address):
             self._check()
             if time.monotonic() > end:
-                raise HostError(f"{_name(0)}: does not listen at {address} within {self._settings.deadline_s:g} s")
+                raise HostError(f"{name_of(0)}: does not listen at {address} within {self._settings.deadline_s:g} s")
             time.sleep(_POLL_S)
         for rank in range(1, self._settings.worker_num + 1):
-            self._start(_name(rank), [*self._command(), "--rank", str(rank), "--role", "client"])
+            self._start(name_of(rank), [*self._command(), "--rank", str(rank), "--role", "client"])
 
     def wait(self) -> None:
         """Until all have ended well. Raises :class:`~fs_fwdllm.errors.HostError` as soon as one has not."""
@@ -164,7 +165,7 @@ class Processes:
         self._check()
 
     def end_all(self) -> None:
-        """End whatever is still there: politely, then not."""
+        """End whatever is still there, politely, then not, and see it gone: mpiexec does not wait for grandchildren."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             alive = [child.process for child in self._children if child.process.poll() is None]
             for process in alive:
@@ -173,6 +174,13 @@ class Processes:
             end = time.monotonic() + _GRACE_S
             while any(process.poll() is None for process in alive) and time.monotonic() < end:
                 time.sleep(_POLL_S)
+        end = time.monotonic() + _GRACE_S
+        while any(is_running(pid) for pid in self._pids()) and time.monotonic() < end:
+            time.sleep(_POLL_S)
+
+    def _pids(self) -> list[int]:
+        texts = (path.read_text(encoding="utf-8") for path in processes_folder(self._folder).glob("rank-*.pid"))
+        return [int(text) for text in texts if text.strip().isdigit()]
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "fs_fwdllm.host.fedml", "--cf", str(self._folder.path / SETTINGS_FILE)]
@@ -202,24 +210,10 @@ class Processes:
             return f"{errors[0].read_text(encoding='utf-8').strip()}{hint}"
         code = failed.process.returncode
         if failed.name == "mpiexec":
-            return f"{self._killed_by_mpi(failed, where)}{hint}"
+            said = "\n".join(failed.said)
+            return f"mpiexec ended with status {code}:\n{said}{hint}"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"{failed.name}: {how}{hint}"
-
-    def _killed_by_mpi(self, failed: _Child, where: Path) -> str:
-        """Which rank ``mpiexec`` found dead, from the process number it names."""
-        said = "\n".join(failed.said)
-        found = re.search(r"PID (\d+)", said)
-        pids = {path.read_text(encoding="utf-8").strip(): path.stem for path in where.glob("rank-*.pid")}
-        if found is not None and found[1] in pids:
-            how = re.search(r"EXIT STRING: .+", said) or re.search(r"EXIT CODE: \d+", said)
-            rank = int(pids[found[1]].removeprefix("rank-"))
-            return f"{_name(rank)}: died without a word ({how[0].lower() if how else 'unknown reason'})"
-        return f"mpiexec ended with status {failed.process.returncode}:\n{said}"
-
-
-def _name(rank: int) -> str:
-    return "server (rank 0)" if rank == 0 else f"client process (rank {rank})"
 
 
 def _pass_on(child: _Child) -> None:

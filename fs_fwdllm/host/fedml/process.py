@@ -19,9 +19,11 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
+from fs_fwdllm.host.fedml.guard import begin_guarded, name_of
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.settings import FedMLSettings, read_settings
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.report.files import write_text_atomically
 
 __all__ = ["EXIT_OF_ERROR", "end_process", "main", "processes_folder", "server_address"]
 
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = RunFolder(Path(given.run)) if given.run else None
     try:
         settings = read_settings(Path(given.cf), given.overrides)
+        if folder is not None and settings.args["backend"] == "MPI":
+            begin_guarded(processes_folder(folder))
         rank = _rank(settings, given)
         _introduce(rank, folder)
         import_fedml()
@@ -170,13 +174,13 @@ def _wait_for_server(host: str, port: int, deadline_s: float) -> None:
 
 
 def _introduce(rank: int, folder: RunFolder | None) -> None:
-    _who.name = f"server (rank {rank})" if rank == 0 else f"client process (rank {rank})"
+    _who.name = name_of(rank)
     if folder is None:
         return
     where = processes_folder(folder)
     where.mkdir(parents=True, exist_ok=True)
     _who.error_path = where / f"rank-{rank}.error"
-    (where / f"rank-{rank}.pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
+    write_text_atomically(where / f"rank-{rank}.pid", f"{os.getpid()}\n")
     log = os.open(where / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 2)
     os.close(log)
