@@ -19,7 +19,8 @@ from fs_fwdllm.config import Config, dump_config, parse_config
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.host import local
 from fs_fwdllm.memory_estimate import MemoryEstimate
-from fs_fwdllm.plan import Cost, assignment_bytes, frame_bytes, make_plan
+from fs_fwdllm.plan import Cost, make_plan
+from fs_fwdllm.walk import assignment_bytes, frame_bytes
 from fs_fwdllm.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, encode
 from tests.model.tiny import HIDDEN, save_tiny_model
 
@@ -79,6 +80,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "some clients": ("fedfwd", LORA, {"federate": {"method": "fedfwd", "client_num": 5, "sample_client_num": 2}}),
     "forward mode": ("fedfwd", HEAD, {"fwdllm": {"estimator": "forward_mode", "probes": 5, "probes_per_batch": 2}}),
     "more than the head": ("fedfwd", HEAD, {"fwdllm": {"probes": 70, "probes_per_batch": 70}}),
+    "published sampling": ("fwdllm", LORA, {"fwdllm": {"sampling": {"kind": "published", "every": 2}}}),
+    "corrected sampling": ("fwdllm", LORA, {"fwdllm": {"probes": 3, "sampling": {"kind": "corrected"}}}),
+    "a reference in the state": (
+        "fwdllm",
+        HEAD,
+        {"fwdllm": {"probes": 70, "server_momentum": 0.9, "sampling": {"kind": "corrected"}}},
+    ),
     "dense": ("fedmezo", LORA, {"fwdllm": {"upload": "dense"}}),
     "full": ("fedmezo", FULL, {}),
     "fedavg": ("fedavg", LORA, {"train": {"local_update_steps": 2}}),
@@ -96,6 +104,19 @@ def test_traffic_and_passes_are_those_of_the_run(tmp_path: Path, case: str) -> N
     assert plan.first_round == after[0]
     assert plan.run == after[3]
     assert plan.run + plan.last_round.times(-1) == after[2]
+
+
+@pytest.mark.parametrize("sampling", ["none", "published", "corrected"])
+@pytest.mark.parametrize(("threshold", "steps"), [(1e9, 6), (1e-9, 2)])
+def test_the_gate_decides_between_two_forecasts(tmp_path: Path, threshold: float, steps: int, sampling: str) -> None:
+    gate = {"kind": "published", "threshold": threshold, "max_repeats": 2}
+    own = {"probes": 2, "gate": gate, "sampling": {"kind": sampling}}
+    config = configuration(tmp_path, "fwdllm", LORA, fwdllm=own, federate={"client_num": 5, "sample_client_num": 2})
+    config.federate.total_round_num = 6
+    plan = make_plan(config)
+    assert (plan.run if steps == 6 else plan.run_of_longest_steps) == costs_of_run(config)[5]
+    assert plan.run != plan.run_of_longest_steps
+    assert dict(plan.rows())["server steps (the gate decides)"] == "2 to 6"
 
 
 def test_the_plan_names_what_would_be_trained(tmp_path: Path) -> None:
