@@ -20,7 +20,7 @@ from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.driver import answer, follow
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.process import HostModel, HostProcess, save_values
-from fs_fwdllm.host.federatedscope.transport import Hello, Sender, frame_in, next_message, reachable
+from fs_fwdllm.host.federatedscope.transport import Hello, Sender, dispatch, frame_in, next_message, reachable
 from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMClient"]
@@ -78,7 +78,7 @@ class FwdLLMClient(Client):
         while True:
             message = next_message(self.comm_manager, patience_s, joiner)
             if message is not None:
-                self._handle(message)
+                dispatch(self, message, _TAKEN)
                 if message.msg_type == "finish":
                     return
             elif all(reachable([self._server_address]).values()):
@@ -92,15 +92,6 @@ class FwdLLMClient(Client):
     @property
     def _server_address(self) -> str:
         return str(self.comm_manager.neighbors[self.server_id])
-
-    def _handle(self, message: Any) -> None:
-        if message.msg_type not in _TAKEN:
-            self.callback_funcs_for_foreign_message(message)
-            return
-        try:
-            self.msg_handlers[message.msg_type](message)
-        except WireError as error:
-            logger.warning("client %d: dropped a message: %s", self.ID, error)
 
     def _give_up_after(self, heard: float) -> None:
         if time.monotonic() - heard > self._deadline_s:

@@ -27,7 +27,7 @@ from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.process import HostModel
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
-from fs_fwdllm.host.federatedscope.transport import frame_in, next_message
+from fs_fwdllm.host.federatedscope.transport import dispatch, frame_in, next_message
 from fs_fwdllm.wire import to_text
 
 __all__ = ["FwdLLMServer"]
@@ -213,21 +213,12 @@ class FwdLLMServer(MemberServer):
             while not self.is_finish:
                 message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S, joiner)
                 if message is not None:
-                    self._handle(message)
+                    dispatch(self, message, _TAKEN)
                 else:
                     self._see_to_deadlines()
         except FwdLLMError as error:
             self._stop_for(error)
             raise
-
-    def _handle(self, message: Any) -> None:
-        if message.msg_type not in _TAKEN:
-            self.callback_funcs_for_foreign_message(message)
-            return
-        try:
-            self.msg_handlers[message.msg_type](message)
-        except WireError as error:
-            logger.warning("dropped a message of %s: %s", message.sender, error)
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""

@@ -14,7 +14,7 @@ import copy
 import logging
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.chunks import Joiner, split
 from fs_fwdllm.wire import from_text
 
-__all__ = ["Hello", "Sender", "frame_in", "next_message", "own_port_is_free", "reachable"]
+__all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "own_port_is_free", "reachable"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
@@ -84,6 +84,17 @@ def frame_in(message: Any) -> bytes:
     if not isinstance(message.content, str):
         raise WireError(f"a {message.msg_type} message carries a {type(message.content).__name__} instead of text")
     return from_text(message.content)
+
+
+def dispatch(participant: Any, message: Any, taken: Collection[str]) -> None:
+    """Let a worker of ours handle a message of a type it takes; any other, and one that is damaged, is dropped."""
+    if message.msg_type not in taken:
+        participant.callback_funcs_for_foreign_message(message)
+        return
+    try:
+        participant.msg_handlers[message.msg_type](message)
+    except WireError as error:
+        logger.warning("dropped a message of %s: %s", message.sender, error)
 
 
 class Sender:
