@@ -15,7 +15,7 @@ use_fedml_environment() {
     environment="${FS_FWDLLM_FEDML_VENV:-$project_root/.venv-fedml}"
     constraints="$project_root/constraints-fedml.txt"
     newest_python=11
-    replacements=(torchvision==0.16.2 typer==0.29.2)
+    replacements=(torchvision==0.16.2 typer==0.29.1)
 }
 
 is_usable_python() {
