@@ -68,13 +68,26 @@ SETTINGS = {
     "fedsgd": Setting(
         200,
         {**BACKPROP, "federate.method": "FedSGD", "train.optimizer.momentum": 0.9},
-        (0.2, 0.5, 1.0, 2.0, 4.0), 4.0, backward=True,
+        (1.0, 2.0, 4.0, 8.0, 16.0), 8.0, backward=True,
     ),
 }  # fmt: skip
 SETTINGS |= {
-    f"ours, {probes} probes": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.probes": probes})
-    for probes in (1, 3, 10, 100)
+    f"ours, {probes} probes": replace(
+        SETTINGS["ours"],
+        rates=rates,
+        chosen=chosen,
+        keys={**OURS, "fwdllm.probes": probes, "fwdllm.probes_per_batch": min(probes, 50)},
+    )
+    for probes, rates, chosen in (
+        (3, (0.1, 0.3, 1.0), 0.3),
+        (10, (0.2, 0.5, 1.0), 0.5),
+        (100, (2.0, 4.0, 8.0), 4.0),
+    )
 }
+#: Half of the passes of the published settings.
+SETTINGS["ours, short"] = replace(
+    SETTINGS["ours, 10 probes"], rounds=100, rates=(0.3, 1.0, 2.0), chosen=1.0
+)  # fmt: skip
 SETTINGS |= {
     "ours, relative gate": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.gate.kind": "relative"}),
     "ours, corrected": replace(SETTINGS["ours"], keys={**OURS, "fwdllm.sampling.kind": "corrected"}),
@@ -132,8 +145,6 @@ def configured(tree: dict[str, Any], setting: Setting, rate: float) -> Config:
         for section in sections:
             node = node[section]
         node[leaf] = value
-    if setting.keys.get("fwdllm.probes_per_batch", 1) > setting.keys.get("fwdllm.probes", 1):
-        tree["fwdllm"]["probes_per_batch"] = setting.keys["fwdllm.probes"]
     return parse_config(tree)
 
 
@@ -195,13 +206,13 @@ def split_for_tuning(folder: Path, target: Path) -> tuple[str, str]:
     return "fit.jsonl", "validation.jsonl"
 
 
-def tune(folder: Path, methods: list[str]) -> None:
+def tune(folder: Path, methods: list[str], rates: dict[str, list[float]]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         train_file, test_file = split_for_tuning(folder, Path(temporary))
         tree = base_tree(Path(temporary), train_file, test_file, seed=11)
         session = Session.open(parse_config(tree))
         for method in methods:
-            for rate in SETTINGS[method].rates:
+            for rate in rates.get(method, SETTINGS[method].rates):
                 result = train(session, configured(tree, SETTINGS[method], rate), evaluations=4)
                 print(f"tune  {method:22s} lr {rate:<6g} best {result.best:.4f} {described(result)}", flush=True)
 
@@ -212,14 +223,15 @@ def described(result: Result) -> str:
     return f"accuracy {result.accuracy:.4f} loss {result.loss:.4f}  {passes}  {traffic}  {result.seconds:.0f} s"
 
 
-def compare(folder: Path, methods: list[str], seeds: list[int], rates: dict[str, float]) -> None:
+def compare(folder: Path, methods: list[str], seeds: list[int], rates: dict[str, list[float]]) -> None:
     results: dict[str, list[Result]] = {method: [] for method in methods}
     for seed in seeds:
         tree = base_tree(folder, "train_10k.jsonl", "test_desc.jsonl", seed)
         session = Session.open(parse_config(tree))
         for method in methods:
             setting = SETTINGS[method]
-            result = train(session, configured(tree, setting, rates.get(method, setting.chosen)))
+            rate = rates.get(method, [setting.chosen])[0]
+            result = train(session, configured(tree, setting, rate))
             results[method].append(result)
             print(f"seed {seed}  {method:22s} best {result.best:.4f} {described(result)}", flush=True)
     summarise(results, seeds)
@@ -237,12 +249,14 @@ def summarise(results: dict[str, list[Result]], seeds: list[int]) -> None:
             f"{method:22s} {100 * mean:.1f} +- {100 * spread:.1f}  best {100 * best:.1f}  {runs[0].forward_passes:,}  "
             f"{runs[0].backward_passes:,}  {statistics.mean(up):.1f}  {statistics.mean(down):.1f}  {seconds:.0f}"
         )
-    if "published" in results and "ours" in results:
-        for seed, ours, theirs in zip(seeds, results["ours"], results["published"], strict=True):
-            print(
-                f"seed {seed}: the published settings' best {theirs.best:.4f} took {theirs.passes_to(theirs.best):,} "
-                f"passes; ours reached it after {ours.passes_to(theirs.best)}"
-            )
+    for index, seed in enumerate(seeds if "published" in results else ()):
+        theirs = results["published"][index]
+        print(
+            f"seed {seed}: the published settings' best {theirs.best:.4f} took {theirs.passes_to(theirs.best):,} passes"
+        )
+        for method in (name for name in results if name.startswith("ours")):
+            passes = results[method][index].passes_to(theirs.best)
+            print(f"        {method}: {'never reached it' if passes is None else f'reached it after {passes:,}'}")
 
 
 def main() -> None:
@@ -251,12 +265,13 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--methods", default="ours,published,fedavg,fedsgd")
-    parser.add_argument("--rates", default="", help="METHOD=RATE;METHOD=RATE, instead of the chosen ones")
+    parser.add_argument("--rates", default="", help="METHOD=RATE,RATE;METHOD=RATE, instead of the built-in ones")
     given = parser.parse_args()
     methods = [name.strip() for name in given.methods.split(";" if ";" in given.methods else ",")]
-    rates = {name: float(rate) for name, rate in (pair.split("=") for pair in given.rates.split(";") if pair)}
+    pairs = (pair.split("=") for pair in given.rates.split(";") if pair)
+    rates = {name: [float(rate) for rate in text.split(",")] for name, text in pairs}
     if given.tune:
-        tune(given.folder, methods)
+        tune(given.folder, methods, rates)
     else:
         compare(given.folder, methods, [int(seed) for seed in given.seeds.split(",")], rates)
 
