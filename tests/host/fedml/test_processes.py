@@ -48,9 +48,12 @@ def test_several_processes_end_with_the_local_hosts_bits(world: FedMLWorld, case
     assert not survivors(world)
 
 
+@pytest.mark.parametrize("backend", ["MPI", "GRPC"])
 @pytest.mark.parametrize("case", ["blocks", "gated"])
-def test_methods_that_wait_or_take_turns_end_with_the_local_hosts_bits(world: FedMLWorld, case: str) -> None:
-    assert comparable(run(world.file(case, "MPI"))) == comparable(run_locally(world.config(case)))
+def test_methods_that_wait_or_take_turns_end_with_the_local_hosts_bits(
+    world: FedMLWorld, case: str, backend: str
+) -> None:
+    assert comparable(run(world.file(case, backend))) == comparable(run_locally(world.config(case)))
 
 
 @pytest.mark.parametrize("backend", ["simulation MPI", "GRPC"])
