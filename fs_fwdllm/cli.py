@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, resume, data, hook, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, cost, resume, data, hook, doctor.
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -142,6 +142,23 @@ def compare(
     from fs_fwdllm.report import compare_runs
 
     picture, table = compare_runs(runs, output)
+    Console(highlight=False).print(table)
+    _say(f"picture {picture}")
+
+
+@app.command()
+def cost(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    devices: Annotated[Path, typer.Option(metavar="FILE", help="Constants of the time model, YAML.")] = Path(
+        "configs/fwdllm/devices.yaml"
+    ),
+    target: Annotated[float | None, typer.Option(help="Value of the metric whose first reaching is timed.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("costs.png"),
+) -> None:
+    """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model."""
+    from fs_fwdllm.report import analyse_costs, read_device_model
+
+    picture, table = analyse_costs(runs, read_device_model(devices), output, target)
     Console(highlight=False).print(table)
     _say(f"picture {picture}")
 

@@ -8,15 +8,28 @@
 * :mod:`~fs_fwdllm.report.record`: a run read back from its files, for pictures and comparisons.
 * :mod:`~fs_fwdllm.report.plot`: one run in a picture.
 * :mod:`~fs_fwdllm.report.compare`: several runs in a picture and a table.
+* :mod:`~fs_fwdllm.report.cost`: what runs cost, measured, and how long other devices would take, modelled.
 
 The files are the truth: the picture and the tables are drawn from them, never from the state of a living run.
 """
 
 from fs_fwdllm.report.compare import compare_runs, summary_table
+from fs_fwdllm.report.cost import analyse_costs
+from fs_fwdllm.report.device_model import read_device_model
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.plot import plot_run
 from fs_fwdllm.report.record import RunRecord
 from fs_fwdllm.report.reporter import RunReporter
 from fs_fwdllm.report.traffic import TrafficRow
 
-__all__ = ["RunFolder", "RunRecord", "RunReporter", "TrafficRow", "compare_runs", "plot_run", "summary_table"]
+__all__ = [
+    "RunFolder",
+    "RunRecord",
+    "RunReporter",
+    "TrafficRow",
+    "analyse_costs",
+    "compare_runs",
+    "plot_run",
+    "read_device_model",
+    "summary_table",
+]

@@ -13,7 +13,7 @@ from fs_fwdllm.report.figure import COLOURS, X_AXES, draw, label_axes, label_log
 from fs_fwdllm.report.record import METRIC_NAMES, RunRecord, RunSummary, method_name
 from fs_fwdllm.report.units import format_bytes, format_count, format_metric, format_seconds
 
-__all__ = ["compare_runs", "summary_table"]
+__all__ = ["common_curve", "compare_runs", "run_labels", "summary_table"]
 
 _SIZE_PX = (1500, 1000)
 
@@ -51,8 +51,8 @@ def compare_runs(paths: Sequence[str | Path], output: str | Path) -> tuple[Path,
     if not 1 <= len(paths) <= len(COLOURS):
         raise ConfigError(f"compare: takes 1 to {len(COLOURS)} run folders, but {len(paths)} are given")
     records = [RunRecord.load(path) for path in paths]
-    labels = _labels(records)
-    y, y_label = _common_curve(records)
+    labels = run_labels(records)
+    y, y_label = common_curve(records)
     figure, axes = new_figure(2, 2, *_SIZE_PX, title="comparison of runs")
     for axis, x in zip(axes, X_AXES, strict=True):
         curves = [record.series(x, y) for record in records]
@@ -83,13 +83,15 @@ def _headers(summaries: Sequence[RunSummary], labels: Sequence[str]) -> list[Col
     return [Column(Text(name), justify="right" if len(names) > 1 else "left", overflow="fold") for name in names]
 
 
-def _labels(records: Sequence[RunRecord]) -> list[str]:
+def run_labels(records: Sequence[RunRecord]) -> list[str]:
+    """The names of the runs' folders, or their paths where names are not unique."""
     names = [record.folder.name for record in records]
     unique = len(set(names)) == len(names)
     return names if unique else [str(record.folder.path) for record in records]
 
 
-def _common_curve(records: Sequence[RunRecord]) -> tuple[str, str]:
+def common_curve(records: Sequence[RunRecord]) -> tuple[str, str]:
+    """``(series, axis label)``: the metric all runs share, else the evaluation loss, else the training loss."""
     metrics = {record.metric for record in records}
     if None in metrics:
         return "train_loss", "training loss"

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "X_AXES", "draw", "label_axes", "label_log_axes", "new_figure", "save_figure"]
+__all__ = [
+    "COLOURS", "X_AXES", "draw", "label_axes", "label_log_axes", "label_modelled_time", "new_figure", "save_figure"
+]  # fmt: skip
 
 #: Okabe and Ito's palette, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -87,6 +89,13 @@ def label_log_axes(axis: Axes, x: str, y_label: str) -> None:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(f"{X_AXES[x]} (logarithmic)", fontsize=11)
+    axis.set_ylabel(y_label, fontsize=11)
+
+
+def label_modelled_time(axis: Axes, device: str, y_label: str) -> None:
+    """Label both axes of a curve against the time that a model says a device would take, from seconds to weeks."""
+    axis.set_xscale("log", nonpositive="mask")
+    axis.set_xlabel(f"modelled time on {device} [s] (logarithmic)", fontsize=11)
     axis.set_ylabel(y_label, fontsize=11)
 
 

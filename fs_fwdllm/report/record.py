@@ -104,9 +104,14 @@ class RunRecord:
     def series(self, x: str, y: str) -> tuple[list[float], list[float]]:
         """The points of the rounds that have both. ``"eval.loss"`` reaches into a nested object; ``"bytes"`` is the
         sum of upload and download."""
-        points = [(_value(line, x), _value(line, y)) for line in self.rounds]
+        points = [(self.value(line, x), self.value(line, y)) for line in self.rounds]
         kept = [(a, b) for a, b in points if a is not None and b is not None]
         return [a for a, _ in kept], [b for _, b in kept]
+
+    @staticmethod
+    def value(line: dict[str, Any], name: str) -> float | None:
+        """The number of that name in a line, named as in :meth:`series`; ``None`` where it has none."""
+        return _value(line, name)
 
     def summary(self) -> RunSummary:
         """The numbers a comparison shows."""
