@@ -13,7 +13,7 @@ from fs_fwdllm.report.figure import COLOURS, X_AXES, draw, label_axes, label_log
 from fs_fwdllm.report.record import METRIC_NAMES, RunRecord, RunSummary, method_name
 from fs_fwdllm.report.units import format_bytes, format_count, format_metric, format_seconds
 
-__all__ = ["common_curve", "compare_runs", "run_labels", "summary_table"]
+__all__ = ["common_curve", "compare_runs", "load_runs", "summary_table"]
 
 _SIZE_PX = (1500, 1000)
 
@@ -48,10 +48,7 @@ def compare_runs(paths: Sequence[str | Path], output: str | Path) -> tuple[Path,
         CheckpointError: a path is not a run folder or has no round yet; ``output`` cannot be written.
         ConfigError: no path is given, or there are more runs than colours.
     """
-    if not 1 <= len(paths) <= len(COLOURS):
-        raise ConfigError(f"compare: takes 1 to {len(COLOURS)} run folders, but {len(paths)} are given")
-    records = [RunRecord.load(path) for path in paths]
-    labels = run_labels(records)
+    records, labels = load_runs(paths, "compare")
     y, y_label = common_curve(records)
     figure, axes = new_figure(2, 2, *_SIZE_PX, title="comparison of runs")
     for axis, x in zip(axes, X_AXES, strict=True):
@@ -83,11 +80,19 @@ def _headers(summaries: Sequence[RunSummary], labels: Sequence[str]) -> list[Col
     return [Column(Text(name), justify="right" if len(names) > 1 else "left", overflow="fold") for name in names]
 
 
-def run_labels(records: Sequence[RunRecord]) -> list[str]:
-    """The names of the runs' folders, or their paths where names are not unique."""
+def load_runs(paths: Sequence[str | Path], command: str) -> tuple[list[RunRecord], list[str]]:
+    """The runs and a name for each: its folder's, or the path where folders share a name.
+
+    Raises:
+        CheckpointError: a path is not a run folder or has no round yet.
+        ConfigError: no path is given to ``command``, or there are more runs than colours.
+    """
+    if not 1 <= len(paths) <= len(COLOURS):
+        raise ConfigError(f"{command}: takes 1 to {len(COLOURS)} run folders, but {len(paths)} are given")
+    records = [RunRecord.load(path) for path in paths]
     names = [record.folder.name for record in records]
     unique = len(set(names)) == len(names)
-    return names if unique else [str(record.folder.path) for record in records]
+    return records, names if unique else [str(record.folder.path) for record in records]
 
 
 def common_curve(records: Sequence[RunRecord]) -> tuple[str, str]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
-from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.report.compare import common_curve, run_labels
+from fs_fwdllm.report.compare import common_curve, load_runs
 from fs_fwdllm.report.device_model import DeviceModel, modelled_seconds
 from fs_fwdllm.report.figure import COLOURS, draw, label_modelled_time, new_figure, save_figure
 from fs_fwdllm.report.record import LOWER_IS_BETTER, RunRecord
@@ -70,13 +69,10 @@ def analyse_costs(
         CheckpointError: a path is not a run folder or has no round yet; ``output`` cannot be written.
         ConfigError: no path is given, or there are more runs than colours.
     """
-    if not 1 <= len(paths) <= len(COLOURS):
-        raise ConfigError(f"cost: takes 1 to {len(COLOURS)} run folders, but {len(paths)} are given")
-    records = [RunRecord.load(path) for path in paths]
+    records, labels = load_runs(paths, "cost")
     y, y_label = common_curve(records)
-    costs = [
-        _costs_of(record, label, model, y, target) for record, label in zip(records, run_labels(records), strict=True)
-    ]
+    pairs = zip(records, labels, strict=True)
+    costs = [_costs_of(record, label, model, y, target) for record, label in pairs]
     return _draw(costs, model, y_label, Path(output)), _table(costs, model, target)
 
 
