@@ -47,6 +47,15 @@ def test_the_result_is_the_local_hosts(world: FedMLWorld, case: str) -> None:
     assert comparable(ours) == comparable(run_locally(world.config(case)))
 
 
+def test_weights_and_biases_without_a_network(world: FedMLWorld) -> None:
+    """The real library, which FedML brings along: every round is in its offline file, inside the run folder."""
+    pytest.importorskip("wandb")
+    path = run(world.file("mezo", "sp", **{"wandb.use": True, "wandb.online_track": False}))
+    (kept,) = (path / "wandb").glob("offline-run-*/*.wandb")
+    assert kept.stat().st_size > 0 and b"train_loss" in kept.read_bytes()
+    assert comparable(path) == comparable(run_locally(world.config("mezo")))
+
+
 def test_a_plain_fedml_program_is_enough(world: FedMLWorld) -> None:
     """What a user writes, in a process of its own, with FedML's own reader of arguments."""
     program = world.root / "main.py"
