@@ -149,16 +149,16 @@ def compare(
 @app.command()
 def cost(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    devices: Annotated[Path, typer.Option(metavar="FILE", help="Constants of the time model, YAML.")] = Path(
-        "configs/fwdllm/devices.yaml"
-    ),
+    devices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Constants of the time model, YAML, instead of our own.")
+    ] = None,
     target: Annotated[float | None, typer.Option(help="Value of the metric whose first reaching is timed.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("costs.png"),
 ) -> None:
     """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model."""
-    from fs_fwdllm.report import analyse_costs, read_device_model
+    from fs_fwdllm.report import DEVICES_FILE, analyse_costs, read_device_model
 
-    picture, table = analyse_costs(runs, read_device_model(devices), output, target)
+    picture, table = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
     Console(highlight=False).print(table)
     _say(f"picture {picture}")
 

@@ -15,7 +15,7 @@ The files are the truth: the picture and the tables are drawn from them, never f
 
 from fs_fwdllm.report.compare import compare_runs, summary_table
 from fs_fwdllm.report.cost import analyse_costs
-from fs_fwdllm.report.device_model import read_device_model
+from fs_fwdllm.report.device_model import DEVICES_FILE, read_device_model
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.plot import plot_run
 from fs_fwdllm.report.record import RunRecord
@@ -23,6 +23,7 @@ from fs_fwdllm.report.reporter import RunReporter
 from fs_fwdllm.report.traffic import TrafficRow
 
 __all__ = [
+    "DEVICES_FILE",
     "RunFolder",
     "RunRecord",
     "RunReporter",

@@ -27,7 +27,10 @@ from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.report.record import RunRecord
 from fs_fwdllm.report.traffic import TrafficRow, read_traffic
 
-__all__ = ["Device", "DeviceModel", "Network", "modelled_seconds", "read_device_model"]
+__all__ = ["DEVICES_FILE", "Device", "DeviceModel", "Network", "modelled_seconds", "read_device_model"]
+
+#: The constants that come with the package.
+DEVICES_FILE = Path(__file__).with_name("devices.yaml")
 
 _BITS_PER_BYTE = 8
 

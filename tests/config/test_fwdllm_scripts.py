@@ -19,7 +19,7 @@ __all__ = ["models", "world"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts" / "fwdllm"
-CONFIGS = sorted(path for path in (ROOT / "configs" / "fwdllm").glob("*.yaml") if path.stem != "devices")
+CONFIGS = sorted((ROOT / "configs" / "fwdllm").glob("*.yaml"))
 #: Stands for the command: writes its arguments down, one command a block, and does what it was given to do.
 _STUB = """#!/bin/sh
 [ "$1" = --version ] && exit 0
@@ -140,11 +140,11 @@ def test_the_published_experiment_runs(world: World, algorithm: str) -> None:
     assert (final["backward_passes"] == 0) == (algorithm == "FedFwd")
 
 
-def test_costs_are_asked_for_with_the_constants_that_come_along(tmp_path: Path) -> None:
+def test_costs_are_asked_for(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     assert shell("system_cost", "runs/a", "--target", "0.8").returncode == 0
     (command,) = shell.commands()
-    assert command == ["cost", "--devices", str(ROOT / "configs/fwdllm/devices.yaml"), "runs/a", "--target", "0.8"]
+    assert command == ["cost", "runs/a", "--target", "0.8"]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.report import RunFolder, RunRecord, analyse_costs, read_device_model
+from fs_fwdllm.report import DEVICES_FILE, RunFolder, RunRecord, analyse_costs, read_device_model
 from fs_fwdllm.report.device_model import Device, DeviceModel, Network, modelled_seconds
 from tests.report.conftest import make_line
 from tests.report.test_pictures import backprop, cells, png_size_px
 
-ROOT = Path(__file__).resolve().parents[2]
 NETWORK = Network(upload_mbit_per_s=0.001, download_mbit_per_s=0.01)
 PHONE = Device(forward_pass_s=2.0)
 BOARD = Device(forward_pass_s=3.0, backward_pass_s=5.0)
@@ -78,7 +77,7 @@ def test_a_loss_is_reached_from_above(write_run: Callable[..., RunFolder], tmp_p
 
 
 def test_the_constants_that_come_along_are_readable() -> None:
-    model = read_device_model(ROOT / "configs" / "fwdllm" / "devices.yaml")
+    model = read_device_model(DEVICES_FILE)
     assert model.devices["phone NPU"].backward_pass_s is None and len(model.devices) == 4
 
 
