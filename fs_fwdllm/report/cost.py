@@ -103,7 +103,9 @@ def _first_reaching(scores: Sequence[float | None], y: str, target: float) -> in
 
 def _table(costs: Sequence[_Costs], model: DeviceModel, target: float | None) -> Table:
     rows: dict[str, list[str]] = {
-        "peak RSS, measured": ["-" if c.peak_rss_mib is None else f"{c.peak_rss_mib:.0f} MiB" for c in costs],
+        "peak RSS of the process, measured": [
+            "-" if c.peak_rss_mib is None else f"{c.peak_rss_mib:.0f} MiB" for c in costs
+        ],
         "upload a client and round": [format_bytes(c.upload_bytes / max(1, c.client_rounds)) for c in costs],
         "download a client and round": [format_bytes(c.download_bytes / max(1, c.client_rounds)) for c in costs],
         "forward passes": [format_count(c.forward_passes) for c in costs],
@@ -127,7 +129,7 @@ def _table(costs: Sequence[_Costs], model: DeviceModel, target: float | None) ->
 def _draw(costs: Sequence[_Costs], model: DeviceModel, y_label: str, output: Path) -> Path:
     """Bars of what was measured, then the curve against each device's modelled time."""
     bars = {
-        "peak RSS [MiB]": [c.peak_rss_mib or 0.0 for c in costs],
+        "peak RSS of the process [MiB]": [c.peak_rss_mib or 0.0 for c in costs],
         "MiB a client and round": [
             (c.upload_bytes + c.download_bytes) / max(1, c.client_rounds) / 2**20 for c in costs
         ],

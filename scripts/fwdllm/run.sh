@@ -16,9 +16,9 @@ usage_unless() {
     fi
 }
 
-# prepare: the environment, and the project's folder as the current one.
+# prepare: the environment (h5 files need the extra data, which dev has), and the project's folder as the current one.
 prepare() {
-    ensure_environment demo demo,dev
+    ensure_environment data,demo demo,dev,federatedscope
     cd "$project_root"
 }
 
@@ -47,14 +47,15 @@ train() {
 }
 
 # ablate NAME, with the variants in the array $variants ("NAME KEY VALUE KEY VALUE ..."), and KEY VALUE ... for all:
-# one run a variant, in a folder of its own for every call, then a picture of all.
+# one run a variant, in a folder of its own for every call, then a picture of all. What a variant says, and where its run
+# goes, cannot be overridden.
 ablate() {
     local name="$1" outdir runs=() variant words
     shift
     outdir="runs/fwdllm/$name-$(date +%Y%m%d-%H%M%S)"
     for variant in "${variants[@]}"; do
         read -r -a words <<<"$variant"
-        train agnews_published outdir "$outdir" expname "${words[0]}" "${words[@]:1}" "$@"
+        train agnews_published "$@" outdir "$outdir" expname "${words[0]}" "${words[@]:1}"
         runs+=("$outdir/${words[0]}")
     done
     "$environment/bin/fs-fwdllm" compare "${runs[@]}" --output "$outdir/comparison.png"

@@ -50,7 +50,7 @@ class Shell:
         files = [ROOT / name for name in ("setup.cfg", "pyproject.toml", "constraints.txt")]
         text = b"".join(path.read_bytes() for path in files)
         sum_ = subprocess.run(["cksum"], input=text, capture_output=True, check=True).stdout.decode().strip()
-        (environment / "installed-demo").write_text(f"{sum_} {ROOT}\n", encoding="utf-8")
+        (environment / "installed-data,demo").write_text(f"{sum_} {ROOT}\n", encoding="utf-8")
         self._environment = {**os.environ, "FS_FWDLLM_VENV": str(environment), "PYTHONPATH": str(ROOT)}
 
     def __call__(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -110,7 +110,7 @@ def test_the_published_arguments_mean_what_they_meant(
 @pytest.mark.parametrize("script", ABLATIONS)
 def test_an_ablation_changes_one_thing_and_draws_all(tmp_path: Path, script: str) -> None:
     shell = Shell(tmp_path)
-    done = shell(script, "eval.freq", "9")
+    done = shell(script, "eval.freq", "9", "outdir", "elsewhere")
     assert done.returncode == 0, done.stderr
     *runs, comparison = shell.commands()
     key, values = ABLATIONS[script]
