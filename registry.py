@@ -1,1 +1,1 @@
-fs_fwdllm/host/federatedscope/registry.py
+fs_fwdllm/host/federatedscope/hook_file.py

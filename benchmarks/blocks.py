@@ -37,7 +37,7 @@ from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import encode_tensors
 from fs_fwdllm.method.cybgd.forecast import active_parameters, dry_rounds
 from fs_fwdllm.method.cybgd.optimiser import BlockOptimizer, OptimizerSettings
-from fs_fwdllm.wire_blocks import BlockAssignment
+from fs_fwdllm.method.cybgd.records import BlockAssignment
 
 _LLAMA = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 _MIDDLE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from common import arguments, make_parts, print_machine, print_table, random_llama, verdict
 
-from fs_fwdllm.wire import DenseState, DenseUpdate, RoundUpdate, ScalarUpdate, encode
+from fs_fwdllm.core.wire import DenseState, DenseUpdate, RoundUpdate, ScalarUpdate, encode
 
 _DIGEST = bytes(range(16))
 

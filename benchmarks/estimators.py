@@ -25,15 +25,15 @@ import torch
 from common import print_machine, print_table
 
 from fs_fwdllm.config import load_config
-from fs_fwdllm.direction import DirectionKey, Rademacher, direction_seed
+from fs_fwdllm.core.direction import DirectionKey, Rademacher, direction_seed
+from fs_fwdllm.core.replay import Contributions, add_contributions
 from fs_fwdllm.estimator import Backprop, CentralDifference, Estimator, ForwardMode, OneSidedDifference, Radius
 from fs_fwdllm.estimator.base import stack_directions
-from fs_fwdllm.host.session import Session
-from fs_fwdllm.method.diagnosis import cosine_between
-from fs_fwdllm.method.step_control import norm_of
+from fs_fwdllm.method.forward.cosine import cosine_between
+from fs_fwdllm.method.forward.step_control import norm_of
 from fs_fwdllm.model.objective import BatchLoss
 from fs_fwdllm.model.perturbation import ResidentPerturbation
-from fs_fwdllm.replay import Contributions, add_contributions
+from fs_fwdllm.run.session import Session
 
 _CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fwd_agnews.yaml"
 _RADII = [

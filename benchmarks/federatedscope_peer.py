@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fs_fwdllm.data.templates import instruction_prompt
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.host.federatedscope.launch import find_host
+from fs_fwdllm.host.federatedscope.host_main import find_host
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS, ROUNDS, ROWS = 3, 2, 300

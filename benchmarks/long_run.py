@@ -17,14 +17,14 @@ from common import arguments, print_machine, print_table
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fs_fwdllm.direction import DirectionKey, Rademacher, direction_seed
-from fs_fwdllm.learning_rate import Schedule
-from fs_fwdllm.method.pacing import Pacing
-from fs_fwdllm.method.pool import PoolEntry
-from fs_fwdllm.method.pooled_step import PooledStep
-from fs_fwdllm.method.step_control import STEP_CONTROLS, norm_of
-from fs_fwdllm.replay import Replayer
-from fs_fwdllm.trainables import Trainables
+from fs_fwdllm.core.direction import DirectionKey, Rademacher, direction_seed
+from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.method.forward.pacing import Pacing
+from fs_fwdllm.method.forward.pool import PoolEntry
+from fs_fwdllm.method.forward.pooled_step import PooledStep
+from fs_fwdllm.method.forward.step_control import STEP_CONTROLS, norm_of
 
 _FEATURES, _CLASSES, _BATCH = 20, 4, 8
 #: Learning rates in the unit of each control, which make first steps of similar length.

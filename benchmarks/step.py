@@ -26,9 +26,9 @@ from common import (
 )
 from torch import nn
 
+from fs_fwdllm.core.wire import Assignment
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.method import Parts, assemble_worker
-from fs_fwdllm.wire import Assignment
 
 _LEARNING_RATE = 1e-7  # the parameters stay where they are, whatever the number of repetitions
 _RADIUS = 1e-3

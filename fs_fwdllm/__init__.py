@@ -9,9 +9,9 @@ Start with ``fs-fwdllm run --cfg configs/demo.yaml``, or from Python::
     from fs_fwdllm import load_config, run
     folder = run(load_config("configs/demo.yaml"))
 
-The parts, from the bottom up: :mod:`~fs_fwdllm.direction` (seeded directions), :mod:`~fs_fwdllm.trainables`,
-:mod:`~fs_fwdllm.replay` (from scalars to updates), :mod:`~fs_fwdllm.wire` (what travels), :mod:`~fs_fwdllm.estimator`
-(slopes), :mod:`~fs_fwdllm.method` (client and server), :mod:`~fs_fwdllm.host` (processes and messages).
+The parts, from the bottom up: :mod:`~fs_fwdllm.core` (seeded directions, replay from scalars to updates, what travels),
+:mod:`~fs_fwdllm.data` and :mod:`~fs_fwdllm.model`, :mod:`~fs_fwdllm.estimator` (slopes), :mod:`~fs_fwdllm.method`
+(client and server), :mod:`~fs_fwdllm.run` (a run on any host), :mod:`~fs_fwdllm.host` (processes and messages).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fs_fwdllm._version import __version__
 
 if TYPE_CHECKING:
     from fs_fwdllm.config import Config, load_config
-    from fs_fwdllm.host.local import resume, run
     from fs_fwdllm.model import load_bottleneck
+    from fs_fwdllm.run.local import resume, run
 
 __all__ = ["Config", "__version__", "load_bottleneck", "load_config", "resume", "run"]
 
@@ -31,8 +31,8 @@ _HOMES = {
     "Config": "fs_fwdllm.config",
     "load_bottleneck": "fs_fwdllm.model",
     "load_config": "fs_fwdllm.config",
-    "resume": "fs_fwdllm.host.local",
-    "run": "fs_fwdllm.host.local",
+    "resume": "fs_fwdllm.run.local",
+    "run": "fs_fwdllm.run.local",
 }
 
 

@@ -17,7 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fs_fwdllm.cli import app
+from fs_fwdllm.cli.main import app
 from tests.host.fixtures import models, world
 from tests.host.small import CLASSES, METHODS, World, read_jsonl
 from tests.model.tiny import save_tiny_model
@@ -88,39 +88,46 @@ CONFIG_MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("trainer.type 'llmtrainer'", "federate.method 'fedmezo'", "mezotrainer"),
     ),
     "unknown trainer": (
-        {"federate.method": "FedAvg", "trainer.type": "mezotrainr"}, ("'mezotrainr'", "did you mean 'mezotrainer'")
+        {"federate.method": "FedAvg", "trainer.type": "mezotrainr"},
+        ("'mezotrainr'", "did you mean 'mezotrainer'"),
     ),
     "forward mode and fused attention": (
         {"fwdllm.estimator": "forward_mode", "fwdllm.attention": "sdpa"},
         ("fwdllm.attention 'sdpa'", "forward_mode", "set fwdllm.attention: eager"),
     ),
     "more probes in a batch than probes": (
-        {"fwdllm.probes_per_batch": 5}, ("fwdllm.probes_per_batch 5", "fwdllm.probes 4", "1 to 4")
+        {"fwdllm.probes_per_batch": 5},
+        ("fwdllm.probes_per_batch 5", "fwdllm.probes 4", "1 to 4"),
     ),
     "batched probes of every parameter": (
         {"fwdllm.probes_per_batch": 2, "llm.adapter.use": False},
         ("fwdllm.probes_per_batch 2", "llm.adapter.use: true"),
     ),
     "momentum with MeZO": (
-        {**_MEZO, "fwdllm.server_momentum": 0.9}, ("fwdllm.server_momentum 0.9", "federate.method: fedfwd")
+        {**_MEZO, "fwdllm.server_momentum": 0.9},
+        ("fwdllm.server_momentum 0.9", "federate.method: fedfwd"),
     ),
     "more clients a round than clients": (
-        {"federate.sample_client_num": 9}, ("federate.sample_client_num 9", "1 to 4", "-1 for all")
+        {"federate.sample_client_num": 9},
+        ("federate.sample_client_num 9", "1 to 4", "-1 for all"),
     ),
     "no client a round": ({"federate.sample_client_num": 0}, ("federate.sample_client_num 0", "1 to 4")),
     "no clients": ({"federate.client_num": 0}, ("federate.client_num: 0", "data.splitter natural")),
     "unknown splitter": ({"data.splitter": "idd"}, ("data.splitter", "'idd'", "did you mean 'iid'")),
     "alpha of nothing": (
-        {"data.splitter": "lda", "data.splitter_args": [{"alpha": 0}]}, ("data.splitter_args", "alpha", "above 0")
+        {"data.splitter": "lda", "data.splitter_args": [{"alpha": 0}]},
+        ("data.splitter_args", "alpha", "above 0"),
     ),
     "unknown data": ({"data.type": "texts.xml@text"}, ("data.type", "'texts.xml@text'", ".jsonl")),
     "no data": ({"data.type": ""}, ("data.type", "''")),
     "instructions for a classifier": (
-        {"data.type": "instructions.jsonl@llm"}, ("data.type 'instructions.jsonl@llm'", "NAME@text")
+        {"data.type": "instructions.jsonl@llm"},
+        ("data.type 'instructions.jsonl@llm'", "NAME@text"),
     ),
     "unknown metric": ({"eval.metrics": ["acuracy"]}, ("eval.metrics", "'acuracy'", "did you mean 'accuracy'")),
     "unknown adapter": (
-        {"llm.adapter.args": [{"adapter_method": "lore"}]}, ("llm.adapter.args", "'lore'", "did you mean 'lora'")
+        {"llm.adapter.args": [{"adapter_method": "lore"}]},
+        ("llm.adapter.args", "'lore'", "did you mean 'lora'"),
     ),
     "a task that is none": ({"model.task": "Classify"}, ("model.task", "'Classify'", "'SequenceClassification'")),
     "too few classes announced": ({"model.num_labels": 2}, ("model.num_labels is 2", "3 classes")),
@@ -251,9 +258,7 @@ def test_more_clients_asked_than_hold_samples_is_refused(call: Callable[..., Res
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fewer_samples_than_a_batch_are_one_small_batch(
-    call: Callable[..., Result], world: World, method: str
-) -> None:
+def test_fewer_samples_than_a_batch_are_one_small_batch(call: Callable[..., Result], world: World, method: str) -> None:
     settings = {**METHODS[method], "federate.total_round_num": 2, "dataloader.batch_size": 64}
     lines = finished(call(settings), world)
     assert asked(lines) == {1, 2, 3, 4}

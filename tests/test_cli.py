@@ -16,9 +16,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fs_fwdllm import doctor
 from fs_fwdllm._version import __version__
-from fs_fwdllm.cli import app
+from fs_fwdllm.cli import doctor
+from fs_fwdllm.cli.main import app
 from fs_fwdllm.config import Config, load_config, parse_config
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.report import RunFolder, RunReporter
@@ -69,7 +69,7 @@ def test_the_module_is_the_command() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from fs_fwdllm.cli import app; app(['run', '--help'], standalone_mode=False); "
+        "import sys; from fs_fwdllm.cli.main import app; app(['run', '--help'], standalone_mode=False); "
         "print([m for m in ('torch', 'numpy', 'matplotlib', 'transformers', 'peft') if m in sys.modules])"
     )
     done = python("-c", code)
@@ -81,7 +81,7 @@ def test_run_hands_over_the_configuration_with_overrides_anywhere(
     call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path
 ) -> None:
     given: list[Config] = []
-    stand_in("host.local", run_file=reading(given.append))
+    stand_in("run.local", run_file=reading(given.append))
     overrides = ("federate.sample_client_num", "-1", "train.optimizer.lr", "1e-3", "data.splitter", "")
     call("run", "--cfg", cfg, *overrides)
     call("run", *overrides, "--cfg", cfg, "--host", "local")
@@ -107,7 +107,7 @@ def test_resuming_goes_to_the_host_that_made_the_run(
 ) -> None:
     given: list[str] = []
     for host in ("local", "fedml"):
-        stand_in(f"host.{host}", resume=lambda run, host=host: given.append(host))
+        stand_in("run.local" if host == "local" else f"host.{host}", resume=lambda run, host=host: given.append(host))
     call("resume", tmp_path)
     (tmp_path / "fedml.yaml").touch()
     call("resume", tmp_path)
@@ -134,7 +134,7 @@ def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], 
 def test_mistakes_are_one_message_on_stderr(
     call: Callable[..., Result], stand_in: Callable[..., None], cfg: Path, arguments: list[str], fragments: list[str]
 ) -> None:
-    stand_in("host.local", run_file=reading(lambda config: pytest.fail("must not run")))
+    stand_in("run.local", run_file=reading(lambda config: pytest.fail("must not run")))
     done = call("run", "--cfg", cfg, *arguments)
     assert done.exit_code == 2
     assert done.stdout == ""
@@ -146,7 +146,7 @@ def test_mistakes_are_one_message_on_stderr(
 def test_a_known_host_that_is_not_there_says_so(
     call: Callable[..., Result], cfg: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fs_fwdllm.cli.has_landed", lambda host: host == "local")
+    monkeypatch.setattr("fs_fwdllm.cli.main.has_landed", lambda host: host == "local")
     done = call("run", "--cfg", cfg, "--host", "fedml")
     assert done.exit_code == 2
     assert "--host fedml: is not in this version yet" in done.stderr
@@ -159,7 +159,7 @@ def test_a_host_has_landed_when_its_module_is_there(stand_in: Callable[..., None
 
 
 def test_missing_file_exits_with_2(call: Callable[..., Result], stand_in: Callable[..., None], tmp_path: Path) -> None:
-    stand_in("host.local", run_file=reading(lambda config: None))
+    stand_in("run.local", run_file=reading(lambda config: None))
     done = call("run", "--cfg", tmp_path / "absent.yaml")
     assert done.exit_code == 2
     assert "absent.yaml" in done.stderr
@@ -171,7 +171,7 @@ def test_errors_of_a_run_keep_their_brackets_and_have_no_traceback(
     def fail(config: Config) -> None:
         raise DataError("rows [red]3[/red]: no label")
 
-    stand_in("host.local", run_file=reading(fail))
+    stand_in("run.local", run_file=reading(fail))
     done = call("run", "--cfg", cfg)
     assert (done.exit_code, done.stderr) == (2, "error: rows [red]3[/red]: no label\n")
 
@@ -180,7 +180,7 @@ def test_a_defect_is_not_hidden(call: Callable[..., Result], stand_in: Callable[
     def fail(config: Config) -> None:
         raise ZeroDivisionError
 
-    stand_in("host.local", run_file=reading(fail))
+    stand_in("run.local", run_file=reading(fail))
     assert isinstance(call("run", "--cfg", cfg).exception, ZeroDivisionError)
 
 
@@ -191,7 +191,7 @@ def test_interrupting_exits_130_and_says_how_to_go_on(
     def interrupt(argument: object) -> None:
         raise KeyboardInterrupt
 
-    stand_in("host.local", run_file=lambda cfg, overrides: interrupt(cfg), resume=interrupt)
+    stand_in("run.local", run_file=lambda cfg, overrides: interrupt(cfg), resume=interrupt)
     done = call(*(["run", "--cfg", cfg] if command == "run" else ["resume", "runs/x"]))
     assert done.exit_code == 130
     assert "fs-fwdllm resume" in done.stderr
@@ -199,7 +199,7 @@ def test_interrupting_exits_130_and_says_how_to_go_on(
 
 def test_resume_hands_over_the_folder(call: Callable[..., Result], stand_in: Callable[..., None]) -> None:
     given: list[Path] = []
-    stand_in("host.local", resume=given.append)
+    stand_in("run.local", resume=given.append)
     assert call("resume", "runs/x").exit_code == 0
     assert given == [Path("runs/x")]
 
@@ -212,7 +212,7 @@ def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..
         def rows(self) -> list[tuple[str, str]]:
             return [("seed of [it]", str(self.seed)), ("upload per round", "42 B")]
 
-    stand_in("plan", make_plan=lambda config: Plan(config.seed))
+    stand_in("forecast.plan", make_plan=lambda config: Plan(config.seed))
     done = call("plan", "--cfg", cfg, "seed", "77")
     assert done.exit_code == 0
     assert re.search(r"seed of \[it\]\s+\S\s+77", done.stdout)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from fs_fwdllm.cli import app
+from fs_fwdllm.cli.main import app
 from tests.host.fixtures import models, world
 from tests.host.small import read_jsonl
 
@@ -152,7 +152,7 @@ def test_a_decoder_classifies_by_label_words(call, world, method):
     cfg.write_text(yaml.safe_dump(tree), encoding="utf-8")
     call("run", "--cfg", cfg)
     (run,) = (world.root / "runs").iterdir()
-    first, last = [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if line.get("eval")][:: 2]
+    first, last = [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if line.get("eval")][::2]
     assert set(last) == {"loss", "accuracy", "majority_accuracy", "macro_f1", "mcc"}
     assert last["loss"] != first["loss"]
 

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fs_fwdllm import plan as plan_module
 from fs_fwdllm.config import Config, dump_config, parse_config
+from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, encode
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.host import local
-from fs_fwdllm.memory_estimate import MemoryEstimate
-from fs_fwdllm.plan import Cost, make_plan
-from fs_fwdllm.walk import assignment_bytes, frame_bytes
-from fs_fwdllm.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, encode
+from fs_fwdllm.forecast import plan as plan_module
+from fs_fwdllm.forecast.dry_run import assignment_bytes, frame_bytes
+from fs_fwdllm.forecast.memory import MemoryEstimate
+from fs_fwdllm.forecast.plan import Cost, make_plan
+from fs_fwdllm.run import local
 from tests.model.tiny import HIDDEN, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,9 +176,9 @@ def test_length_of_a_frame_is_that_of_the_real_one(count: int) -> None:
 MEASURE = """
 import json, sys
 from fs_fwdllm.config import load_config
-from fs_fwdllm.host import local
-from fs_fwdllm.host.accounting import peak_rss_mib
-from fs_fwdllm.plan import make_plan
+from fs_fwdllm.run import local
+from fs_fwdllm.run.accounting import peak_rss_mib
+from fs_fwdllm.forecast.plan import make_plan
 config = load_config(sys.argv[2])
 if sys.argv[1] == "plan":
     print(json.dumps(make_plan(config).memory.peak_bytes))

@@ -5,22 +5,22 @@
 :mod:`~fs_fwdllm.data.readers`          what ``data.type`` means, and which fields a row has
 :mod:`~fs_fwdllm.data.sources`          rows, test split and clients of any of these
 :mod:`~fs_fwdllm.data.files`            JSON, JSON lines, CSV, TSV
-:mod:`~fs_fwdllm.data.h5_files`         FedNLP's and FwdLLM's data files; ``h5_writing`` writes them
-:mod:`~fs_fwdllm.data.partition_files`  their partition files; ``partitioning`` deals the rows
-:mod:`~fs_fwdllm.data.builders`         from the original files of data sets to both
+:mod:`~fs_fwdllm.data.h5.files`         FedNLP's and FwdLLM's data files; ``h5_writing`` writes them
+:mod:`~fs_fwdllm.data.h5.partition_files`  their partition files; ``partitioning`` deals the rows
+:mod:`~fs_fwdllm.data.h5.builders`         from the original files of data sets to both
 :mod:`~fs_fwdllm.data.squad`            questions about contexts
 :mod:`~fs_fwdllm.data.docstrings`       the data set every installation has
 :mod:`~fs_fwdllm.data.tokenising`       from rows to examples, by task
 :mod:`~fs_fwdllm.data.templates`        prompts, label masks, label words, tokens
 :mod:`~fs_fwdllm.data.splitters`        who holds which rows
 :mod:`~fs_fwdllm.data.batches`          padded batches as a pure function of (examples, client, round)
-:mod:`~fs_fwdllm.data.seeding`          random numbers named by their purpose
+:mod:`~fs_fwdllm.core.seeding`          random numbers named by their purpose
 ======================================  ================================================================
 """
 
+from fs_fwdllm.core.seeding import seeded_generator, seeded_permutation
 from fs_fwdllm.data.batches import client_batches, collate, evaluation_batches, steps_per_epoch
 from fs_fwdllm.data.federated import load_federated_data
-from fs_fwdllm.data.seeding import seeded_generator, seeded_permutation
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, ClientData, Example, FederatedData, Reference, Task
 
 __all__ = [

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import torch
 
-from fs_fwdllm.data.seeding import seeded_permutation
+from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.errors import DataError
 

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fs_fwdllm.data.seeding import seeded_permutation
+from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import DataError
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fs_fwdllm.config.schema import Config
+from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, data_task, parse_data_type
-from fs_fwdllm.data.seeding import seeded_permutation
 from fs_fwdllm.data.sources import Source, read_source
 from fs_fwdllm.data.splitters import divide_shares, split_iid, split_lda, split_meta, split_natural
 from fs_fwdllm.data.table import Table, category_codes, name_of, sorted_names

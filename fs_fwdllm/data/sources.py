@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.data.h5_files import SPANS, TEXTS, H5Data, read_h5_data
-from fs_fwdllm.data.partition_files import read_partition
+from fs_fwdllm.data.h5.files import SPANS, TEXTS, H5Data, read_h5_data
+from fs_fwdllm.data.h5.partition_files import read_partition
 from fs_fwdllm.data.readers import as_instructions, is_h5, parse_data_type, read_test_table, read_train_table
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import ConfigError

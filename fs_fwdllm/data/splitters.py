@@ -25,7 +25,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fs_fwdllm.data.seeding import seeded_generator, seeded_permutation
+from fs_fwdllm.core.seeding import seeded_generator, seeded_permutation
 from fs_fwdllm.errors import ConfigError
 
 __all__ = ["divide_shares", "split_iid", "split_lda", "split_meta", "split_natural"]

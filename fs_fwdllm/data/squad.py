@@ -116,8 +116,13 @@ def span_examples(
                 groups.append(examples)
                 rows.append(row)
     if len(rows) < len(table):
-        logger.warning("%s: %d of %d questions are left out: no room for the context within llm.tok_len %d",
-                       table.source, len(table) - len(rows), len(table), tok_len)
+        logger.warning(
+            "%s: %d of %d questions are left out: no room for the context within llm.tok_len %d",
+            table.source,
+            len(table) - len(rows),
+            len(table),
+            tok_len,
+        )
     return groups, rows
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from fs_fwdllm.config.schema import FwdllmConfig
-from fs_fwdllm.direction import Distribution
+from fs_fwdllm.core.direction import Distribution
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator.backprop import Backprop
 from fs_fwdllm.estimator.base import Estimator, Slopes
 from fs_fwdllm.estimator.differences import CentralDifference, OneSidedDifference, Radius
 from fs_fwdllm.estimator.forward_mode import ForwardMode
 from fs_fwdllm.model.perturbation import make_perturbation
-from fs_fwdllm.trainables import Trainables
 
 __all__ = [
     "Backprop",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fs_fwdllm.direction import DirectionKey, Distribution
+from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.model.objective import BatchLoss
 
 __all__ = ["Estimator", "Slopes", "stack_directions"]

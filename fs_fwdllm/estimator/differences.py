@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fs_fwdllm.direction import DirectionKey
+from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator.base import Estimator, Slopes, in_groups, stack_directions
 from fs_fwdllm.model.objective import BatchLoss
 from fs_fwdllm.model.perturbation import Perturbation
-from fs_fwdllm.trainables import Trainables
 
 __all__ = ["CentralDifference", "OneSidedDifference", "Radius"]
 

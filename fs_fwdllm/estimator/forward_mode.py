@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.func import jvp, vmap
 
-from fs_fwdllm.direction import DirectionKey, Distribution
+from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.errors import EstimatorError
 from fs_fwdllm.estimator.base import Estimator, Slopes, in_groups, stack_directions
 from fs_fwdllm.model.objective import BatchLoss

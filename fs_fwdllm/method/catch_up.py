@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fs_fwdllm.wire import RoundUpdate, decode
+from fs_fwdllm.core.wire import RoundUpdate, decode
 
 __all__ = ["CatchUpLog"]
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fs_fwdllm.core.trainables import Trainables, flatten
+from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch, Example
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables, flatten
-from fs_fwdllm.wire import Assignment, ClientUpdate
 
 __all__ = ["BatchSettings", "ClientWorker"]
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from fs_fwdllm.direction import direction_seed
+from fs_fwdllm.core.direction import direction_seed
+from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.core.wire import DenseState, Participant, RoundUpdate, decode
 from fs_fwdllm.errors import DivergenceError, WireError
-from fs_fwdllm.method.discrimination import AimedDirections, candidate_seed
-from fs_fwdllm.replay import Contributions, Replayer
-from fs_fwdllm.trainables import Trainables
-from fs_fwdllm.wire import DenseState, Participant, RoundUpdate, decode
+from fs_fwdllm.method.forward.directed_sampling import AimedDirections, candidate_seed
 
 __all__ = ["Replica", "apply_round_update", "chosen_seeds", "contributions_of", "later_decay", "seeds_of"]
 

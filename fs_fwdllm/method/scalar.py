@@ -7,7 +7,7 @@ One worker and one server serve every method whose uploads are slopes. They diff
   ``f^K theta - lr/P sum_s f^(K-1-s) sum_p g_sp z_sp``, so the weighted mean over clients is one decay factor and one
   coefficient per probe: the decay is exact although no parameter was sent.
 * **pooled** (forward gradient): the client stays; all probes of all clients estimate one gradient at one point, and the
-  server takes the step (:mod:`fs_fwdllm.method.pooled_step`), with momentum if asked, and may look several times first.
+  server takes the step (:mod:`.pooled_step`), with momentum if asked, and may look several times first.
 
 The last local step of a round never needs to be taken on the client: one local step moves nothing and copies nothing.
 """
@@ -20,22 +20,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fs_fwdllm.core.direction import DirectionKey, direction_seed
+from fs_fwdllm.core.replay import Contributions, Replayer, add_contributions
+from fs_fwdllm.core.trainables import flatten
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, Participant, RoundUpdate, ScalarUpdate
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.direction import DirectionKey, direction_seed
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.estimator import Estimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.discrimination import REFERENCE_SEED, AimedDirections, residual_slopes
-from fs_fwdllm.method.gate import Decision
-from fs_fwdllm.method.pacing import Pacing
-from fs_fwdllm.method.pooled_step import PooledStep, TakenStep, decay_factor
+from fs_fwdllm.method.forward.directed_sampling import REFERENCE_SEED, AimedDirections, residual_slopes
+from fs_fwdllm.method.forward.gate import Decision
+from fs_fwdllm.method.forward.pacing import Pacing
+from fs_fwdllm.method.forward.pooled_step import PooledStep, TakenStep, decay_factor
 from fs_fwdllm.method.replica import Replica, apply_round_update, chosen_seeds, later_decay, seeds_of
 from fs_fwdllm.method.server import RoundReport, RoundServer, ServerSettings
 from fs_fwdllm.method.update_norms import ScalarChange, scalar_distances
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.replay import Contributions, Replayer, add_contributions
-from fs_fwdllm.trainables import flatten
-from fs_fwdllm.wire import Assignment, ClientUpdate, DenseUpdate, Participant, RoundUpdate, ScalarUpdate
 
 __all__ = ["ScalarServer", "ScalarSettings", "ScalarWorker", "decay_factor"]
 

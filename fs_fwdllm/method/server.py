@@ -19,15 +19,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.trainables import Trainables, flatten
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
 from fs_fwdllm.errors import ConfigError, TrainingStalledError, UpdateRejected
-from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method.catch_up import CatchUpLog
-from fs_fwdllm.method.pacing import PoolingReport
-from fs_fwdllm.method.pooled_step import TakenStep
-from fs_fwdllm.method.strategy import ClientRates, StrategySettings
-from fs_fwdllm.replay import Replayer
-from fs_fwdllm.trainables import Trainables, flatten
-from fs_fwdllm.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
+from fs_fwdllm.method.client_rates import ClientRates, StrategySettings
+from fs_fwdllm.method.forward.pacing import PoolingReport
+from fs_fwdllm.method.forward.pooled_step import TakenStep
 
 __all__ = ["RoundReport", "RoundServer", "ServerSettings", "WorkPlan"]
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fs_fwdllm.direction import DirectionKey
-from fs_fwdllm.replay import DEFAULT_CHUNK, Contributions, Replayer, add_contribution_slice
+from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.core.replay import DEFAULT_CHUNK, Contributions, Replayer, add_contribution_slice
 
 __all__ = ["ScalarChange", "dense_distances", "scalar_distances"]
 

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
 from fs_fwdllm.model.readout import make_readout
-from fs_fwdllm.trainables import Trainables
 
 __all__ = ["BatchLoss", "Objective"]
 

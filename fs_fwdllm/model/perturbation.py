@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fs_fwdllm.direction import DirectionKey, Distribution
+from fs_fwdllm.core.direction import DirectionKey, Distribution
+from fs_fwdllm.core.replay import perturb
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.model.objective import BatchLoss
-from fs_fwdllm.replay import perturb
-from fs_fwdllm.trainables import Trainables
 
 __all__ = ["Perturbation", "ResidentPerturbation", "StreamedPerturbation", "make_perturbation"]
 

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError, nearest
 from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, BOTTLENECK_WEIGHTS_FILE, DEFAULT_REDUCTION_FACTOR
 from fs_fwdllm.model.loading import LoadedModel
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.trainable_parts import PARTS
-from fs_fwdllm.trainables import public_name
 
 __all__ = ["save_trained"]
 

@@ -15,21 +15,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.core.direction import DirectionKey, direction_seed
+from fs_fwdllm.core.replay import Contributions, add_contributions
+from fs_fwdllm.core.trainables import flatten
+from fs_fwdllm.core.wire import ClientUpdate, decode, encode
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.direction import DirectionKey, direction_seed
 from fs_fwdllm.errors import ConfigError, FwdLLMError, TrainingStalledError
 from fs_fwdllm.estimator import Backprop, make_estimator
-from fs_fwdllm.host.driver import answer
-from fs_fwdllm.host.sampling import clients_per_round, sample_clients
-from fs_fwdllm.host.session import Session
-from fs_fwdllm.memory_estimate import estimate_memory, resident_bytes
+from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
 from fs_fwdllm.method import assemble_server, assemble_worker, resolve_method
-from fs_fwdllm.method.assembly import work_plans
+from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
-from fs_fwdllm.replay import Contributions, add_contributions
-from fs_fwdllm.trainables import flatten
-from fs_fwdllm.wire import ClientUpdate, decode, encode
+from fs_fwdllm.run.driver import answer
+from fs_fwdllm.run.sampling import clients_per_round, sample_clients
+from fs_fwdllm.run.session import Session
 
 __all__ = ["Budget", "Measured", "measure", "rank"]
 

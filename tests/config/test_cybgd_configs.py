@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fs_fwdllm.config import load_config
-from fs_fwdllm.host import local
 from fs_fwdllm.method import check_combination, resolve_method
+from fs_fwdllm.run import local
 from tests.host.fixtures import models, world
 from tests.host.small import World, read_jsonl
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.core.direction import make_distribution
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.wire import DenseState, RoundUpdate, decode, encode
 from fs_fwdllm.method import Replica
-from fs_fwdllm.replay import Replayer
-from fs_fwdllm.wire import DenseState, RoundUpdate, decode, encode
 from tests.conformance.test_replay import assert_equal_bits, follow
 from tests.host.small import Federation, World, bits_of
 

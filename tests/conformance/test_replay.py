@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.core.direction import make_distribution
+from fs_fwdllm.core.replay import DEFAULT_CHUNK, Replayer
+from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, decode
 from fs_fwdllm.errors import DivergenceError
-from fs_fwdllm.host.local import run
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import Replica
-from fs_fwdllm.replay import DEFAULT_CHUNK, Replayer
-from fs_fwdllm.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, decode
+from fs_fwdllm.run.local import run
+from fs_fwdllm.run.session import Session
 from tests.host.small import METHODS, Federation, World, bits_of
 
 ROUNDS = 4
@@ -39,7 +39,10 @@ SCALAR_CASES: dict[str, dict[str, Any]] = {
     "mezo, one-sided": {**_MEZO, "fwdllm.estimator": "one_sided"},
     "mezo, decay, random rates": {**_MEZO, **_DECAY, "train.train_strategy": "random", "fwdllm.strategy_span": 0.04},
     "mezo, decay, rates by model difference": {
-        **_MEZO, **_DECAY, "train.train_strategy": "model-diff", "fwdllm.strategy_span": 0.04
+        **_MEZO,
+        **_DECAY,
+        "train.train_strategy": "model-diff",
+        "fwdllm.strategy_span": 0.04,
     },
     "forward": _FORWARD,
     "forward, decay": {**_FORWARD, **_DECAY},
@@ -288,9 +291,7 @@ def test_so_does_work_that_fails_half_way(world: World, method: str, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_never_writes_to_the_base(
-    world: World, method: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_never_writes_to_the_base(world: World, method: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash of everything frozen, before and after a whole run with evaluations and saving."""
     opened: list[Session] = []
     hashes: list[str] = []

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fs_fwdllm.answers import MAX_ANSWER_TOKENS, BestSpans, exact_match, f1_score, judge, normalise
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.batches import collate
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example, Reference
 from fs_fwdllm.errors import DataError
-from fs_fwdllm.evaluation import METRICS, check_metrics, evaluate
-from fs_fwdllm.generation import MAX_NEW_TOKENS, generate_answers
+from fs_fwdllm.evaluation.answers import MAX_ANSWER_TOKENS, BestSpans, exact_match, f1_score, judge, normalise
+from fs_fwdllm.evaluation.generation import MAX_NEW_TOKENS, generate_answers
+from fs_fwdllm.evaluation.metrics import METRICS, check_metrics, evaluate
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 from tests.model.tiny import save_tiny_model, tiny_config
 
 

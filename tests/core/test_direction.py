@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fs_fwdllm.direction import (
+from fs_fwdllm.core.direction import (
     DirectionKey,
     Gaussian,
     Rademacher,

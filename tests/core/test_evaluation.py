@@ -11,11 +11,11 @@ import sklearn.metrics
 import torch
 from torch import nn
 
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.evaluation import METRICS, check_metrics, evaluate
+from fs_fwdllm.evaluation.metrics import METRICS, check_metrics, evaluate
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 
 CLASSES = 4
 
@@ -164,7 +164,7 @@ def test_an_unknown_metric_names_the_key_the_value_and_the_choices(name, task, w
 
 
 def test_binary_f1_is_that_of_the_second_class_and_only_on_request():
-    from fs_fwdllm.evaluation import METRICS, _of_classes
+    from fs_fwdllm.evaluation.metrics import METRICS, _of_classes
 
     predicted, actual = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
     assert _of_classes(predicted, actual, ["binary_f1"], [])["binary_f1"] == pytest.approx(2 / 3)

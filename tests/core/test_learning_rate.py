@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fs_fwdllm.learning_rate import Schedule
+from fs_fwdllm.core.learning_rate import Schedule
 
 SHAPES = ("constant", "linear", "cosine")
 BASES = st.floats(0, 1e3)

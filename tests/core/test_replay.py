@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fs_fwdllm.direction import DirectionKey, Gaussian, Rademacher
-from fs_fwdllm.replay import Contributions, Replayer, add_contributions, perturb
-from fs_fwdllm.trainables import Trainables
+from fs_fwdllm.core.direction import DirectionKey, Gaussian, Rademacher
+from fs_fwdllm.core.replay import Contributions, Replayer, add_contributions, perturb
+from fs_fwdllm.core.trainables import Trainables
 
 SHAPES = [(7, 11), (5,), (64, 3), (1, 1), (300,)]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import DivergenceError, ModelError
-from fs_fwdllm.trainables import Trainables
 
 
 class Tied(nn.Module):

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fs_fwdllm.errors import WireError
-from fs_fwdllm.wire import (
+from fs_fwdllm.core.wire import (
     Assignment,
     ByteLedger,
     DenseState,
@@ -21,6 +20,7 @@ from fs_fwdllm.wire import (
     from_text,
     to_text,
 )
+from fs_fwdllm.errors import WireError
 
 DIGEST = bytes(range(16))
 PAYLOADS = arrays.arrays(np.float32, st.integers(0, 300), elements=st.floats(width=32))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fs_fwdllm.core.wire import Record, decode, encode, register_record
 from fs_fwdllm.errors import WireError
-from fs_fwdllm.wire import Record, decode, encode, register_record
-from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, BlockModel, BlockValues, OptimizerState
+from fs_fwdllm.method.cybgd.records import BlockAssignment, BlockDelta, BlockModel, BlockValues, OptimizerState
 
 DIGEST = bytes(range(16))
 BYTES = np.arange(37, dtype=np.uint8)

@@ -11,9 +11,9 @@ import pytest
 h5py = pytest.importorskip("h5py", reason="the extra 'data' is not installed")
 
 from fs_fwdllm.data import load_federated_data  # noqa: E402
-from fs_fwdllm.data.builders import RECIPES, build, make_partition  # noqa: E402
-from fs_fwdllm.data.h5_files import read_h5_data  # noqa: E402
-from fs_fwdllm.data.partition_files import (  # noqa: E402
+from fs_fwdllm.data.h5.builders import RECIPES, build, make_partition  # noqa: E402
+from fs_fwdllm.data.h5.files import read_h5_data  # noqa: E402
+from fs_fwdllm.data.h5.partition_files import (  # noqa: E402
     Partition,
     partition_methods,
     read_partition,
@@ -370,7 +370,7 @@ def test_unknown_methods_and_settings_that_do_not_go_together(agnews, tmp_path, 
 
 def test_a_failed_write_leaves_the_old_file(agnews, tmp_path):
     before = agnews.read_bytes()
-    from fs_fwdllm.data.h5_writing import replacing
+    from fs_fwdllm.data.h5.writing import replacing
 
     with pytest.raises(ZeroDivisionError), replacing(agnews) as file:
         file["X"] = 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fs_fwdllm.data.partitioning import deal_natural, deal_uniform, label_skew, method_name, quantity_skew
+from fs_fwdllm.data.h5.partitioning import deal_natural, deal_uniform, label_skew, method_name, quantity_skew
 from fs_fwdllm.errors import ConfigError
 
 

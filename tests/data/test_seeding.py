@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from fs_fwdllm.data.seeding import seeded_generator, seeded_permutation
+from fs_fwdllm.core.seeding import seeded_generator, seeded_permutation
 
 
 def test_golden_words() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fs_fwdllm.direction import DirectionKey, make_distribution
+from fs_fwdllm.core.direction import DirectionKey, make_distribution
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator import Estimator, make_estimator
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import BatchLoss, Objective
-from fs_fwdllm.trainables import Trainables
 from tests.model.tiny import DECODERS, save_tiny_model, tiny_batch, tiny_config
 
 __all__ = ["DROPOUT", "KEYS", "Ready", "base_hash", "nothing_is_patched", "ready"]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fs_fwdllm.core.wire import from_text, to_text
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.chunks import Joiner, split
-from fs_fwdllm.wire import from_text, to_text
 
 LIMIT = 100
 

@@ -12,10 +12,10 @@ import pytest
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import CheckpointError
-from fs_fwdllm.host import driver
-from fs_fwdllm.host.local import resume, run
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import ClientWorker
+from fs_fwdllm.run import driver
+from fs_fwdllm.run.local import resume, run
+from fs_fwdllm.run.session import Session
 from tests.host.small import METHODS, World, bits_of, read_jsonl
 
 #: Every state a server can have: none, momentum over scalars, a dense optimiser's moments, PyTorch's momentum.

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fs_fwdllm.direction import DirectionKey, Distribution, Rademacher
+from fs_fwdllm.core.direction import DirectionKey, Distribution, Rademacher
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator import Estimator, ForwardMode
 from fs_fwdllm.estimator.base import stack_directions
 from fs_fwdllm.model.objective import BatchLoss
-from fs_fwdllm.trainables import Trainables
 
 __all__ = ["Surface", "estimates", "flat_directions", "quadratic"]
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from scipy import stats
 
-from fs_fwdllm.direction import DirectionKey, Rademacher
+from fs_fwdllm.core.direction import DirectionKey, Rademacher
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator import CentralDifference, ForwardMode, OneSidedDifference
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.perturbation import ResidentPerturbation
-from fs_fwdllm.trainables import Trainables
 from tests.laws.surface import SHAPES, Surface, flat_directions, quadratic
 from tests.model.tiny import save_tiny_model, tiny_batch, tiny_config
 

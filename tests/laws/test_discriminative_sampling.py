@@ -12,9 +12,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fs_fwdllm.direction import DirectionKey, Gaussian, Rademacher
+from fs_fwdllm.core.direction import DirectionKey, Gaussian, Rademacher
 from fs_fwdllm.estimator import CentralDifference
-from fs_fwdllm.method.discrimination import (
+from fs_fwdllm.method.forward.directed_sampling import (
     REFERENCE_SEED,
     AimedDirections,
     candidate_seed,
@@ -22,7 +22,7 @@ from fs_fwdllm.method.discrimination import (
     reference_scale,
     residual_slopes,
 )
-from fs_fwdllm.method.pool import Pool, PoolEntry
+from fs_fwdllm.method.forward.pool import Pool, PoolEntry
 from fs_fwdllm.method.replica import seeds_of
 from fs_fwdllm.model.perturbation import ResidentPerturbation
 from tests.laws.surface import quadratic
@@ -83,8 +83,8 @@ def test_published_choice_is_the_best_of_all_candidates_whatever_the_blocks(
     sizes, count, candidates = (300, 41), 150, 10
     generator = torch.Generator().manual_seed(1)
     reference = [torch.randn(size, generator=generator) for size in sizes]
-    monkeypatch.setattr("fs_fwdllm.method.discrimination.DEFAULT_CHUNK", 128)
-    monkeypatch.setattr("fs_fwdllm.method.discrimination._BLOCK_ELEMENTS", 128 * 64)
+    monkeypatch.setattr("fs_fwdllm.method.forward.directed_sampling.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("fs_fwdllm.method.forward.directed_sampling._BLOCK_ELEMENTS", 128 * 64)
     chosen = choose_candidates(3, count, candidates, reference, RUN_SEED, distribution)
     assert chosen.shape == (count, 2)
     keys = [DirectionKey(RUN_SEED, candidate_seed(3, index)) for index in range(count * candidates)]

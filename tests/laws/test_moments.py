@@ -18,12 +18,12 @@ import pytest
 import torch
 from scipy import stats
 
-from fs_fwdllm.direction import Gaussian, Rademacher
+from fs_fwdllm.core.direction import Gaussian, Rademacher
+from fs_fwdllm.core.trainables import Trainables, flatten
 from fs_fwdllm.estimator import Backprop, CentralDifference, ForwardMode, OneSidedDifference
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.perturbation import ResidentPerturbation
-from fs_fwdllm.trainables import Trainables, flatten
 from tests.laws.surface import DIMENSIONS, estimates, quadratic
 from tests.model.tiny import save_tiny_model, tiny_batch, tiny_config
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fs_fwdllm.learning_rate import Schedule
-from fs_fwdllm.method.pacing import Pacing
-from fs_fwdllm.method.pool import PoolEntry
-from fs_fwdllm.method.pooled_step import PooledStep
-from fs_fwdllm.method.step_control import STEP_CONTROLS, norm_of
+from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.method.forward.pacing import Pacing
+from fs_fwdllm.method.forward.pool import PoolEntry
+from fs_fwdllm.method.forward.pooled_step import PooledStep
+from fs_fwdllm.method.forward.step_control import STEP_CONTROLS, norm_of
 from tests.method.pools import replayer_for
 
 SIZES, STEPS, PROBES = (1500, 500), 100, 4

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fs_fwdllm.direction import Rademacher
-from fs_fwdllm.method.gate import PublishedStatistic, RelativeVariance
+from fs_fwdllm.core.direction import Rademacher
+from fs_fwdllm.method.forward.gate import PublishedStatistic, RelativeVariance
 from tests.laws.surface import quadratic
 from tests.method.pools import dense_estimate, pool_of, replayer_for
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fs_fwdllm.direction import DirectionKey, Distribution, Rademacher, direction_seed
-from fs_fwdllm.method.pool import Pool, PoolEntry
-from fs_fwdllm.replay import Replayer
-from fs_fwdllm.trainables import Trainables
+from fs_fwdllm.core.direction import DirectionKey, Distribution, Rademacher, direction_seed
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.method.forward.pool import Pool, PoolEntry
 
 __all__ = ["RUN_SEED", "dense_directions", "dense_estimate", "flat", "pool_of", "replayer_for"]
 

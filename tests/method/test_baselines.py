@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.host.session import Session
+from fs_fwdllm.run.session import Session
 from tests.host.small import METHODS, Federation, World
 from tests.method.reference import loss_of, to_flat, trained
 
@@ -149,4 +149,3 @@ def test_fedavg_weighs_clients_by_samples(world: World, ignore_weight: bool) -> 
     np.testing.assert_allclose(federation.parameters(), expected, rtol=0, atol=1e-6)
     mean_loss = np.average([answer.loss for answer in answers], weights=samples)
     assert report.train_loss == pytest.approx(mean_loss)
-

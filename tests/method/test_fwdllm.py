@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fs_fwdllm.direction import DirectionKey
+from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.core.wire import encode
 from fs_fwdllm.errors import ConfigError, TrainingStalledError
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import resolve_method
 from fs_fwdllm.method.replica import seeds_of
 from fs_fwdllm.method.scalar import ScalarServer, ScalarWorker
-from fs_fwdllm.wire import encode
+from fs_fwdllm.run.session import Session
 from tests.host.small import Federation, World
 
 _BASE = {"federate.method": "fwdllm", "fwdllm.probes": 4, "federate.total_round_num": 12}

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fs_fwdllm.config.schema import GateConfig
-from fs_fwdllm.direction import Gaussian, Rademacher
+from fs_fwdllm.core.direction import Gaussian, Rademacher
+from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.method.gate import PublishedStatistic, RelativeVariance, VarianceGate, probe_spread, tensor_ids
-from fs_fwdllm.method.pacing import _gate
-from fs_fwdllm.method.pool import Pool
-from fs_fwdllm.replay import Replayer
+from fs_fwdllm.method.forward.gate import PublishedStatistic, RelativeVariance, VarianceGate, probe_spread, tensor_ids
+from fs_fwdllm.method.forward.pacing import _gate
+from fs_fwdllm.method.forward.pool import Pool
 from tests.method.pools import dense_directions, dense_estimate, flat, pool_of, replayer_for
 
 SIZES = (15, 7, 33)

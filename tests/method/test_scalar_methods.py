@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.method.scalar import decay_factor
+from fs_fwdllm.run.session import Session
 from tests.host.small import METHODS, Federation, World
 from tests.method.reference import Point, central_slopes, direction, to_flat, trained
 

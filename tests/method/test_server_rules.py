@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fs_fwdllm.core.wire import ClientUpdate, DenseUpdate, ScalarUpdate
 from fs_fwdllm.errors import DataError, TrainingStalledError
 from fs_fwdllm.method import RoundReport
-from fs_fwdllm.wire import ClientUpdate, DenseUpdate, ScalarUpdate
 from tests.host.small import METHODS, Federation, World
 
 LIAR = 2

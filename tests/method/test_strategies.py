@@ -20,18 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fs_fwdllm.config import parse_config
-from fs_fwdllm.direction import Rademacher
+from fs_fwdllm.core.direction import Rademacher
+from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, RoundUpdate, ScalarUpdate, decode, encode
 from fs_fwdllm.errors import ConfigError, WireError
-from fs_fwdllm.host.local import run
-from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method import Replica, RoundServer
-from fs_fwdllm.method.dense import AverageServer
+from fs_fwdllm.method.client_rates import ClientRates, StrategySettings, random_rate, spread_rates
+from fs_fwdllm.method.first_order.dense import AverageServer
 from fs_fwdllm.method.scalar import ScalarServer
 from fs_fwdllm.method.server import ServerSettings, WorkPlan
-from fs_fwdllm.method.strategy import ClientRates, StrategySettings, random_rate, spread_rates
-from fs_fwdllm.replay import Replayer
-from fs_fwdllm.trainables import Trainables
-from fs_fwdllm.wire import Assignment, ClientUpdate, DenseUpdate, RoundUpdate, ScalarUpdate, decode, encode
+from fs_fwdllm.run.local import run
 from tests.host.small import METHODS, Federation, World, read_jsonl
 from tests.method.reference import direction
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import IGNORED_LABEL
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 from tests.model.tiny import DECODERS, ENCODERS, HIDDEN, save_tiny_model, tiny_batch, tiny_config
 
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fs_fwdllm.direction import DirectionKey, Gaussian, Rademacher
+from fs_fwdllm.core.direction import DirectionKey, Gaussian, Rademacher
+from fs_fwdllm.core.replay import Contributions, add_contributions
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.perturbation import ResidentPerturbation, StreamedPerturbation, make_perturbation
-from fs_fwdllm.replay import Contributions, add_contributions
-from fs_fwdllm.trainables import Trainables
 from tests.model.tiny import ARCHITECTURES, DECODERS, VOCABULARY, save_tiny_model, tiny_batch, tiny_config
 
 KEY = DirectionKey(5, 77)

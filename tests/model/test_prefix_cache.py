@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fs_fwdllm.direction import DirectionKey, make_distribution
+from fs_fwdllm.core.direction import DirectionKey, make_distribution
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 from tests.model.tiny import DECODERS, HIDDEN, LAYERS, VOCABULARY, save_tiny_model, tiny_batch, tiny_config
 
 KEYS = [DirectionKey(5, seed) for seed in range(3)]

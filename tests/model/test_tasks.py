@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from fs_fwdllm.config import parse_config
+from fs_fwdllm.core.direction import DirectionKey, make_distribution
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
-from fs_fwdllm.direction import DirectionKey, make_distribution
 from fs_fwdllm.estimator.base import stack_directions
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 from tests.estimator.models import KEYS
 from tests.model.tiny import DISENTANGLED, ENCODERS, VOCABULARY, save_tiny_model, tiny_batch, tiny_config
 

@@ -11,18 +11,16 @@ import torch
 
 from fs_fwdllm.config import load_config
 from fs_fwdllm.errors import ConfigError, ModelError
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.profiler import Budget, Candidate, Measured, candidates_for, measure, rank
 from fs_fwdllm.profiler.report import write_profile
 from fs_fwdllm.profiler.run import run_profile
+from fs_fwdllm.run.session import Session
 from tests.host.small import World
 
 FORWARD = {"federate.method": "fedfwd", "trainer.type": "fwdtrainer", "fwdllm.probes": 4, "fwdllm.prefix_cache_mib": 0}
 HEAD = Candidate("head", {"adapter_package": "fs_fwdllm", "adapter_method": "head"})
 LORA = Candidate("lora r=1", {"adapter_package": "peft", "adapter_method": "lora", "r": 1, "lora_alpha": 2})
 SMALL = Budget(probes=8, batches=2, forward_passes=64, rate_factors=(0.1, 1.0))
-
-
 
 
 def silent(_: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from fs_fwdllm.errors import FwdLLMError
-from fs_fwdllm.host.federatedscope.launch import launch
+from fs_fwdllm.host.federatedscope.host_main import launch
 
 if __name__ == "__main__":
     try:

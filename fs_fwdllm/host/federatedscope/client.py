@@ -15,13 +15,13 @@ from typing import Any
 from federatedscope.core.message import Message
 from federatedscope.core.workers import Client
 
+from fs_fwdllm.core.wire import to_text
 from fs_fwdllm.errors import HostError, WireError
 from fs_fwdllm.host.chunks import Joiner
-from fs_fwdllm.host.driver import answer, follow
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
-from fs_fwdllm.host.federatedscope.process import HostModel, HostProcess, save_values
+from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, dispatch, frame_in, next_message, reachable
-from fs_fwdllm.wire import to_text
+from fs_fwdllm.run.driver import answer, follow
 
 __all__ = ["FwdLLMClient"]
 

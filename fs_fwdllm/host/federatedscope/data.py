@@ -22,7 +22,7 @@ from fs_fwdllm.data import load_federated_data
 from fs_fwdllm.data.readers import PRESPLIT
 from fs_fwdllm.data.types import IGNORED_LABEL, ClientData, Example, FederatedData
 from fs_fwdllm.errors import ConfigError, DataError
-from fs_fwdllm.host.federatedscope import process, splitter
+from fs_fwdllm.host.federatedscope import run_state, splitter
 from fs_fwdllm.host.federatedscope.command_line import check_command_line
 from fs_fwdllm.host.federatedscope.settings import complete, config_from_host, is_ours, refuse_unsupported
 from fs_fwdllm.method import check_combination
@@ -60,7 +60,7 @@ def load_data(config: Any, client_configs: Any) -> Any:
         return None
     presplit = config.data.type.lower().startswith(f"{PRESPLIT}@")
     if not is_ours(config):
-        process.close()
+        run_state.close()
         return _presplit_for_host(config) if presplit else None
     check_command_line(sys.argv[1:], config)
     refuse_unsupported(config)
@@ -76,9 +76,9 @@ def load_data(config: Any, client_configs: Any) -> Any:
         federated = _only(federated, config.federate.client_idx_for_local_train)
         own.federate.client_num, own.federate.sample_client_num = 1, -1
     holders = [*federated.clients.values(), ClientData(val=federated.val, test=federated.test)]
-    complete(config, process.splits_of(holders))
+    complete(config, run_state.splits_of(holders))
     restore_from, config.federate.restore_from = config.federate.restore_from, ""
-    process.open_process(process.HostProcess(own, federated, tokenizer, restore_from))
+    run_state.open_process(run_state.HostProcess(own, federated, tokenizer, restore_from))
     return data, config
 
 

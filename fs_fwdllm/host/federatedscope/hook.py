@@ -23,7 +23,7 @@ def install(tree: Path) -> Path:
     path = _place(tree)
     if path.is_file() and "fs_fwdllm" not in path.read_text(encoding="utf-8"):
         raise ConfigError(f"{path}: exists and is not ours; move it away first")
-    text = resources.files(__package__).joinpath("registry.py").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("hook_file.py").read_text(encoding="utf-8")
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text_atomically(path, text)
     return path

@@ -12,7 +12,7 @@ from federatedscope.core.message import Message
 from federatedscope.core.workers import Server
 
 from fs_fwdllm.errors import HostError
-from fs_fwdllm.host.federatedscope.process import HostModel
+from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, own_port_is_free, reachable
 
 __all__ = ["MemberServer"]

@@ -32,7 +32,7 @@ def _load_data(config: Any, client_configs: Any) -> Any:
 
 
 def _build_model(model_config: Any, input_shape: Any) -> Any:
-    from fs_fwdllm.host.federatedscope.process import current_model
+    from fs_fwdllm.host.federatedscope.run_state import current_model
 
     return current_model()
 
@@ -48,7 +48,7 @@ def _trainer_class(trainer_type: str) -> Any:
 
 
 def _worker_classes(method: str) -> Any:
-    from fs_fwdllm.host.federatedscope.process import is_active
+    from fs_fwdllm.host.federatedscope.run_state import is_active
 
     if not is_active():
         return None

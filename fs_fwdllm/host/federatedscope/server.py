@@ -1,4 +1,4 @@
-"""The host's server worker: its messages, evaluation and files around a :class:`~fs_fwdllm.host.driver.RunDriver`.
+"""The host's server worker: its messages, evaluation and files around a :class:`~fs_fwdllm.run.driver.RunDriver`.
 
 A round is opened by sending every drawn client its frame as text, and closed when all have answered or its deadline is
 over. Evaluation is the host's: clients (or the server, with ``federate.make_global_eval``) evaluate, the host merges,
@@ -19,16 +19,16 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
+from fs_fwdllm.core.wire import to_text
 from fs_fwdllm.errors import CheckpointError, FwdLLMError, HostError, TrainingStalledError, WireError
 from fs_fwdllm.host.chunks import Joiner
-from fs_fwdllm.host.driver import RunDriver
-from fs_fwdllm.host.federatedscope import process as processes
+from fs_fwdllm.host.federatedscope import run_state
 from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
-from fs_fwdllm.host.federatedscope.process import HostModel
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
+from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.transport import dispatch, frame_in, next_message
-from fs_fwdllm.wire import to_text
+from fs_fwdllm.run.driver import RunDriver
 
 __all__ = ["FwdLLMServer"]
 
@@ -87,7 +87,7 @@ class FwdLLMServer(MemberServer):
         session.client_samples = {
             client: hello.samples for client, hello in sorted(self._clients.items()) if hello.samples
         }
-        folder, checkpoint = processes.open_folder(self._process, Path(self._cfg.outdir))
+        folder, checkpoint = run_state.open_folder(self._process, Path(self._cfg.outdir))
         console = Console(file=cast(IO[str], LogLines()), highlight=False, width=200, color_system=None)
         simulated = self._process.worker if self.mode == "standalone" else None
         self._driver = RunDriver(session, folder, checkpoint, console, worker=simulated)
@@ -278,12 +278,12 @@ class TrainedParameters:
         self._server = server
 
     def save_model(self, path: str, cur_round: int = -1) -> None:
-        """As :func:`~fs_fwdllm.host.federatedscope.process.save_values`."""
-        processes.save_values(path, cur_round, self._server.driver.server.trainables)
+        """As :func:`~fs_fwdllm.host.federatedscope.run_state.save_values`."""
+        run_state.save_values(path, cur_round, self._server.driver.server.trainables)
 
     def load_model(self, path: str) -> int:
-        """As :func:`~fs_fwdllm.host.federatedscope.process.load_values`."""
+        """As :func:`~fs_fwdllm.host.federatedscope.run_state.load_values`."""
         server = self._server.driver.server
-        finished_rounds = processes.load_values(path, server.trainables)
+        finished_rounds = run_state.load_values(path, server.trainables)
         server.note_parameters_changed()
         return finished_rounds

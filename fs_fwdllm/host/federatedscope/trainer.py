@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from federatedscope.core.trainers.base_trainer import BaseTrainer
 
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.batches import evaluation_batches
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.evaluation import check_metrics, evaluate
+from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
 from fs_fwdllm.host.federatedscope.names import METRIC_NAMES
-from fs_fwdllm.host.federatedscope.process import HostModel
+from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 
 __all__ = ["EvaluationTrainer", "host_metric"]
 

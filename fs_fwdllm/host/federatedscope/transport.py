@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from fs_fwdllm.core.wire import from_text
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.chunks import Joiner, split
-from fs_fwdllm.wire import from_text
 
 __all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "own_port_is_free", "reachable"]
 

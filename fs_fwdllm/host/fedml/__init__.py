@@ -1,12 +1,12 @@
 """FedML 0.9.6 as host: the methods of this package inside FedML's simulators and over its transports.
 
 ======================================  ================================================================
-:mod:`~.settings`, :mod:`~.words`       FedML's file and our section ``fwdllm_args``
+:mod:`~.settings`, :mod:`~.translation` FedML's file and our section ``fwdllm_args``
 :mod:`~.trainer`, :mod:`~.aggregator`   a silo's and the server's half of a round, as FedML's classes
 :mod:`~.payload`, :mod:`~.placement`    frames in what FedML sends; which client lives in which silo
 :mod:`~.program`                        arguments in, what ``FedMLRunner`` is given out
 :mod:`~.simulators`, :mod:`~.patches`   the simulators that use them, and what is changed inside FedML
-:mod:`~.process`, :mod:`~.launch`       one process; all of them, supervised
+:mod:`~.process`, :mod:`~.cluster`      one process; all of them, supervised
 :mod:`~.watchdog`                       a deadline for every wait
 :mod:`~.command`                        ``fedml run local``
 ======================================  ================================================================
@@ -40,12 +40,12 @@ _NEEDS_FEDML = {
     "enable": "patches",
     "init": "program",
 }
-_MODULES = {**_NEEDS_FEDML, "resume": "launch", "run": "launch"}
+_MODULES = {**_NEEDS_FEDML, "resume": "cluster", "run": "cluster"}
 
 
 def run_file(path: Path, overrides: list[str]) -> Path:
     """Run one of FedML's files with ``key value`` overrides, as every host offers it to the command."""
-    return importlib.import_module(f"{__name__}.launch").run(path, overrides)
+    return importlib.import_module(f"{__name__}.cluster").run(path, overrides)
 
 
 def __getattr__(name: str) -> Any:

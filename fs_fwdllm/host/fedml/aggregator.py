@@ -12,13 +12,13 @@ from typing import Any
 from fedml.core import ServerAggregator
 
 from fs_fwdllm.errors import HostError, WireError
-from fs_fwdllm.host.checkpoint import Checkpoint
-from fs_fwdllm.host.driver import RunDriver
 from fs_fwdllm.host.fedml.payload import Orders, pack_orders, unpack_answers
 from fs_fwdllm.host.fedml.placement import Placement
 from fs_fwdllm.host.fedml.watchdog import Watchdog
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.run.checkpoint import Checkpoint
+from fs_fwdllm.run.driver import RunDriver
+from fs_fwdllm.run.session import Session
 
 __all__ = ["FwdLLMAggregator", "RunStart"]
 
@@ -103,7 +103,7 @@ class FwdLLMAggregator(ServerAggregator):
         """Close the round with one payload of every silo, in order of silos; the payloads of the next round.
 
         Raises:
-            FwdLLMError: as :meth:`fs_fwdllm.host.driver.RunDriver.close_round`.
+            FwdLLMError: as :meth:`fs_fwdllm.run.driver.RunDriver.close_round`.
         """
         return self.close_round({silo: payload for silo, (_, payload) in enumerate(raw_client_model_or_grad_list)})
 

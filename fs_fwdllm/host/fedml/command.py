@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         HostError: FedML is not usable here.
-        FwdLLMError: as :func:`fs_fwdllm.host.fedml.launch.run`.
+        FwdLLMError: as :func:`fs_fwdllm.host.fedml.cluster.run`.
     """
     import_fedml()
     from fedml.cli.cli import cli

@@ -2,7 +2,7 @@
 
 FedML sends any object that can be pickled, but looks at its type on the way. Downwards a plain ``dict`` means "one
 payload for each silo", so a silo's payload is an ``OrderedDict``; upwards a plain ``dict`` is left alone, while
-anything else is taken for a state dictionary of tensors. Frames inside are bytes of :mod:`fs_fwdllm.wire`, never
+anything else is taken for a state dictionary of tensors. Frames inside are bytes of :mod:`fs_fwdllm.core.wire`, never
 unpickled objects of ours, and whatever does not have exactly this form is refused.
 """
 

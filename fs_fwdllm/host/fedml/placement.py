@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import DataError
-from fs_fwdllm.host.session import Session
+from fs_fwdllm.run.session import Session
 
 __all__ = ["Placement", "SiloData", "make_dataset"]
 

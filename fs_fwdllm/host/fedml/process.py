@@ -1,8 +1,8 @@
 """One process of a run: ``python -m fs_fwdllm.host.fedml --cf FILE [--rank N --role server|client] [key value ...]``.
 
-Started by hand it behaves as FedML's users know it. Started by :mod:`fs_fwdllm.host.fedml.launch` it is also told a run
-folder; it then writes what goes to standard error to ``processes/rank-N.log`` there, and an error, with its traceback,
-to ``processes/rank-N.error``, where the launcher finds it.
+Started by hand it behaves as FedML's users know it. Started by :mod:`.cluster` it is also told a run folder; it then
+writes what goes to standard error to ``processes/rank-N.log`` there, and an error, with its traceback, to
+``processes/rank-N.error``, where the launcher finds it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import fedml
 import torch
 from torch import nn
 
-from fs_fwdllm.host.driver import read_own_checkpoint
 from fs_fwdllm.host.fedml.aggregator import FwdLLMAggregator, RunStart
 from fs_fwdllm.host.fedml.patches import enable
 from fs_fwdllm.host.fedml.placement import Placement, make_dataset
@@ -21,9 +20,10 @@ from fs_fwdllm.host.fedml.settings import FedMLSettings, resolve_settings
 from fs_fwdllm.host.fedml.simulators import fit_to_silos
 from fs_fwdllm.host.fedml.trainer import FwdLLMTrainer
 from fs_fwdllm.host.fedml.watchdog import Watchdog
-from fs_fwdllm.host.sampling import clients_per_round
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.run.driver import read_own_checkpoint
+from fs_fwdllm.run.sampling import clients_per_round
+from fs_fwdllm.run.session import Session
 
 __all__ = ["Program", "build", "init"]
 

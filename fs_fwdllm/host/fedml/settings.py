@@ -28,7 +28,7 @@ from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.config.load import apply_overrides, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest
-from fs_fwdllm.host.fedml.words import REFUSED, TRANSLATED, translate
+from fs_fwdllm.host.fedml.translation import REFUSED, TRANSLATED, translate
 
 __all__ = ["DEFAULT_DEADLINE_S", "FedMLSettings", "dump_settings", "read_settings", "resolve_settings"]
 

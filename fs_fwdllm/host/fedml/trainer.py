@@ -7,11 +7,11 @@ from typing import Any
 from fedml.core import ClientTrainer
 
 from fs_fwdllm.errors import WireError
-from fs_fwdllm.host.driver import answer, follow
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, unpack_orders
 from fs_fwdllm.host.fedml.watchdog import Watchdog
-from fs_fwdllm.host.session import Session
 from fs_fwdllm.method import assemble_worker
+from fs_fwdllm.run.driver import answer, follow
+from fs_fwdllm.run.session import Session
 
 __all__ = ["FwdLLMTrainer"]
 

@@ -7,8 +7,8 @@
 | :mod:`.optimiser` | how is one block trained? |
 | :mod:`.codec`, :mod:`.state_bytes` | what do blocks, deltas and optimiser states look like as bytes? |
 | :mod:`.store` | what do server and client hold? |
-| :mod:`.published`, :mod:`.holdings` | what is a client sent, and what does it hold already? |
+| :mod:`.server_blocks`, :mod:`.holdings` | what is a client sent, and what does it hold already? |
 | :mod:`.visit_queue` | which visits are open, and which are due again? |
 | :mod:`.client`, :mod:`.server` | the two halves |
-| :mod:`.assembly`, :mod:`.combination` | how do they come from a configuration, and which are refused? |
+| :mod:`.parts`, :mod:`.checks` | how do they come from a configuration, and which are refused? |
 """

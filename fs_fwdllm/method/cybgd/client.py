@@ -24,18 +24,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, encode
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors, encode_tensors
 from fs_fwdllm.method.cybgd.optimiser import BlockOptimizer, OptimizerSettings
+from fs_fwdllm.method.cybgd.records import BlockAssignment, BlockDelta, OptimizerState
 from fs_fwdllm.method.cybgd.skipping import LayerSkipper
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, pack_states
 from fs_fwdllm.method.cybgd.store import BlockReplica
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.wire import Assignment, ClientUpdate, encode
-from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, OptimizerState
 
 __all__ = ["BlockWorker", "VisitSettings", "delta_encoding"]
 

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.method.assembly import Parts, assemble_server
-from fs_fwdllm.method.cybgd.assembly import optimizer_settings, plan_of
+from fs_fwdllm.core.wire import encode
 from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import encode_tensors
 from fs_fwdllm.method.cybgd.optimiser import BlockOptimizer
+from fs_fwdllm.method.cybgd.parts import optimizer_settings, plan_of
+from fs_fwdllm.method.cybgd.records import BlockAssignment, BlockDelta, OptimizerState
 from fs_fwdllm.method.cybgd.server import BlockServer
 from fs_fwdllm.method.cybgd.state_bytes import pack_states
-from fs_fwdllm.wire import encode
-from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, OptimizerState
+from fs_fwdllm.method.parts import Parts, assemble_server
 
 __all__ = ["active_parameters", "dry_rounds", "visit_bytes"]
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import EstimatorError
 from fs_fwdllm.estimator import Backprop
-from fs_fwdllm.learning_rate import Schedule
 from fs_fwdllm.method.cybgd.state_bytes import TensorState
 from fs_fwdllm.model.objective import Objective
 
@@ -48,7 +48,7 @@ class OptimizerSettings:
         weight_decay: decoupled, per unit of learning rate, on matrices.
         clip: largest norm of the active gradient; not above 0 is off.
         accumulate: batches per step.
-        shape, warmup_ratio: the learning rate over the visit's steps, as :class:`~fs_fwdllm.learning_rate.Schedule`.
+        shape, warmup_ratio: the learning rate over the visit's steps, as :class:`.Schedule`.
     """
 
     kind: str

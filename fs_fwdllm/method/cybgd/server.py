@@ -1,6 +1,6 @@
 """The server's half: who visits which block next, what they are sent, and what becomes of their deltas.
 
-The server keeps the float32 blocks with their versions (:mod:`.published`), the queue of due visits
+The server keeps the float32 blocks with their versions (:mod:`.server_blocks`), the queue of due visits
 (:mod:`.visit_queue`), and for every client the versions it holds (:mod:`.holdings`). A visit that nobody answered
 usably goes back to the queue with other clients, so that a round without any answer costs nothing but its time. Deltas
 of the clients that visited one block together are averaged by samples; deltas of different blocks are simply added,
@@ -17,19 +17,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode
 from fs_fwdllm.data import seeded_permutation
 from fs_fwdllm.errors import UpdateRejected, WireError
 from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors
 from fs_fwdllm.method.cybgd.holdings import Holdings
-from fs_fwdllm.method.cybgd.published import PublishedBlocks
+from fs_fwdllm.method.cybgd.records import BlockAssignment, BlockDelta, OptimizerState
 from fs_fwdllm.method.cybgd.schedule import CycleSchedule
+from fs_fwdllm.method.cybgd.server_blocks import ServerBlocks
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, average_states, pack_states, unpack_states
 from fs_fwdllm.method.cybgd.store import BlockStore
 from fs_fwdllm.method.cybgd.visit_queue import OpenVisit, VisitQueue
 from fs_fwdllm.method.server import RoundReport, RoundServer, ServerSettings
-from fs_fwdllm.wire import Assignment, ClientUpdate, decode
-from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, OptimizerState
 
 __all__ = ["BlockServer", "BlockServerSettings"]
 
@@ -75,7 +75,7 @@ class BlockServer(RoundServer):
         self.plan = store.plan
         self._settings = blocks
         self._base_digest = self.digest
-        self.blocks = PublishedBlocks(store, blocks.view, compress=blocks.compress)
+        self.blocks = ServerBlocks(store, blocks.view, compress=blocks.compress)
         self.queue = VisitQueue(schedule, sorted(settings.plans), blocks.parallel_blocks)
         self.visits = [0] * len(self.plan.blocks)
         self._holdings = Holdings(len(self.plan.parts), self._base_digest)

@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from fs_fwdllm.direction import make_distribution
+from fs_fwdllm.core.direction import make_distribution
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables, digest_of
+from fs_fwdllm.core.wire import Record, decode
 from fs_fwdllm.errors import DivergenceError, WireError
 from fs_fwdllm.method.cybgd.blocks import BlockPlan
 from fs_fwdllm.method.cybgd.codec import FORMS, Encoding, decode_tensors, encode_tensors
+from fs_fwdllm.method.cybgd.records import BlockModel, BlockValues, OptimizerState
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, unpack_states
 from fs_fwdllm.method.replica import Replica
-from fs_fwdllm.replay import Replayer
-from fs_fwdllm.trainables import DIGEST_BYTES, Trainables, digest_of
-from fs_fwdllm.wire import Record, decode
-from fs_fwdllm.wire_blocks import BlockModel, BlockValues, OptimizerState
 
 __all__ = ["FLOAT32", "BlockReplica", "BlockStore", "model_dtypes", "view_encoding"]
 

@@ -86,9 +86,7 @@ def test_evaluation_by_clients_changes_no_bit(case: str, world: World, launcher:
         assert federation.distributed().digests == expected.digests
 
 
-def test_a_block_whose_client_is_killed_is_visited_by_another(
-    world: World, launcher: Starter, tmp_path: Path
-) -> None:
+def test_a_block_whose_client_is_killed_is_visited_by_another(world: World, launcher: Starter, tmp_path: Path) -> None:
     """One visit a round: its round has no answer at all, and the run goes on; later turns of the client fail too."""
     settings = {"fwdllm.blocks.schedule": "ascending", "federate.total_round_num": 6}
     federation = _federation(world, launcher, tmp_path, settings)
@@ -123,9 +121,12 @@ def test_a_client_that_is_started_anew_goes_on_visiting(world: World, launcher: 
     expected = federation.local()
     flag = tmp_path / "half trained"
     server = federation.start_server()
-    stuck = _STUCK.format(flag=str(flag)).replace("    real(self", "    visits.append(1)\n    real(self").replace(
-        "    pathlib", "    if len(visits) < 4: return\n    pathlib"
-    ) + "visits = []\n"
+    stuck = (
+        _STUCK.format(flag=str(flag))
+        .replace("    real(self", "    visits.append(1)\n    real(self")
+        .replace("    pathlib", "    if len(visits) < 4: return\n    pathlib")
+        + "visits = []\n"
+    )
     clients = {client: federation.start_client(client, before=stuck if client == 2 else "") for client in (1, 2, 3)}
     wait_until(flag.exists, _BOUND_S, lambda: "client 2 was not asked twice")
     clients[2].signal(19)  # SIGSTOP: its port stays open, so that the round waits for it

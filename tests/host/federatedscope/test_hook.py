@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fs_fwdllm.cli import app
-from fs_fwdllm.doctor import examine
+from fs_fwdllm.cli.doctor import examine
+from fs_fwdllm.cli.main import app
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.host.federatedscope.hook import HOOK_FILE, install, remove
 from tests.host.federatedscope.federation import outcome_of, presplit, write_config

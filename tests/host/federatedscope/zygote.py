@@ -23,13 +23,13 @@ _HEAVY = (
     "federatedscope.core.cmd_args", "federatedscope.core.auxiliaries.data_builder",
     "federatedscope.core.auxiliaries.worker_builder", "federatedscope.core.auxiliaries.runner_builder",
     "federatedscope.llm.dataloader", "federatedscope.llm.trainer.trainer", "pympler.asizeof",
-    "fs_fwdllm.host.driver", "fs_fwdllm.report",
+    "fs_fwdllm.run.driver", "fs_fwdllm.report",
 )  # fmt: skip
 
 
 def _prepare(way: str) -> None:
     if way == "launcher":
-        from fs_fwdllm.host.federatedscope import launch
+        from fs_fwdllm.host.federatedscope import host_main as launch
 
         home = launch.find_host()
         if home is not None:

@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 _VARYING = ("seconds", "peak_rss_mib", "peak_device_mib")
 
 #: Runs at the start of every process of a run: makes one of them misbehave in one round.
-_FAULT = '''
+_FAULT = """
 import json, os, signal, sys, time
 fault = json.loads(os.environ.get("TEST_FAULT", "{}"))
 words = sys.orig_argv
@@ -59,7 +59,7 @@ if fault and "fs_fwdllm.host.fedml" in words and rank == str(fault["rank"]):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault["do"]])
         return original(self, first, *rest)
     setattr(cls, name, faulty)
-'''
+"""
 
 
 @dataclass(frozen=True)

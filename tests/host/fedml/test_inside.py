@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
+from fs_fwdllm.core.wire import ScalarUpdate, decode, encode
 from fs_fwdllm.errors import ConfigError, HostError, WireError
 from fs_fwdllm.host.fedml import resume, run
 from fs_fwdllm.host.fedml.payload import pack_answers, unpack_answers, unpack_orders
 from fs_fwdllm.host.fedml.settings import read_settings
-from fs_fwdllm.host.local import resume as resume_locally
-from fs_fwdllm.host.local import run as run_locally
 from fs_fwdllm.method import ClientWorker
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.wire import ScalarUpdate, decode, encode
+from fs_fwdllm.run.local import resume as resume_locally
+from fs_fwdllm.run.local import run as run_locally
 from tests.host.fedml.federation import CASES, FedMLWorld, comparable
 from tests.host.small import read_jsonl
 

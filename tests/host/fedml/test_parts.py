@@ -19,7 +19,7 @@ from fs_fwdllm.host.fedml.installation import why_it_cannot_be_installed
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpack_answers, unpack_orders
 from fs_fwdllm.host.fedml.placement import Placement, SiloData, make_dataset
 from fs_fwdllm.host.fedml.watchdog import Watchdog
-from fs_fwdllm.host.session import Session
+from fs_fwdllm.run.session import Session
 from tests.host.fedml.federation import FedMLWorld
 
 FRAMES = st.dictionaries(st.integers(1, 1000), st.binary(max_size=40), max_size=5)

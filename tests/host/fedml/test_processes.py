@@ -23,8 +23,8 @@ import pytest
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.fedml import resume, run
 from fs_fwdllm.host.fedml.guard import is_running
-from fs_fwdllm.host.local import run as run_locally
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.run.local import run as run_locally
 from tests.host.fedml.federation import FedMLWorld, comparable, digests, inject
 
 pytestmark = pytest.mark.fedml
@@ -141,7 +141,7 @@ def by_hand(path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def addresses(world: FedMLWorld) -> dict[str, str]:
-    from fs_fwdllm.host.fedml.launch import _write_addresses
+    from fs_fwdllm.host.fedml.cluster import _write_addresses
 
     _write_addresses(world.root / "grpc.csv", 3)
     return {"grpc_ipconfig_path": str(world.root / "grpc.csv")}

@@ -102,9 +102,7 @@ def test_there_is_a_process_for_each_client_of_a_round_unless_the_file_says_othe
         ({}, {"worker_num": 0}, ["worker_num", "0"]),
     ],
 )
-def test_mistakes_are_named(
-    tmp_path: Path, own: dict[str, Any], theirs: dict[str, Any], fragments: list[str]
-) -> None:
+def test_mistakes_are_named(tmp_path: Path, own: dict[str, Any], theirs: dict[str, Any], fragments: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         settings_of(tmp_path, own, **theirs)
     for fragment in fragments:

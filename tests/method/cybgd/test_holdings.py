@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fs_fwdllm.core.wire import Assignment, decode, encode
 from fs_fwdllm.errors import TrainingStalledError
-from fs_fwdllm.wire import Assignment, decode, encode
-from fs_fwdllm.wire_blocks import BlockValues
+from fs_fwdllm.method.cybgd.records import BlockValues
 from tests.host.small import Federation, World
 from tests.method.cybgd.settings import blocks
 from tests.method.cybgd.test_visits import opened, play

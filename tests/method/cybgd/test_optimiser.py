@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fs_fwdllm.config.schema import BlocksConfig
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.cybgd.blocks import block_plan
 from fs_fwdllm.method.cybgd.optimiser import BlockOptimizer, OptimizerSettings, visit_steps
 from fs_fwdllm.model.objective import Objective
-from fs_fwdllm.trainables import Trainables
 from tests.host.small import World
 from tests.model.tiny import tiny_batch
 

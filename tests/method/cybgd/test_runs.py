@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fs_fwdllm.host import local
-from fs_fwdllm.host.checkpoint import read_checkpoint
-from fs_fwdllm.host.session import Session
+from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
-from fs_fwdllm.plan import make_plan
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.run import local
+from fs_fwdllm.run.checkpoint import read_checkpoint
+from fs_fwdllm.run.session import Session
 from tests.host.small import METHODS, Federation, World, read_jsonl
 from tests.method.cybgd.settings import blocks
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
 from fs_fwdllm.errors import ConfigError, DivergenceError, TrainingStalledError, UpdateRejected, WireError
 from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import decode_tensors
-from fs_fwdllm.wire import Assignment, ClientUpdate, decode, encode
-from fs_fwdllm.wire_blocks import BlockAssignment, BlockDelta, BlockValues
+from fs_fwdllm.method.cybgd.records import BlockAssignment, BlockDelta, BlockValues
 from tests.host.small import Federation, World
 from tests.method.cybgd.settings import BLOCKS, blocks
 

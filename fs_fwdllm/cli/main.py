@@ -1,0 +1,243 @@
+"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, cost, resume, data, hook, doctor.
+
+Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
+libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
+message and exit code 2, never a traceback; a traceback means a defect of the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from fs_fwdllm._version import __version__
+from fs_fwdllm.cli.data import data_app
+from fs_fwdllm.cli.doctor import HOSTS, examine, has_landed
+from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
+
+__all__ = ["app", "main"]
+
+_EXIT_OF_ERROR = 2
+_EXIT_OF_INTERRUPT = 130
+
+
+class _Commands(TyperGroup):
+    """The commands, with our errors and Ctrl-C turned into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FwdLLMError as error:
+            _say_on_stderr(f"error: {error}", "bold red")
+            raise typer.Exit(_EXIT_OF_ERROR) from error
+        except KeyboardInterrupt as error:
+            _say_on_stderr("interrupted; a run goes on from its last checkpoint with: fs-fwdllm resume RUN", "yellow")
+            raise typer.Exit(_EXIT_OF_INTERRUPT) from error
+
+
+app = typer.Typer(
+    name="fs-fwdllm",
+    cls=_Commands,
+    help="Federated fine-tuning of language models on devices that cannot train by backpropagation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+app.add_typer(data_app)
+
+#: Overrides may be negative numbers, which must not be taken for options.
+_WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+ConfigFile = Annotated[Path, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY VALUE ...", help="Replace values of the file, e.g. seed 7.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fs-fwdllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def run(
+    cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")] = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
+    cf: Annotated[Path | None, typer.Option("--cf", metavar="FILE", help="FedML's file, with --host fedml.")] = None,
+) -> None:
+    """Train: run a configuration from the first round to the last."""
+    if host not in HOSTS:
+        raise ConfigError(f"--host {host}: is not known; hosts are {', '.join(HOSTS)}{nearest(host, HOSTS)}")
+    if not has_landed(host):
+        raise ConfigError(f"--host {host}: is not in this version yet; use --host local, which runs the same files")
+    option, file, other = ("--cf", cf, cfg) if host == "fedml" else ("--cfg", cfg, cf)
+    if file is None or other is not None:
+        raise ConfigError(f"{option} FILE: is what --host {host} reads; --cf goes with --host fedml, --cfg with others")
+    _refuse_stray_options(overrides)
+    importlib.import_module(_module_of(host)).run_file(file, overrides or [])
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
+    """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round."""
+    config = _read_config(cfg, overrides)
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config).rows():
+        table.add_row(Text(name), Text(value))
+    Console(highlight=False).print(table)
+
+
+@app.command(context_settings=_WITH_OVERRIDES)
+def profile(
+    cfg: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where table, picture and winner.yaml go.")] = Path(
+        "profile"
+    ),
+    probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
+    passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
+) -> None:
+    """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
+    config = _read_config(cfg, overrides)
+    profiler = importlib.import_module("fs_fwdllm.profiler")
+    _say(f"use it with: fs-fwdllm run --cfg {profiler.run_profile(config, output, probes, passes, _say)}")
+
+
+@app.command()
+def plot(run: RunArgument) -> None:
+    """Draw report.png of a run again."""
+    from fs_fwdllm.report import plot_run
+
+    _say(f"picture {plot_run(run)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("comparison.png"),
+) -> None:
+    """Lay several runs over each other: one picture, one table."""
+    from fs_fwdllm.report import compare_runs
+
+    picture, table = compare_runs(runs, output)
+    Console(highlight=False).print(table)
+    _say(f"picture {picture}")
+
+
+@app.command()
+def cost(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    devices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Constants of the time model, YAML, instead of our own.")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="Value of the metric whose first reaching is timed.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("costs.png"),
+) -> None:
+    """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model."""
+    from fs_fwdllm.report import DEVICES_FILE, analyse_costs, read_device_model
+
+    picture, table = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
+    Console(highlight=False).print(table)
+    _say(f"picture {picture}")
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Go on with a stopped run from its last checkpoint."""
+    if (run / "federatedscope.txt").is_file():
+        raise ConfigError(f"{run}: was made inside FederatedScope; run its file again with federate.restore_from {run}")
+    host = "fedml" if (run / "fedml.yaml").is_file() else "local"
+    importlib.import_module(_module_of(host)).resume(run)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+def fedml(ctx: typer.Context) -> None:
+    """FedML's own commands, and one of ours: fedml run local --cf FILE."""
+    importlib.import_module("fs_fwdllm.host.fedml.command").main(ctx.args)
+
+
+hook = typer.Typer(help="Make a FederatedScope checkout know this package: one file, placed or taken out.")
+app.add_typer(hook, name="hook")
+
+Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="A FederatedScope checkout, branch llm.")]
+
+
+@hook.command("install")
+def hook_install(path: Checkout) -> None:
+    """Place our one guarded file in federatedscope/contrib/configs/; doing it again changes nothing."""
+    from fs_fwdllm.host.federatedscope.hook import install
+
+    _say(f"placed {install(path)}; now python federatedscope/main.py --cfg FILE works in {path}")
+
+
+@hook.command("remove")
+def hook_remove(path: Checkout) -> None:
+    """Take the file out again."""
+    from fs_fwdllm.host.federatedscope.hook import remove
+
+    removed = remove(path)
+    _say(f"removed {removed}" if removed else f"nothing of ours in {path}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say which versions, devices, extras and hosts are found here."""
+    table = Table("what", "found", "hint")
+    for finding in examine():
+        table.add_row(Text(finding.name), Text(finding.found), Text(finding.hint))
+    Console(highlight=False).print(table)
+
+
+def _module_of(host: str) -> str:
+    return "fs_fwdllm.run.local" if host == "local" else f"fs_fwdllm.host.{host}"
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app(prog_name="fs-fwdllm")
+
+
+def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
+    from fs_fwdllm.config import load_config
+
+    _refuse_stray_options(overrides)
+    return load_config(cfg, overrides or [])
+
+
+def _refuse_stray_options(overrides: list[str] | None) -> None:
+    stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
+    if stray is not None:
+        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--cf', '--host'])}")
+
+
+def _say(text: str) -> None:
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def _say_on_stderr(text: str, style: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)

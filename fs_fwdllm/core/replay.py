@@ -1,0 +1,223 @@
+"""Replay: turning ``(seed, scalar)`` pairs back into the update they stand for, with the same bits everywhere.
+
+A direction evaluated with slope ``g`` contributes ``c * z(seed)`` to the parameters, where the coefficient ``c`` holds
+learning rate, client weight and sign. Several contributions are added in a fixed order with fixed arithmetic:
+
+    1. ``u = 0``; for each contribution in order ``u <- u + c * z``   (one rounding each; ``c * (+-1)`` is exact)
+       where a reference ``r`` (an earlier ``u``) takes part: ``u <- u + (r * a)``
+    2. without momentum ``p <- p * decay``, then ``p <- p + u``
+       with momentum    ``m <- m * beta``, ``m <- m + u``, ``p <- p * decay``, ``p <- p - (m * rate)``
+
+Every line is a single IEEE-754 operation per element, issued as a kernel of its own so that no compiler can fuse two
+roundings into one. With Rademacher directions the result is therefore the same on any device, in any chunking, and
+summing the contributions before touching ``p`` keeps small coefficients from drowning in large parameters. The same
+argument covers dense momentum, so a momentum buffer here is exact on every machine too.
+
+Chunks are walked on the outside and contributions on the inside, so that a chunk stays in the cache while all its
+directions are added: memory is read and written once however many contributions there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fs_fwdllm.core.direction import DirectionKey, Distribution
+from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
+
+__all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contribution_slice", "add_contributions", "perturb"]
+
+#: Elements per chunk: one float32 chunk and its signs fit a core's second-level cache.
+DEFAULT_CHUNK = 1 << 19
+#: Contributions whose signs are generated together, bounding the sign block to this many elements.
+_SIGN_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Directions and what each is multiplied with, in the order in which they are added.
+
+    Attributes:
+        seeds: direction seeds.
+        coefficients: float32 array of the same length.
+        decayed: the coefficients for tensors that weight decay applies to, where they differ: what was added early in
+            a round has decayed since.
+        reference: coefficient of the reference.
+        directions: what the seeds mean, where it is not the replayer's own distribution.
+    """
+
+    seeds: Sequence[int]
+    coefficients: np.ndarray
+    decayed: np.ndarray | None = None
+    reference: float = 0.0
+    directions: Distribution | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) != len(self.coefficients):
+            raise ValueError(f"{len(self.seeds)} seeds but {len(self.coefficients)} coefficients")
+
+    def coefficients_for(self, decays: bool) -> list[float]:
+        """The coefficients of a tensor that decays or does not, as float32 numbers."""
+        values = self.coefficients if self.decayed is None or not decays else self.decayed
+        return [float(value) for value in np.asarray(values, dtype=np.float32)]
+
+
+@torch.no_grad()
+def add_contributions(
+    buffers: Sequence[torch.Tensor | None],
+    contributions: Contributions,
+    run_seed: int,
+    distribution: Distribution,
+    chunk: int = DEFAULT_CHUNK,
+    decays: Sequence[bool] | None = None,
+) -> None:
+    """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` has id ``k``, ``None`` leaves it out.
+
+    Args:
+        decays: per tensor, whether the decayed coefficients apply; needed only where there are such.
+    """
+    keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
+    plain, decayed = contributions.coefficients_for(False), contributions.coefficients_for(True)
+    for tensor_id, buffer in enumerate(buffers):
+        if buffer is None:
+            continue
+        coefficients = decayed if decays is not None and decays[tensor_id] else plain
+        flat = buffer.view(-1)
+        for start in range(0, flat.numel(), chunk):
+            part = flat[start : start + chunk]
+            add_contribution_slice(part, keys, coefficients, tensor_id, start, distribution)
+
+
+def add_contribution_slice(
+    part: torch.Tensor,
+    keys: Sequence[DirectionKey],
+    coefficients: Sequence[float],
+    tensor_id: int,
+    start: int,
+    distribution: Distribution,
+) -> None:
+    """Add ``sum_i c_i z_i`` in place to ``part``, the elements from ``start`` on of tensor ``tensor_id``."""
+    count = part.numel()
+    # A single contribution needs no running sum: 0 + c z is c z exactly.
+    total = part if len(keys) == 1 else torch.zeros_like(part)
+    group = max(1, _SIGN_BLOCK // count)
+    for first in range(0, len(keys), group):
+        block = distribution.values(keys[first : first + group], tensor_id, start, count, part.device)
+        for row, coefficient in zip(block, coefficients[first : first + group], strict=True):
+            total.add_(row, alpha=coefficient)
+    if total is not part:
+        part.add_(total)
+
+
+@torch.no_grad()
+def perturb(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    coefficient: float,
+    key: DirectionKey,
+    tensor_id: int,
+    distribution: Distribution,
+    chunk: int = DEFAULT_CHUNK,
+) -> None:
+    """Write ``source + coefficient * z`` for one tensor into ``target`` (same size, another storage)."""
+    flat_source, flat_target = source.view(-1), target.view(-1)
+    alpha = float(np.float32(coefficient))
+    for start in range(0, flat_source.numel(), chunk):
+        part = flat_source[start : start + chunk]
+        values = distribution.values([key], tensor_id, start, part.numel(), part.device)[0]
+        torch.add(part, values, alpha=alpha, out=flat_target[start : start + chunk])
+
+
+class Replayer:
+    """Applies round updates to trainables and keeps the momentum buffer and the reference, if any.
+
+    Two replayers that start from equal trainables and see the same updates in the same order hold the same bits.
+    """
+
+    def __init__(
+        self, trainables: Trainables, run_seed: int, distribution: Distribution, chunk: int = DEFAULT_CHUNK
+    ) -> None:
+        self.trainables = trainables
+        self.run_seed = run_seed
+        self.distribution = distribution
+        self.chunk = chunk
+        self.momentum: list[torch.Tensor] | None = None
+        self.reference: list[torch.Tensor] | None = None
+
+    def digest(self) -> bytes:
+        """16 bytes that name the whole state: the trainables' digest, extended by momentum and reference, if any."""
+        digest = self.trainables.digest()
+        for person, buffers in ((b"", self.momentum), (b"reference", self.reference)):
+            if buffers is not None:
+                state = Trainables(dict(zip(self.trainables.names, buffers, strict=True)))
+                digest = hashlib.blake2b(digest + state.digest(), digest_size=DIGEST_BYTES, person=person).digest()
+        return digest
+
+    @torch.no_grad()
+    def apply(
+        self,
+        contributions: Contributions,
+        *,
+        decay: float,
+        momentum: float,
+        rate: float,
+        keep_reference: bool = False,
+    ) -> None:
+        """One server step.
+
+        Args:
+            contributions: with ``momentum`` zero they hold the whole step, learning rate and sign included; otherwise
+                they sum to the gradient estimate.
+            decay: factor of the parameters that decay (float32), one for none.
+            momentum: ``beta``; zero keeps no buffer.
+            rate: learning rate (float32) of the momentum form; unused without momentum.
+            keep_reference: the sum of the contributions becomes the reference.
+        """
+        parameters = [tensor.detach() for tensor in self.trainables.tensors]
+        if momentum:
+            if self.momentum is None:
+                self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
+            for buffer in self.momentum:
+                buffer.mul_(float(np.float32(momentum)))
+            self._add(self.momentum, contributions, keep_reference)
+        if decay != 1.0:
+            for parameter, decays in zip(parameters, self.trainables.decays(), strict=True):
+                if decays:
+                    parameter.mul_(float(np.float32(decay)))
+        if not momentum:
+            self._add(parameters, contributions, keep_reference)
+            return
+        assert self.momentum is not None
+        for parameter, buffer in zip(parameters, self.momentum, strict=True):
+            parameter.sub_(buffer * float(np.float32(rate)))
+
+    @torch.no_grad()
+    def total(self, contributions: Contributions, tensor_ids: Collection[int] | None = None) -> list[torch.Tensor]:
+        """The sum of the contributions as tensors, zero outside ``tensor_ids`` if those are given."""
+        chosen = range(len(self.trainables.tensors)) if tensor_ids is None else tensor_ids
+        total = [torch.zeros_like(tensor.detach()) for tensor in self.trainables.tensors]
+        self._add_directions([buffer if index in chosen else None for index, buffer in enumerate(total)], contributions)
+        if contributions.reference and self.reference is not None:
+            for index in chosen:
+                total[index].add_(self.reference[index] * float(np.float32(contributions.reference)))
+        return total
+
+    def _add(self, buffers: Sequence[torch.Tensor], contributions: Contributions, keep_reference: bool) -> None:
+        if not keep_reference and not contributions.reference:
+            self._add_directions(buffers, contributions)
+            return
+        total = self.total(contributions)
+        for buffer, part in zip(buffers, total, strict=True):
+            buffer.add_(part)
+        if keep_reference:
+            self.reference = total
+
+    def _add_directions(self, buffers: Sequence[torch.Tensor | None], contributions: Contributions) -> None:
+        if len(contributions.seeds):
+            distribution = contributions.directions or self.distribution
+            decays = self.trainables.decays()
+            add_contributions(buffers, contributions, self.run_seed, distribution, self.chunk, decays)

@@ -1,0 +1,326 @@
+"""What travels: a few typed records, each one compact binary frame.
+
+    ``frame = b"FF" + version + header length + msgpack header + raw little-endian float32 payload``
+
+The header is a msgpack *array* (no key strings), so a scalar upload costs 4 bytes a probe and some 50 bytes around
+them. It ends with the payload's length and CRC-32, so truncated or corrupted bytes are refused before they are used.
+Nothing is ever unpickled; whatever does not parse exactly is a :class:`~fs_fwdllm.errors.WireError`.
+
+Downwards a client gets an :class:`Assignment`. It names the digest of the parameters the work must start from and
+carries what the client needs to get there: the :class:`RoundUpdate` of every round it missed, or a
+:class:`DenseState` when that is smaller. Upwards go :class:`ScalarUpdate` or :class:`DenseUpdate`. Sizes that are
+reported are lengths of these frames, nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import msgpack
+import numpy as np
+
+from fs_fwdllm.core.trainables import DIGEST_BYTES
+from fs_fwdllm.errors import WireError
+
+__all__ = [
+    "DEFAULT_LIMIT_BYTES",
+    "Assignment",
+    "ByteLedger",
+    "ClientUpdate",
+    "DenseState",
+    "DenseUpdate",
+    "Participant",
+    "Record",
+    "RoundUpdate",
+    "ScalarUpdate",
+    "decode",
+    "encode",
+    "from_text",
+    "register_record",
+    "to_text",
+]
+
+_MAGIC = b"FF"
+_VERSION = 2
+_PREFIX = struct.Struct("<2sBH")
+#: A frame larger than this is refused unless the caller allows more (2 GiB holds a full 500 M parameter model).
+DEFAULT_LIMIT_BYTES = 1 << 31
+
+_EMPTY = np.zeros(0, dtype=np.float32)
+
+#: ``(round, client, steps, probes)``.
+Participant = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of everything that is framed. ``values`` is the payload; all other fields go into the header.
+
+    A record whose payload is not float32 says so in ``payload_dtype`` (bytes: ``"|u1"``); one with header fields of
+    other types than those of this module brings their ``checks``.
+    """
+
+    kind: ClassVar[int]
+    payload_dtype: ClassVar[str] = "<f4"
+    checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {}
+    values: np.ndarray = field(default_factory=lambda: _EMPTY, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=self.payload_dtype))
+
+
+@dataclass(frozen=True)
+class Assignment(Record):
+    """Server to client: what to do in a round, and how to get to the parameters it starts from.
+
+    Attributes:
+        round_index: the round, counted from 0.
+        batch_index: the round whose mini-batches are used: an earlier one where a server step takes several rounds.
+        client: who works.
+        digest: of the server's trainables; the client must hold the same before it starts.
+        learning_rate: local learning rate (unused where the client does not move).
+        steps: local steps, or mini-batches evaluated at one point.
+        probes: directions per step; 0 for methods that backpropagate.
+        reference_scale: the last probe of a step is measured along the reference times this; 0 for none.
+        choices: little-endian uint32 ``[steps, probes, tensors]``: the candidates that were chosen; empty for none.
+        catch_up: frames of :class:`RoundUpdate` or :class:`DenseState`, oldest first.
+    """
+
+    kind: ClassVar[int] = 1
+    round_index: int
+    client: int
+    digest: bytes
+    learning_rate: float
+    steps: int
+    probes: int
+    catch_up: tuple[bytes, ...] = ()
+    batch_index: int = field(kw_only=True)
+    reference_scale: float = 0.0
+    choices: bytes = b""
+
+
+@dataclass(frozen=True)
+class ClientUpdate(Record):
+    """Client to server: the result of a client's work.
+
+    Attributes:
+        digest: of the trainables the work started from.
+        samples: training samples it processed, its weight in the average.
+        loss: mean training loss it saw.
+        forward_passes, backward_passes: what the work took.
+    """
+
+    round_index: int
+    client: int
+    digest: bytes
+    samples: int
+    loss: float
+    forward_passes: int
+    backward_passes: int
+
+
+@dataclass(frozen=True)
+class ScalarUpdate(ClientUpdate):
+    """One float32 slope per probe: ``values[step * probes + probe]``."""
+
+    kind: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class DenseUpdate(ClientUpdate):
+    """One float32 per trainable parameter: the change the client made, or a gradient."""
+
+    kind: ClassVar[int] = 3
+
+
+@dataclass(frozen=True)
+class RoundUpdate(Record):
+    """Server to client: everything needed to rebuild one round's step, for any replica that holds ``digest_before``.
+
+    ``values`` are the float32 coefficients, participant after participant, step after step, probe after probe.
+
+    Attributes:
+        participants: ``(round, client, steps, probes)``, which give every direction's seed. The rounds are those of the
+            evaluations: one record replays what several rounds have pooled.
+        decay, momentum, rate: as :meth:`fs_fwdllm.core.replay.Replayer.apply` has them.
+        step_decay: decay factor of one local step, a number per participant; empty where contributions do not decay
+            within the round.
+        keeps_reference: the sum of the contributions is the reference from now on.
+        reference: coefficient of the reference so far.
+        choices: as in :class:`Assignment`, for all participants; empty where directions are as drawn.
+    """
+
+    kind: ClassVar[int] = 4
+    round_index: int
+    digest_before: bytes
+    digest_after: bytes
+    decay: float
+    step_decay: tuple[float, ...]
+    momentum: float
+    rate: float
+    participants: tuple[Participant, ...]
+    keeps_reference: bool = False
+    reference: float = 0.0
+    choices: bytes = b""
+
+
+@dataclass(frozen=True)
+class DenseState(Record):
+    """Server to client: the trainables themselves (behind them the momentum buffer and the reference, if any)."""
+
+    kind: ClassVar[int] = 5
+    round_index: int
+    digest: bytes
+    has_momentum: bool
+    has_reference: bool = False
+
+
+_KINDS: dict[int, type[Record]] = {
+    record.kind: record for record in (Assignment, ScalarUpdate, DenseUpdate, RoundUpdate, DenseState)
+}
+
+
+def register_record(record_type: type[Record]) -> type[Record]:
+    """Let :func:`decode` know a further kind of record. Raises ``ValueError`` if its number is taken."""
+    if _KINDS.setdefault(record_type.kind, record_type) is not record_type:
+        raise ValueError(f"record kind {record_type.kind} is {_KINDS[record_type.kind].__name__}'s")
+    return record_type
+
+
+def encode(record: Record) -> bytes:
+    """The frame of a record."""
+    payload = record.values.tobytes()
+    header = [getattr(record, item.name) for item in _header_fields(type(record))]
+    packed = msgpack.packb([record.kind, *header, len(record.values), zlib.crc32(payload)], use_bin_type=True)
+    if len(packed) < 1 << 16:
+        return _PREFIX.pack(_MAGIC, _VERSION, len(packed)) + packed + payload
+    # A long header (an assignment that carries catch-up frames): length 0 announces a 32-bit length.
+    return _PREFIX.pack(_MAGIC, _VERSION, 0) + struct.pack("<I", len(packed)) + packed + payload
+
+
+def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
+    """The record in a frame.
+
+    Raises:
+        WireError: too long, not ours, another version, truncated, corrupted, or a field of the wrong type.
+    """
+    if len(frame) > limit_bytes:
+        raise WireError(f"a frame of {len(frame)} bytes is over the limit of {limit_bytes} bytes")
+    header, payload = _split(frame)
+    try:
+        fields = msgpack.unpackb(header, raw=False, use_list=False, strict_map_key=True)
+        kind, *values, count, checksum = fields
+        record_type = _KINDS[kind]
+    except Exception as error:  # msgpack raises a dozen types; whichever it is, these bytes are not a record
+        raise WireError(f"a frame's header is not one of ours ({type(error).__name__}: {error})") from error
+    width = np.dtype(record_type.payload_dtype).itemsize
+    if not isinstance(count, int) or len(payload) != width * count or zlib.crc32(payload) != checksum:
+        raise WireError(f"a {record_type.__name__} frame is truncated or corrupted ({len(payload)} payload bytes)")
+    expected = _header_fields(record_type)
+    if len(values) != len(expected):
+        raise WireError(f"a {record_type.__name__} frame has {len(values)} header fields, not {len(expected)}")
+    named = {item.name: value for item, value in zip(expected, values, strict=True)}
+    _check_types(record_type, named)
+    return record_type(**named, values=np.frombuffer(payload, dtype=record_type.payload_dtype))
+
+
+def _split(frame: bytes) -> tuple[memoryview, memoryview]:
+    """Header and payload, as views: a frame may be as large as the model."""
+    try:
+        magic, version, length = _PREFIX.unpack_from(frame)
+        start = _PREFIX.size
+        if magic == _MAGIC and version == _VERSION and length == 0:
+            (length,) = struct.unpack_from("<I", frame, start)
+            start += 4
+    except struct.error as error:
+        raise WireError(f"{len(frame)} bytes are too few for a frame") from error
+    if magic != _MAGIC:
+        raise WireError(f"these {len(frame)} bytes are not a frame of ours (they start with {frame[:4]!r})")
+    if version != _VERSION:
+        raise WireError(f"frame version {version} is not supported; this package speaks version {_VERSION}")
+    if start + length > len(frame):
+        raise WireError("a frame is truncated inside its header")
+    view = memoryview(frame)
+    return view[start : start + length], view[start + length :]
+
+
+def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
+    return [item for item in dataclasses.fields(record_type) if item.name != "values"]
+
+
+_FLOATS = ("loss", "learning_rate", "decay", "momentum", "rate", "reference", "reference_scale")
+
+
+def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
+    for name, value in named.items():
+        if name in record_type.checks:
+            valid = record_type.checks[name](value)
+        elif name.startswith("digest"):
+            valid = isinstance(value, bytes) and len(value) == DIGEST_BYTES
+        elif name == "catch_up":
+            valid = isinstance(value, tuple) and all(isinstance(part, bytes) for part in value)
+        elif name == "participants":
+            valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
+        elif name == "step_decay":
+            valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
+        elif name == "choices":
+            valid = isinstance(value, bytes) and len(value) % 4 == 0
+        elif name in ("has_momentum", "has_reference", "keeps_reference"):
+            valid = isinstance(value, bool)
+        elif name in _FLOATS:
+            valid = isinstance(value, float)
+        else:
+            valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+        if not valid:
+            raise WireError(f"a {record_type.__name__} frame has an unusable {name}: {value!r:.80}")
+
+
+def _is_participant(part: object) -> bool:
+    return (
+        isinstance(part, tuple)
+        and len(part) == 4
+        and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in part)
+    )
+
+
+def to_text(frame: bytes) -> str:
+    """A frame as base64 text, for hosts whose codec carries only text."""
+    return base64.b64encode(frame).decode("ascii")
+
+
+def from_text(text: str) -> bytes:
+    """Inverse of :func:`to_text`. Raises :class:`~fs_fwdllm.errors.WireError` for anything that is not base64."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise WireError(f"not base64 text: {error}") from error
+
+
+class ByteLedger:
+    """Bytes per round and client, up and down, counted on frames."""
+
+    def __init__(self) -> None:
+        self.upload_bytes = 0
+        self.download_bytes = 0
+        self._round: dict[int, list[int]] = {}
+
+    def download(self, client: int, frame: bytes) -> None:
+        self._round.setdefault(client, [0, 0])[0] += len(frame)
+        self.download_bytes += len(frame)
+
+    def upload(self, client: int, frame: bytes) -> None:
+        self._round.setdefault(client, [0, 0])[1] += len(frame)
+        self.upload_bytes += len(frame)
+
+    def close_round(self) -> dict[int, tuple[int, int]]:
+        """``{client: (download bytes, upload bytes)}`` since the last call."""
+        rows = {client: (down, up) for client, (down, up) in sorted(self._round.items())}
+        self._round = {}
+        return rows

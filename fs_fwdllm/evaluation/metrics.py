@@ -1,0 +1,136 @@
+"""Evaluation: the loss, and the metrics people in the field report for the task.
+
+Classification: accuracy, macro-averaged F1 and Matthews correlation (scikit-learn's), and the accuracy of always
+answering the most frequent class, without which an accuracy means little; on request ``per_class``, the confusion
+counts and what follows from them. Language models: token accuracy and perplexity over answer tokens; on request, for
+data with reference answers, exact match and F1 of answers generated greedily. Question answering: exact match and F1
+of the best span over all windows of a question. Exact match and F1 are SQuAD's, as shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
+
+from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
+from fs_fwdllm.errors import ConfigError, DataError, nearest
+from fs_fwdllm.evaluation.answers import BestSpans, judge
+from fs_fwdllm.evaluation.generation import generate_answers
+from fs_fwdllm.model.objective import Objective
+
+__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate"]
+
+_OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
+
+METRICS: dict[Task, tuple[str, ...]] = {
+    "classification": _OF_CLASSES,
+    "label_words": _OF_CLASSES,
+    "causal_lm": ("token_accuracy", "perplexity"),
+    "question_answering": ("exact_match", "f1"),
+}
+#: What is reported only where ``eval.metrics`` names it. ``binary_f1`` is the F1 of the second class: GLUE's for MRPC
+#: and QQP.
+METRICS_ON_REQUEST: dict[Task, tuple[str, ...]] = {
+    "classification": ("per_class", "binary_f1"),
+    "label_words": ("per_class", "binary_f1"),
+    "causal_lm": ("exact_match", "f1"),
+    "question_answering": (),
+}
+#: FederatedScope's names for the same things.
+_ALIASES = {"acc": "accuracy", "f1": "macro_f1", "loss": "loss", "avg_loss": "loss", "total": "loss"}
+
+
+def check_metrics(names: Sequence[str], task: Task) -> list[str]:
+    """Canonical names of the requested metrics; the task's usual ones when none are named.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    allowed = (*METRICS[task], *METRICS_ON_REQUEST[task])
+    wanted = [name if name in allowed else _ALIASES.get(name, name) for name in names]
+    for name, canonical in zip(names, wanted, strict=True):
+        if canonical != "loss" and canonical not in allowed:
+            raise ConfigError(f"eval.metrics {name!r}: a {task} task has {list(allowed)}{nearest(name, allowed)}")
+    return [name for name in wanted if name != "loss"] or list(METRICS[task])
+
+
+def evaluate(
+    objective: Objective,
+    batches: Sequence[Batch],
+    metrics: Sequence[str],
+    label_names: Sequence[str] = (),
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Mean loss per label and the named metrics over ``batches``.
+
+    Args:
+        label_names: the classes in index order, for ``per_class``.
+        tokenizer: turns generated tokens to text, for a language model's ``exact_match`` and ``f1``.
+
+    Returns:
+        Numbers by name; ``per_class`` is a mapping of lists (see :func:`_per_class`).
+
+    Raises:
+        DataError: exact match is asked for, but the data has no reference answers.
+    """
+    total_loss, predictions, targets, spans = 0.0, [], [], BestSpans()
+    for batch in batches:
+        batch_loss = objective.on(batch)
+        logits = batch_loss.logits()
+        total_loss += float(F.cross_entropy(logits, batch_loss.targets, reduction="sum"))
+        predictions.append(logits.argmax(-1).cpu())
+        targets.append(batch_loss.targets.cpu())
+        if objective.task == "question_answering":
+            spans.add(logits, batch.references)
+    predicted, actual = torch.cat(predictions).numpy(), torch.cat(targets).numpy()
+    counted = int((actual != IGNORED_LABEL).sum())
+    known: dict[str, Any] = {"loss": total_loss / counted if counted else math.nan}
+    if objective.task == "question_answering":
+        known |= judge(spans.answers, spans.gold)
+    elif objective.task == "causal_lm":
+        known |= _of_tokens(known["loss"], predicted, actual)
+        if {"exact_match", "f1"} & set(metrics):
+            known |= _of_generated(objective, batches, tokenizer)
+    else:
+        known |= _of_classes(predicted, actual, metrics, label_names)
+    return {name: known[name] for name in ("loss", *metrics)}
+
+
+def _of_tokens(loss: float, predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"token_accuracy": float((predicted == actual).mean()), "perplexity": perplexity}
+
+
+def _of_generated(objective: Objective, batches: Sequence[Batch], tokenizer: Any) -> dict[str, float]:
+    answers, gold = generate_answers(objective.model, batches, tokenizer)
+    if not gold:
+        raise DataError("eval.metrics exact_match and f1: need data with reference answers, such as SQuAD's file@llm")
+    return judge(answers, gold)
+
+
+def _of_classes(
+    predicted: np.ndarray, actual: np.ndarray, wanted: Sequence[str], label_names: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "accuracy": float(accuracy_score(actual, predicted)),
+        "majority_accuracy": float(np.bincount(actual).max() / len(actual)),
+        "macro_f1": float(f1_score(actual, predicted, average="macro")) if "macro_f1" in wanted else math.nan,
+        "mcc": float(matthews_corrcoef(actual, predicted)) if "mcc" in wanted else math.nan,
+        "per_class": _per_class(predicted, actual, label_names) if "per_class" in wanted else {},
+        "binary_f1": float(f1_score(actual == 1, predicted == 1)) if "binary_f1" in wanted else math.nan,
+    }
+
+
+def _per_class(predicted: np.ndarray, actual: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+    """``labels``, ``confusion`` (rows are the truth, columns the prediction) and ``recall`` (``None`` without rows)."""
+    count = max([len(label_names), 1 + int(max(predicted.max(), actual.max()))])
+    table = confusion_matrix(actual, predicted, labels=range(count))
+    recall = [int(table[code, code]) / int(rows) if rows else None for code, rows in enumerate(table.sum(axis=1))]
+    labels = [*label_names] or [str(code) for code in range(count)]
+    return {"labels": labels, "confusion": table.tolist(), "recall": recall}

@@ -1,0 +1,256 @@
+"""How much memory a run will need: an estimate by a few products, next to what is already in use.
+
+It is for the local host, where one process plays the server and all clients::
+
+    peak = process + model + replicas + messages + prefix cache + max(work, evaluation)
+
+``T`` are the bytes of the trainables in float32, ``B`` the probes per batch, ``points`` the parameter points in one
+forward pass (central ``2 B``, one-sided ``B``, each 1 where ``B = 1``; forward mode ``1 + B``):
+
+* process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers.
+* replicas: the server's ``T``; momentum ``2 T`` on scalars (server and client), ``T`` on dense gradients; ``2 T`` for
+  AdamW on the server; on scalars the log for clients that missed rounds, at most ``T``.
+* messages: a dense state exists as frame, message, unpacked message, payload and values: ``5 T``, twice that with
+  momentum on scalars. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is averaged.
+* work, forward only: perturbed copies (``T``; batched ``(points + B) T``; forward mode ``B T``; for full-parameter
+  tuning the largest module), ``T`` for the starting point where clients move, and ``points * (layer + logits)``.
+* work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
+  where clients move), and the activations: ``1.5 layer`` per layer from the lowest trainable one on (norms and
+  activations keep copies of their own), with checkpointing ``1.5 layer`` once and a hidden state per layer; and
+  ``1.5 logits``.
+* layer: the outputs of all linear layers of one block for one batch, and the scores where attention is eager.
+  logits: two float32 numbers per labelled position and class.
+* blocks (fedcybgd): replicas are the server's float32 model and the frames of its blocks in the model's dtype; messages
+  four times the model; work is 8 bytes (start, gradient), 8 (AdamW) and, for a half-precision model, 4 (master) per
+  parameter of the largest block, and the activations from the lowest layer on.
+* evaluation: ``layer + logits`` of the largest evaluation batch.
+* not counted: what checkpoints and the saved model copy for a moment (a few ``T``), and the heap's fragmentation. With
+  all parameters trained, the part above libraries and data has been measured at up to 2.6 times the estimate.
+* prefix cache: what one batch occupies, measured, for all samples; at most its budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data import client_batches
+from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
+from fs_fwdllm.estimator.backprop import transformer_layers
+from fs_fwdllm.method import Parts, resolve_method
+from fs_fwdllm.method.cybgd.forecast import visit_bytes
+from fs_fwdllm.model.source import model_task
+from fs_fwdllm.run.session import Session
+
+__all__ = ["MemoryEstimate", "estimate_memory", "resident_bytes"]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Parts of the predicted peak, in bytes; host and device memory together. The module explains each."""
+
+    process_bytes: int
+    model_bytes: int
+    replicas_bytes: int
+    messages_bytes: int
+    work_bytes: int
+    evaluation_bytes: int
+    prefix_cache_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak."""
+        total = sum(getattr(self, item.name) for item in fields(self))
+        return total - min(self.work_bytes, self.evaluation_bytes)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def estimate_memory(session: Session, clients_per_round: int, steps: int, before_loading_bytes: int) -> MemoryEstimate:
+    """The estimate for a loaded session.
+
+    Args:
+        clients_per_round: clients asked in a round.
+        steps: most local steps of a client in a round.
+        before_loading_bytes: :func:`resident_bytes` before the session was opened; weights that are mapped but not yet
+            read do not show in the resident memory of a loaded process, so this is a lower bound of its own part.
+    """
+    model = session.loaded.model
+    model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    on_device = session.device.type != "cpu"
+    process_bytes = max(before_loading_bytes, resident_bytes() - (0 if on_device else model_bytes))
+    shape = _Shape.of(session.config, model)
+    examples = [example for held in session.data.clients.values() for example in held.train]
+    rows = min(session.config.dataloader.batch_size, max(session.client_samples.values()))
+    work = _Pass(rows, max(len(example.input_ids) for example in examples), rows * max(map(_labels, examples)))
+    scalars = resolve_method(session.config).forward_only
+    blocks = resolve_method(session.config).name == "cybgd"
+    trainable_bytes = session.parts.trainables.bytes
+    return MemoryEstimate(
+        process_bytes=process_bytes,
+        model_bytes=model_bytes,
+        replicas_bytes=_block_replicas(session.parts) if blocks else _replicas(session.config, trainable_bytes),
+        messages_bytes=_messages(session.config, trainable_bytes, clients_per_round),
+        work_bytes=_forward_only(session, shape, work, steps) if scalars else _backprop(session, shape, work),
+        evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
+        prefix_cache_bytes=_prefix_cache(session, examples),
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass: sequences, tokens in the longest of them, and labelled positions in all of them."""
+
+    rows: int
+    tokens: int
+    labels: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the activations of a model depend on; ``width`` is the sum of a block's linear outputs."""
+
+    width: int
+    hidden: int
+    heads: int
+    classes: int
+    layers: int
+    trained_layers: int
+    element_bytes: int
+    eager: bool
+
+    @classmethod
+    def of(cls, config: Config, model: nn.Module) -> _Shape:
+        settings: Any = model.config
+        settings = settings.get_text_config()
+        blocks = transformer_layers(model)
+        trained = [index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
+        layers = getattr(settings, "num_hidden_layers", len(blocks))
+        classes = {
+            "classification": getattr(settings, "num_labels", 0),
+            "question_answering": config.llm.tok_len,
+            "causal_lm": getattr(settings, "vocab_size", 0),
+        }
+        return cls(
+            width=max((sum(map(_outputs, block.modules())) for block in blocks), default=0),
+            hidden=settings.hidden_size,
+            heads=settings.num_attention_heads,
+            classes=classes[model_task(config)],
+            layers=layers,
+            trained_layers=layers - trained[0] if trained else 0,
+            element_bytes=max(parameter.element_size() for parameter in model.parameters() if parameter.dim() > 1),
+            eager=settings._attn_implementation == "eager",
+        )
+
+    def layer(self, work: _Pass) -> int:
+        scores = 2 * self.heads * work.tokens if self.eager else 0
+        return self.element_bytes * work.rows * work.tokens * (self.width + scores)
+
+    def logits(self, work: _Pass) -> int:
+        return 8 * work.labels * self.classes
+
+    def forward(self, work: _Pass) -> int:
+        return self.layer(work) + self.logits(work)
+
+
+def _outputs(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return int(module.nf) if isinstance(module, Conv1D) else 0
+
+
+def _labels(example: Example) -> int:
+    return int((example.labels != IGNORED_LABEL).sum())
+
+
+def _evaluation_pass(batch: Batch) -> _Pass:
+    rows, tokens = batch.input_ids.shape
+    return _Pass(rows, tokens, int((batch.labels != IGNORED_LABEL).sum()))
+
+
+def _block_replicas(parts: Parts) -> int:
+    """The server's float32 blocks, and the frames of their views, which it keeps."""
+    return 4 * parts.trainables.count + parts.trainables.bytes
+
+
+def _replicas(config: Config, trainable_bytes: int) -> int:
+    optimizer, own = config.train.optimizer, config.fwdllm
+    copies = 1
+    if resolve_method(config).forward_only:
+        scalars = own.upload == "scalars"
+        copies += (2 if scalars else 1) * bool(own.server_momentum) + scalars
+    elif resolve_method(config).name == "fedsgd":
+        copies += 2 if optimizer.type == "AdamW" else bool(optimizer.momentum)
+    return copies * trainable_bytes
+
+
+def _messages(config: Config, trainable_bytes: int, clients_per_round: int) -> int:
+    if resolve_method(config).name == "cybgd":
+        return 4 * trainable_bytes  # an assignment of every block, its frame, and both once more unpacked
+    if resolve_method(config).forward_only and config.fwdllm.upload == "scalars":
+        return (10 if config.fwdllm.server_momentum else 5) * trainable_bytes
+    return (8 + clients_per_round) * trainable_bytes
+
+
+def _forward_only(session: Session, shape: _Shape, work: _Pass, steps: int) -> int:
+    own, trainable_bytes = session.config.fwdllm, session.parts.trainables.bytes
+    batch = own.probes_per_batch
+    if own.estimator == "forward_mode":
+        points, copies_bytes = 1 + batch, batch * trainable_bytes
+    elif batch > 1:
+        together = min(batch, own.probes)
+        points = 2 * together if own.estimator == "central" else together
+        copies_bytes = (points + together) * trainable_bytes
+    else:
+        points, copies_bytes = 1, _largest_module(session.loaded.model) if session.parts.full else trainable_bytes
+    moves = resolve_method(session.config).name == "mezo" and (steps > 1 or own.upload == "dense")
+    layer_points = points if shape.trained_layers else 1
+    activations = layer_points * shape.layer(work) + points * shape.logits(work)
+    return copies_bytes + moves * trainable_bytes + activations
+
+
+def _largest_module(model: nn.Module) -> int:
+    return max(4 * sum(parameter.numel() for parameter in module.parameters(False)) for module in model.modules())
+
+
+def _backprop(session: Session, shape: _Shape, work: _Pass) -> int:
+    if resolve_method(session.config).name == "cybgd":
+        return visit_bytes(session.parts) + _backprop_activations(session, shape, work)
+    optimizer = session.config.train.optimizer
+    copies = 1
+    if resolve_method(session.config).name != "fedsgd":
+        copies += 2 + (2 if optimizer.type == "AdamW" else bool(optimizer.momentum))
+    return copies * session.parts.trainables.bytes + _backprop_activations(session, shape, work)
+
+
+def _backprop_activations(session: Session, shape: _Shape, work: _Pass) -> int:
+    if session.config.fwdllm.gradient_checkpointing:
+        hidden = shape.element_bytes * work.rows * work.tokens * shape.hidden
+        activations = 3 * shape.layer(work) // 2 + shape.layers * hidden
+    else:
+        activations = 3 * shape.layer(work) * shape.trained_layers // 2
+    return activations + 3 * shape.logits(work) // 2
+
+
+def _prefix_cache(session: Session, examples: list[Example]) -> int:
+    """Run what is frozen on one batch of the first client, and see what is kept of it."""
+    cache, batches = session.parts.objective.cache, session.parts.batches
+    client = next(iter(session.client_samples))
+    held = session.data.clients[client].train
+    batch = client_batches(
+        held, client=client, round_index=0, steps=1, batch_size=batches.batch_size, seed=batches.seed,
+        pad_token_id=batches.pad_token_id,
+    )[0]  # fmt: skip
+    with torch.no_grad():
+        session.parts.objective.on(batch)
+    samples = len(examples) + sum(map(len, session.evaluation_batches))
+    return min(cache.budget_bytes, cache.used_bytes * samples // len(batch))

@@ -1,0 +1,189 @@
+"""What a run will cost, before it is run: parameters, passes, bytes and peak memory. Nothing is trained.
+
+**Passes and bytes are counted, not estimated.** The rounds are walked through (:mod:`.dry_run`) with the server's own
+sampling and its own rule of who is sent what, and the sums are what the run's ``metrics.jsonl`` will say, provided that
+every asked client answers. (A checksum below 2^16, one in 65,536, makes a frame two bytes shorter.) With a variance
+gate that holds if the gate never waits; the run whose every step waits to the limit is forecast beside it. Of a run
+longer than :data:`MAX_WALKED_ROUNDS` the later rounds count as much as the second half of the walked ones did on
+average. Block training is a dry run of its server over two cycles instead (:mod:`fs_fwdllm.method.cybgd.forecast`),
+whose uploads are upper bounds.
+
+Passes per client and round, for ``K`` steps and ``P`` probes: central ``2 K P``, one-sided ``K (1 + P)``, forward mode
+``K (ceil(P / probes_per_batch) + P)``, backpropagation ``K`` forward and ``K`` backward, ``2 K`` forward with
+checkpointing.
+
+**Memory is an estimate**; :mod:`fs_fwdllm.forecast.memory` has its formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.forecast.dry_run import Cost, Walk
+from fs_fwdllm.forecast.memory import MemoryEstimate, estimate_memory, resident_bytes
+from fs_fwdllm.method import resolve_method
+from fs_fwdllm.method.cybgd.forecast import dry_rounds
+from fs_fwdllm.method.parts import work_plans
+from fs_fwdllm.report.units import format_bytes, format_count
+from fs_fwdllm.run.sampling import clients_per_round
+from fs_fwdllm.run.session import Session
+
+__all__ = ["MAX_WALKED_ROUNDS", "Cost", "Plan", "make_plan"]
+
+#: Rounds that are walked through one by one.
+MAX_WALKED_ROUNDS = 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forecast of a run.
+
+    Attributes:
+        adapter: which parameters are trained.
+        clients, clients_with_data, clients_per_round: all; those that can be asked; those that are asked.
+        steps: fewest and most local steps of a client in a round.
+        probes: directions per step; 0 for methods that backpropagate.
+        costliest_client: the largest of each number over the clients of the first round.
+        first_round, last_round, run: sums over clients; of the last round that was walked through.
+        rounds_per_step: fewest and most rounds of a server step, which the variance gate decides.
+        run_of_longest_steps: as ``run``, if every step takes the most rounds.
+        memory: predicted peak, part by part.
+    """
+
+    method: str
+    model: str
+    adapter: str
+    trainable_parameters: int
+    total_parameters: int
+    clients: int
+    clients_with_data: int
+    clients_per_round: int
+    rounds: int
+    steps: tuple[int, int]
+    probes: int
+    costliest_client: Cost
+    first_round: Cost
+    last_round: Cost
+    run: Cost
+    rounds_per_step: tuple[int, int]
+    run_of_longest_steps: Cost
+    memory: MemoryEstimate
+
+    def rows(self) -> list[tuple[str, str]]:
+        """``(name, value)`` pairs to print."""
+        share = self.trainable_parameters / self.total_parameters
+        steps = " to ".join(str(steps) for steps in sorted(set(self.steps)))
+        probes = f", {self.probes} probes each" if self.probes else ""
+        clients = f"{self.clients_per_round} a round of {self.clients_with_data} with data ({self.clients} in all)"
+        client, memory = self.costliest_client, self.memory
+        copies = f"{format_bytes(memory.replicas_bytes)} + {format_bytes(memory.messages_bytes)}"
+        return [
+            ("method", self.method),
+            ("model", self.model),
+            ("trained", f"{self.adapter}: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.2%})"),
+            ("clients", clients),
+            ("rounds", format_count(self.rounds)),
+            *self._gate_rows(),
+            ("steps per client and round", f"{steps}{probes}"),
+            ("passes per client and round", _passes(client)),
+            ("passes per round", _passes(self.first_round)),
+            ("passes of the run", _passes(self.run)),
+            ("upload per client and round", format_bytes(client.upload_bytes)),
+            ("download per client, first round", format_bytes(client.download_bytes)),
+            ("first round, all clients", _traffic(self.first_round)),
+            ("a late round, all clients", _traffic(self.last_round)),
+            ("the run, if all clients answer", _traffic(self.run)),
+            ("peak memory (estimate)", format_bytes(memory.peak_bytes)),
+            ("  process and model", f"{format_bytes(memory.process_bytes)} + {format_bytes(memory.model_bytes)}"),
+            ("  replicas and messages", copies),
+            ("  work, or evaluation", f"{format_bytes(memory.work_bytes)}, {format_bytes(memory.evaluation_bytes)}"),
+            ("  prefix cache", format_bytes(memory.prefix_cache_bytes)),
+        ]
+
+    def _gate_rows(self) -> list[tuple[str, str]]:
+        fewest, most = self.rounds_per_step
+        if fewest == most:
+            return []
+        return [
+            ("server steps (the gate decides)", f"{-(-self.rounds // most):,} to {self.rounds // fewest:,}"),
+            ("the run, if the gate waits each time", _traffic(self.run_of_longest_steps)),
+        ]
+
+
+def _passes(cost: Cost) -> str:
+    return f"{cost.forward_passes:,} forward, {cost.backward_passes:,} backward"
+
+
+def _traffic(cost: Cost) -> str:
+    return f"{format_bytes(cost.upload_bytes)} up, {format_bytes(cost.download_bytes)} down"
+
+
+def make_plan(config: Config) -> Plan:
+    """Load what ``config`` names and forecast its run.
+
+    Raises:
+        FwdLLMError: whatever a run would raise while it loads; see the subtypes.
+    """
+    before_loading_bytes = resident_bytes()
+    session = Session.open(config)
+    own = config.fwdllm.blocks
+    blocks = resolve_method(config).name == "cybgd"
+    available = len(session.client_samples)
+    per_round = own.parallel_blocks * own.clients_per_block if blocks else clients_per_round(config, available)
+    plans = work_plans(config, session.client_samples)
+    steps = min(plan.steps for plan in plans.values()), max(plan.steps for plan in plans.values())
+    memory = estimate_memory(session, per_round, steps[1], before_loading_bytes)
+    rounds = list(_rounds(session, per_round, 1))
+    gate = config.fwdllm.gate
+    longest = 1 if gate.kind == "none" else 1 + gate.max_repeats
+    run = _whole_run(rounds, config)
+    return Plan(
+        method=resolve_method(config).name,
+        model=config.model.type,
+        adapter=session.loaded.peft_method,
+        trainable_parameters=session.parts.trainables.count,
+        total_parameters=sum(parameter.numel() for parameter in session.loaded.model.parameters()),
+        clients=len(session.data.clients),
+        clients_with_data=len(session.client_samples),
+        clients_per_round=per_round,
+        rounds=config.federate.total_round_num,
+        steps=steps,
+        probes=next(iter(plans.values())).probes,
+        costliest_client=_largest(rounds[0]),
+        first_round=sum(rounds[0], Cost()),
+        last_round=sum(rounds[-1], Cost()),
+        run=run,
+        rounds_per_step=(1, longest),
+        run_of_longest_steps=run if longest == 1 else _whole_run(list(_rounds(session, per_round, longest)), config),
+        memory=memory,
+    )
+
+
+def _whole_run(walked: Sequence[list[Cost]], config: Config) -> Cost:
+    """The sum, of all rounds: those that were not walked through count as the later half of the others."""
+    sums = [sum(clients, Cost()) for clients in walked]
+    late = sums[len(sums) // 2 :]
+    unwalked = config.federate.total_round_num - len(sums)
+    return sum(sums, Cost()) + sum(late, Cost()).times(unwalked / len(late))
+
+
+def _rounds(session: Session, per_round: int, rounds_per_step: int) -> Iterator[list[Cost]]:
+    """For each round that is walked through, what each of its clients costs."""
+    if resolve_method(session.config).name != "cybgd":
+        count = min(session.config.federate.total_round_num, MAX_WALKED_ROUNDS)
+        yield from Walk(session, per_round, rounds_per_step).rounds(count)
+        return
+    passes = 2 if session.config.fwdllm.gradient_checkpointing else 1
+    for clients in dry_rounds(session.parts, session.client_samples):
+        yield [Cost(up, down, passes * assignment.steps, assignment.steps) for assignment, down, up in clients]
+
+
+def _largest(costs: Sequence[Cost]) -> Cost:
+    return Cost(
+        max(cost.upload_bytes for cost in costs),
+        max(cost.download_bytes for cost in costs),
+        max(cost.forward_passes for cost in costs),
+        max(cost.backward_passes for cost in costs),
+    )

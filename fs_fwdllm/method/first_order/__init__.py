@@ -1,0 +1,1 @@
+"""The baselines that backpropagate: FedAvg and FedSGD."""

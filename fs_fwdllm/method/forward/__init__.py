@@ -1,0 +1,1 @@
+"""Forward gradients: clients look and stay where they are, the server steps on what all of them saw."""

@@ -1,0 +1,190 @@
+"""The pool: what the probes of one server step have measured so far, as scalars.
+
+A server step may take several rounds on the same mini-batches. What it keeps between them are seeds and slopes, never a
+gradient: 4 bytes a probe, whatever the number of parameters or clients. The estimate they stand for is ::
+
+    G = sum_c w_c 1/n_c sum_k g_ck z_ck
+
+where client ``c`` has weight ``w_c`` (its share of the samples) and ``n_c`` probes over all rounds of the pool. A
+client that missed a repeat has fewer probes but the same weight, so ``G`` estimates the same gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.wire import Participant
+from fs_fwdllm.method.replica import contributions_of
+
+__all__ = ["Pool", "PoolEntry"]
+
+
+@dataclass(frozen=True)
+class PoolEntry:
+    """One client's answer in one round.
+
+    Attributes:
+        slopes: float32 ``[steps, probes]`` along random directions (what a reference leaves of them, if there is one).
+        along_reference: float32 ``[steps]``, slopes along the reference times ``scale``; empty without one.
+        choices: which candidates were chosen, as the assignment had them.
+    """
+
+    round_index: int
+    client: int
+    samples: int
+    slopes: np.ndarray
+    along_reference: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    scale: float = 0.0
+    choices: bytes = b""
+
+    @property
+    def participant(self) -> Participant:
+        return (self.round_index, self.client, *self.slopes.shape)
+
+
+@dataclass
+class Pool:
+    """Entries in the order of rounds, and of clients within a round.
+
+    Attributes:
+        first_round: the round whose clients and mini-batches the pool is about; ``None`` while it is empty.
+        exchanges: rounds that have added to it.
+    """
+
+    equal_weights: bool
+    entries: list[PoolEntry] = field(default_factory=list)
+    exchanges: int = 0
+
+    @property
+    def first_round(self) -> int | None:
+        return self.entries[0].round_index if self.entries else None
+
+    @property
+    def probes(self) -> int:
+        """Random directions evaluated so far."""
+        return sum(entry.slopes.size for entry in self.entries)
+
+    @property
+    def participants(self) -> tuple[Participant, ...]:
+        return tuple(entry.participant for entry in self.entries)
+
+    @property
+    def choices(self) -> bytes:
+        return b"".join(entry.choices for entry in self.entries)
+
+    def add(self, entries: Sequence[PoolEntry]) -> None:
+        """Take in a round's entries."""
+        self.entries.extend(entries)
+        self.exchanges += bool(entries)
+
+    def clear(self) -> None:
+        self.entries, self.exchanges = [], 0
+
+    def slopes(self) -> np.ndarray:
+        """All slopes along random directions, float64, in order."""
+        return np.concatenate([entry.slopes.astype(np.float64).ravel() for entry in self.entries])
+
+    def client_weights(self) -> dict[int, float]:
+        """Every client's share of the samples (or an equal one); they sum to one."""
+        samples = {entry.client: 1 if self.equal_weights else entry.samples for entry in self.entries}
+        # As numpy has it for a round of its own, so that a step without a pool has the same bits.
+        shares = np.array(list(samples.values()), dtype=np.float64)
+        return dict(zip(samples, (shares / shares.sum()).tolist(), strict=True))
+
+    def client_probes(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for entry in self.entries:
+            counts[entry.client] = counts.get(entry.client, 0) + entry.slopes.size
+        return counts
+
+    def coefficients(self, sign: float = 1.0) -> np.ndarray:
+        """What every direction is multiplied with in ``sign * G``, float64 ``[probes]``."""
+        weights, counts = self.client_weights(), self.client_probes()
+        return np.concatenate(
+            [
+                (sign * weights[entry.client] / counts[entry.client] * entry.slopes.astype(np.float64)).ravel()
+                for entry in self.entries
+            ]
+        )
+
+    def reference_coefficient(self, dimensions: int, sign: float = 1.0) -> float:
+        """What the reference is multiplied with in ``sign * G``: ``sum_c w_c mean(g_r) scale / d``."""
+        weights = self.client_weights()
+        steps: dict[int, int] = {}
+        for entry in self.entries:
+            steps[entry.client] = steps.get(entry.client, 0) + len(entry.along_reference)
+        total = 0.0
+        for entry in self.entries:
+            if len(entry.along_reference):
+                mean = float(entry.along_reference.sum(dtype=np.float64)) / steps[entry.client]
+                total += sign * weights[entry.client] * mean * entry.scale / dimensions
+        return total
+
+    def contributions(self, replayer: Replayer, coefficients: np.ndarray, reference: float = 0.0) -> Contributions:
+        """The pool's directions with other coefficients."""
+        return contributions_of(replayer, self.participants, coefficients, self.choices, reference)
+
+    def estimate(self, replayer: Replayer) -> list[torch.Tensor]:
+        """``G`` as tensors: one replay."""
+        reference = self.reference_coefficient(replayer.trainables.count)
+        return replayer.total(self.contributions(replayer, self.coefficients(), reference))
+
+    def noise(self, spread: float) -> float:
+        """Estimate of ``E|G - E G|^2`` from the scalars alone: ``sum_c w_c^2 / n_c * spread * mean_k g_ck^2``.
+
+        ``spread`` is ``E|g z - grad|^2 / |grad|^2`` of one probe: ``d - 1`` for signs.
+        """
+        weights, counts = self.client_weights(), self.client_probes()
+        return spread * sum(
+            (weights[entry.client] / counts[entry.client]) ** 2
+            * float(np.square(entry.slopes, dtype=np.float64).sum())
+            for entry in self.entries
+        )  # fmt: skip
+
+    def mean_squared_slope(self, dimensions: int) -> float:
+        """Estimate of the clients' mean ``|grad_c|^2``: ``E g^2``, and what the reference explains (``g_r^2 / d``)."""
+        weights, counts = self.client_weights(), self.client_probes()
+        total = 0.0
+        for entry in self.entries:
+            squares = float(np.square(entry.slopes, dtype=np.float64).sum())
+            explained = float(np.square(entry.along_reference, dtype=np.float64).sum()) / dimensions
+            explained *= entry.slopes.shape[1]
+            total += weights[entry.client] / counts[entry.client] * (squares + explained)
+        return total
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for index, entry in enumerate(self.entries):
+            tensors[f"pool.slopes.{index}"] = torch.from_numpy(entry.slopes.copy())
+            if entry.along_reference.size:
+                tensors[f"pool.along_reference.{index}"] = torch.from_numpy(entry.along_reference.copy())
+            if entry.choices:
+                tensors[f"pool.choices.{index}"] = torch.frombuffer(bytearray(entry.choices), dtype=torch.uint8)
+        return tensors
+
+    def state_numbers(self) -> dict[str, object]:
+        rows = [[entry.round_index, entry.client, entry.samples, entry.scale] for entry in self.entries]
+        return {"pool": rows, "exchanges": self.exchanges}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
+        """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
+        rows = numbers["pool"]
+        assert isinstance(rows, list)
+        none = torch.zeros(0)
+        self.entries = [
+            PoolEntry(
+                round_index,
+                client,
+                samples,
+                slopes=tensors[f"pool.slopes.{index}"].numpy().copy(),
+                along_reference=tensors.get(f"pool.along_reference.{index}", none).numpy().copy(),
+                scale=scale,
+                choices=tensors.get(f"pool.choices.{index}", none).numpy().tobytes(),
+            )
+            for index, (round_index, client, samples, scale) in enumerate(rows)
+        ]
+        self.exchanges = int(str(numbers["exchanges"]))

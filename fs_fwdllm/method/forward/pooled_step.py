@@ -1,0 +1,166 @@
+"""The pooled step of the forward-gradient methods: collect slopes, ask the gate, step on what they estimate.
+
+A server step begins with the first round that puts an answer into the empty pool and ends with the round in which the
+gate lets it through (or the repeat limit, or the end of training does). The rounds between are *waiting*: parameters
+and digest stay as they are, so clients need no record of them. What is carried from round to round is the pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, RoundUpdate
+from fs_fwdllm.method.forward.gate import Decision
+from fs_fwdllm.method.forward.pacing import Pacing, PoolingReport
+from fs_fwdllm.method.forward.pool import Pool, PoolEntry
+from fs_fwdllm.method.forward.step_control import norm_of
+from fs_fwdllm.method.replica import apply_round_update
+
+__all__ = ["PooledStep", "TakenStep", "decay_factor"]
+
+
+def decay_factor(learning_rate: float, weight_decay: float) -> float:
+    """``1 - lr * weight_decay``, the factor of one step."""
+    return 1.0 - learning_rate * weight_decay
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step as it was taken, for comparison with backpropagation.
+
+    Attributes:
+        start: the parameters it was estimated at.
+        estimate: the pooled gradient estimate, before step control and momentum.
+        weights: of the clients whose mini-batches it is about.
+        batch_index: the round that names those mini-batches.
+    """
+
+    start: list[torch.Tensor]
+    estimate: list[torch.Tensor]
+    weights: dict[int, float]
+    batch_index: int
+
+
+class PooledStep:
+    """Paces and takes the steps of a server whose clients do not move.
+
+    Args:
+        replayer: the server's own.
+        schedule, weight_decay, equal_weights: as in :class:`~fs_fwdllm.method.server.ServerSettings`.
+        momentum: of the server on the pooled estimate.
+        pacing: gate, sampling and step control.
+    """
+
+    def __init__(
+        self,
+        replayer: Replayer,
+        schedule: Schedule,
+        *,
+        weight_decay: float,
+        equal_weights: bool,
+        momentum: float,
+        pacing: Pacing,
+    ) -> None:
+        self.pool = Pool(equal_weights)
+        self.server_steps = 0
+        self.taken: TakenStep | None = None
+        self._replayer = replayer
+        self._schedule = schedule
+        self._weight_decay = weight_decay
+        self._momentum = momentum
+        self._pacing = pacing
+        self._initial_norm = norm_of(replayer.trainables.tensors)
+
+    def equip(self, assigned: Mapping[int, Assignment]) -> dict[int, Assignment]:
+        """Assignments that say where to look, where directions are sampled discriminatively."""
+        sign = 1.0 if self._momentum else -1.0
+        return self._pacing.sampling.equip(assigned, self._replayer, server_step=self.server_steps, sign=sign)
+
+    def collect(self, accepted: Sequence[ClientUpdate], assigned: Mapping[int, Assignment]) -> None:
+        """Put a round's answers into the pool."""
+        self.taken = None
+        self.pool.add([_entry(update, assigned[update.client]) for update in accepted])
+
+    def decide(self, round_index: int, *, answered: bool) -> Decision | None:
+        """What the gate says after a round; ``None`` where there is nothing (new) to judge."""
+        last = round_index + 1 >= self._schedule.rounds
+        if not self.pool.entries or not (answered or last):
+            return None
+        return self._pacing.decide(self.pool, self._replayer, last=last)
+
+    def take(self, round_index: int, digest: bytes) -> tuple[RoundUpdate, float | None]:
+        """Step on the pool. Returns the record (digests as before the step) and, if asked for, the step's norm."""
+        record = self._record(round_index, digest)
+        trainables = self._replayer.trainables
+        start = trainables.copy_values() if self._pacing.report_norms or self._pacing.report_cosine else []
+        if self._pacing.report_cosine:
+            estimate, weights = self.pool.estimate(self._replayer), self.pool.client_weights()
+            assert self.pool.first_round is not None
+            self.taken = TakenStep(start, estimate, weights, self.pool.first_round)
+        apply_round_update(self._replayer, record)
+        self.server_steps += 1
+        if not self._pacing.report_norms:
+            return record, None
+        return record, norm_of(here.detach() - there for here, there in zip(trainables.tensors, start, strict=True))
+
+    def _record(self, round_index: int, digest: bytes) -> RoundUpdate:
+        rate = self._schedule(round_index)
+        scale = (1.0 if self._momentum else -rate) * self._pacing.control(self.pool, self._replayer)
+        return RoundUpdate(
+            round_index=round_index,
+            digest_before=digest,
+            digest_after=digest,
+            decay=decay_factor(rate, self._weight_decay),
+            step_decay=(),
+            momentum=self._momentum,
+            rate=rate,
+            participants=self.pool.participants,
+            keeps_reference=self._pacing.sampling.keeps_reference,
+            reference=self.pool.reference_coefficient(self._replayer.trainables.count, scale),
+            choices=self.pool.choices,
+            values=self.pool.coefficients(scale),
+        )
+
+    def report(self, decision: Decision | None, step_norm: float | None) -> PoolingReport | None:
+        """What to say about a round; ``None`` for the plain method."""
+        if not self._pacing.reports:
+            return None
+        growth = norm_of(self._replayer.trainables.tensors) / self._initial_norm if self._initial_norm else math.nan
+        gated = decision is not None and self._pacing.gate is not None
+        return PoolingReport(
+            server_step=self.server_steps,
+            repeats=max(0, self.pool.exchanges - 1),
+            pooled_probes=self.pool.probes,
+            gate="waiting" if decision is None else decision.outcome,
+            gate_statistic=decision.statistic if gated and decision and math.isfinite(decision.statistic) else None,
+            gate_threshold=None if self._pacing.gate is None else self._pacing.gate.threshold,
+            norm_growth=growth,
+            step_norm=step_norm,
+        )
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return self.pool.state_tensors()
+
+    def state_numbers(self) -> dict[str, object]:
+        return {"server_steps": self.server_steps, "initial_norm": self._initial_norm} | self.pool.state_numbers()
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
+        """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
+        self.server_steps = int(str(numbers["server_steps"]))
+        self._initial_norm = float(str(numbers["initial_norm"]))
+        self.pool.load_state(tensors, numbers)
+
+
+def _entry(update: ClientUpdate, work: Assignment) -> PoolEntry:
+    slopes = np.asarray(update.values, dtype=np.float32).reshape(work.steps, work.probes)
+    entry = PoolEntry(update.round_index, update.client, update.samples, slopes, choices=work.choices)
+    if not work.reference_scale:
+        return entry
+    drawn, along = np.ascontiguousarray(slopes[:, :-1]), np.ascontiguousarray(slopes[:, -1])
+    return replace(entry, slopes=drawn, along_reference=along, scale=work.reference_scale)

@@ -1,0 +1,283 @@
+"""A run seen from the server, without the transport: what every host does between "start" and "finished".
+
+    open_round -> frames for clients ... receive frames of clients -> close_round -> record
+
+A host owns processes and messages. It asks :class:`RunDriver` for the frames of a round, carries them to the clients by
+whatever means it has, hands back what arrives, and closes the round when all have answered or its deadline is over.
+Sampling, accounting, reporting, checkpoints and resumption are the same for all hosts because they are here, once.
+:func:`answer` is the client's side of the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
+from fs_fwdllm.data.types import Example
+from fs_fwdllm.errors import CheckpointError, WireError
+from fs_fwdllm.method import ClientWorker, RoundReport, assemble_server
+from fs_fwdllm.report import RunFolder, RunReporter
+from fs_fwdllm.run.accounting import Accounting
+from fs_fwdllm.run.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
+from fs_fwdllm.run.sampling import clients_per_round, sample_clients
+from fs_fwdllm.run.session import Session
+
+__all__ = ["RunDriver", "answer", "follow", "read_own_checkpoint"]
+
+
+def answer(worker: ClientWorker, frame: bytes, examples: Sequence[Example]) -> bytes:
+    """Do what an assignment's frame asks and return the frame of the update.
+
+    Raises:
+        WireError: the frame is not an assignment.
+        DataError, DivergenceError: as :meth:`fs_fwdllm.method.ClientWorker.work` has them.
+    """
+    return encode(worker.work(_assignment(frame), examples))
+
+
+def follow(worker: ClientWorker, frame: bytes) -> None:
+    """Bring a worker's replica to the parameters a frame of :meth:`RunDriver.current_state_for` leads to."""
+    assignment = _assignment(frame)
+    worker.replica.follow(assignment.catch_up, assignment.digest)
+
+
+def _assignment(frame: bytes) -> Assignment:
+    assignment = decode(frame)
+    if not isinstance(assignment, Assignment):
+        raise WireError(f"a client was sent a {type(assignment).__name__} instead of an assignment")
+    return assignment
+
+
+def read_own_checkpoint(folder: RunFolder) -> Checkpoint:
+    """The checkpoint in a run folder, if the folder's configuration is still the one that made it.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or the configuration was changed.
+    """
+    checkpoint = read_checkpoint(folder.checkpoint_path)
+    if checkpoint.fingerprint != config_fingerprint(folder.config()):
+        raise CheckpointError(f"{folder.config_path}: was changed after the checkpoint was written; start a new run")
+    return checkpoint
+
+
+#: Prefix of the worker's tensors in a checkpoint.
+_WORKER = "worker."
+
+
+class RunDriver:
+    """The server's half of a run. A context manager: leaving it closes the run's files.
+
+    Args:
+        session: configuration, model and data of this process; ``session.client_samples`` names the clients.
+        folder: the run folder.
+        checkpoint: where to continue; ``None`` starts anew.
+        console: where progress is shown; standard output unless told.
+        worker: the clients' worker where they are simulated in this process; what it keeps between rounds goes into the
+            checkpoint.
+
+    Attributes:
+        next_round: the round that is open, or will be opened next, counted from 0.
+        missing: clients of the open round that have not answered.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None = None,
+        console: Console | None = None,
+        worker: ClientWorker | None = None,
+    ) -> None:
+        self.session = session
+        self.folder = folder
+        self._worker = worker
+        self.server = assemble_server(session.parts, session.client_samples)
+        self.accounting = Accounting(session.device)
+        self.next_round = 0
+        self.missing: set[int] = set()
+        self._answers: list[ClientUpdate] = []
+        self._unreadable: dict[int, str] = {}
+        self._report: RoundReport | None = None
+        if checkpoint is None:
+            # New weights are drawn from the seed: who loads the same model holds the same bits, as digests prove.
+            for client in session.client_samples:
+                self.server.note_holds(client, self.server.digest)
+        else:
+            self.next_round = checkpoint.next_round
+            self.server.load_state(checkpoint.tensors, checkpoint.numbers)
+            self.accounting.restore(checkpoint.counters)
+            if worker is not None:
+                worker.load_state(_unprefixed(checkpoint.tensors, _WORKER))
+        self._reporter = RunReporter(
+            folder,
+            session.config,
+            total_rounds=self.total_rounds,
+            start_round=self.next_round + 1 if self.next_round else 0,
+            console=console,
+        )
+        self.say = self._reporter.say
+
+    def __enter__(self) -> RunDriver:
+        self._reporter.__enter__()
+        self.session.announce(self.say)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reporter.__exit__(kind, error, trace)
+
+    @property
+    def total_rounds(self) -> int:
+        return self.session.config.federate.total_round_num
+
+    @property
+    def finished(self) -> bool:
+        return self.next_round >= self.total_rounds
+
+    @property
+    def answered(self) -> int:
+        """Clients of the open round whose answer could be read."""
+        return len(self._answers)
+
+    @property
+    def answers_needed(self) -> int:
+        """Answers without which a round that is out of time stops the run (``fwdllm.min_answers``); none where the
+        method gives the work to other clients, and stops by itself when that fails again and again."""
+        return 0 if self.server.reassigns else self.session.config.fwdllm.min_answers
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the round that was just closed is to be followed by an evaluation."""
+        return self.session.evaluates_after(self.next_round)
+
+    def record_start(self, evaluation: dict[str, float] | None) -> None:
+        """Write the line of round 0: the model before training."""
+        line = {"round": 0, "digest": self.server.digest.hex(), "eval": evaluation}
+        self._reporter.round({**line, **self.accounting.columns()})
+
+    def open_round(self) -> dict[int, bytes]:
+        """Draw the clients of the next round; the frame each is to be sent."""
+        available = sorted(self.session.client_samples)
+        config = self.session.config
+        clients = self.server.wanted_clients(self.next_round, available)
+        if clients is None:
+            sampled_in = self.server.sampling_index_for(self.next_round)
+            clients = sample_clients(config.seed, sampled_in, available, clients_per_round(config, len(available)))
+        frames = {client: encode(given) for client, given in self.server.assign(self.next_round, clients).items()}
+        for client, frame in frames.items():
+            self.accounting.ledger.download(client, frame)
+        self.missing, self._answers, self._unreadable = set(frames), [], {}
+        return frames
+
+    def reopen_for(self, client: int) -> bytes:
+        """The open round's frame anew, for a client that came back and has not answered."""
+        frame = encode(self.server.reassign(client))
+        self.accounting.ledger.download(client, frame)
+        return frame
+
+    def current_state_for(self, client: int) -> bytes:
+        """A frame without work, that brings ``client`` to the server's present parameters (for an evaluation)."""
+        frame = encode(self.server.current_state_for(client))
+        self.accounting.ledger.download(client, frame)
+        return frame
+
+    def whole_state_for(self, client: int) -> bytes:
+        """A frame without work that carries all parameters, for a process that was started anew by a resumed run.
+
+        It is not counted: the files of a resumed run read as if the run had never stopped.
+        """
+        state = replace(self.server.current_state_for(client), catch_up=(self.server.dense_frame(),))
+        return encode(state)
+
+    def receive(self, client: int, frame: bytes) -> None:
+        """Take what arrived from ``client``. What cannot be read, or speaks for another client, is left out and
+        named in the round's report."""
+        self.accounting.ledger.upload(client, frame)
+        self.missing.discard(client)
+        try:
+            update = decode(frame)
+            if not isinstance(update, ClientUpdate):
+                raise WireError(f"the server was sent a {type(update).__name__} instead of an update")
+            if update.client != client:
+                raise WireError(f"client {client} sent an update in the name of client {update.client}")
+        except WireError as error:
+            self.refuse(client, error)
+        else:
+            self._answers.append(update)
+
+    def refuse(self, client: int, error: WireError) -> None:
+        """Leave out what came instead of ``client``'s frame: the transport handed over something that is not one."""
+        self.missing.discard(client)
+        self._unreadable[client] = "unreadable"
+        self.say(f"warning: round {self.next_round + 1}: client {client}: {error}")
+
+    def close_round(self) -> RoundReport:
+        """Step with the answers that came; clients that are still missing are reported as such.
+
+        Raises:
+            TrainingStalledError: as :meth:`fs_fwdllm.method.RoundServer.absorb`.
+        """
+        report = self.server.absorb(self._answers)
+        report.rejected.update(self._unreadable)
+        self.session.watch(report, self.say)
+        self.session.diagnose(self.server, report)
+        self._report = report
+        self.missing = set()
+        return report
+
+    def record(self, evaluation: dict[str, float] | None = None) -> None:
+        """Write the closed round's line, its traffic and, when due, a checkpoint; then the next round may be opened."""
+        assert self._report is not None, "close_round comes first"
+        traffic = self.accounting.close_round(self._report)
+        line = {**_line(self._report), **self.accounting.columns()}
+        if evaluation is not None:
+            line["eval"] = evaluation
+        self._reporter.round(line, traffic)
+        # After its line: a run killed in between repeats the round, and the line is written anew.
+        due = self.session.checkpoints_after(self.next_round)
+        self.next_round += 1
+        if due:
+            self._write_checkpoint()
+
+    def finish(self) -> Path:
+        """Save what was trained and close the report. Returns the saved adapter's or model's folder."""
+        trained = self.session.save(self.folder.path, self.server.trainables)
+        line = {"round": self.next_round, "digest": self.server.digest.hex(), "saved": trained.name}
+        self._reporter.finish({**line, **self.accounting.columns()})
+        return trained
+
+    @torch.no_grad()
+    def _write_checkpoint(self) -> None:
+        kept = {} if self._worker is None else self._worker.state_tensors()
+        checkpoint = Checkpoint(
+            next_round=self.next_round,
+            tensors=self.server.state_tensors() | {f"{_WORKER}{name}": tensor for name, tensor in kept.items()},
+            numbers=self.server.state_numbers(),
+            counters=self.accounting.counters(),
+            fingerprint=config_fingerprint(self.session.config),
+        )
+        write_checkpoint(self.folder.checkpoint_path, checkpoint)
+
+
+def _line(report: RoundReport) -> dict[str, object]:
+    return {
+        "round": report.round_index + 1,
+        "digest": report.digest.hex(),
+        "train_loss": report.train_loss,
+        "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
+        "loss": {str(client): loss for client, loss in report.losses.items()},
+        "rejected": {str(client): reason for client, reason in report.rejected.items()},
+        **({} if report.pooling is None else report.pooling.columns()),
+        **report.details,
+    }
+
+
+def _unprefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

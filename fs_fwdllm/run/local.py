@@ -1,0 +1,67 @@
+"""The embedded host: a whole federated run in one process, on one page.
+
+Assign, send, work, send, absorb, evaluate, record. Everything a client and the server say to each other passes through
+real frames, which are counted; the worker follows the server only by what those frames carry, so every round proves
+again that the parameters can be rebuilt from seeds and scalars.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fs_fwdllm.config import Config, load_config
+from fs_fwdllm.method import assemble_worker
+from fs_fwdllm.report import RunFolder
+from fs_fwdllm.run.driver import RunDriver, answer, read_own_checkpoint
+from fs_fwdllm.run.sampling import clients_per_round
+from fs_fwdllm.run.session import Session
+
+if TYPE_CHECKING:
+    from fs_fwdllm.run.checkpoint import Checkpoint
+
+__all__ = ["resume", "run", "run_file"]
+
+
+def run(config: Config) -> Path:
+    """Train as ``config`` says and return the run folder.
+
+    Raises:
+        FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
+    """
+    session = Session.open(config)
+    clients_per_round(config, len(session.client_samples))  # refused before there is a folder
+    return _train(session, RunFolder.create(config), None)
+
+
+def run_file(cfg: Path, overrides: list[str]) -> Path:
+    """Train as the file ``cfg`` with ``key value`` overrides says. Raises as :func:`run`."""
+    return run(load_config(cfg, overrides))
+
+
+def resume(path: str | Path) -> Path:
+    """Continue an interrupted run from its last checkpoint; the result is the uninterrupted run's, bit for bit.
+
+    Raises:
+        CheckpointError: no run or no checkpoint there, or its configuration was changed.
+    """
+    folder = RunFolder.open(path)
+    checkpoint = read_own_checkpoint(folder)
+    return _train(Session.open(folder.config()), folder, checkpoint)
+
+
+def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:
+    worker = assemble_worker(session.parts)
+    with RunDriver(session, folder, checkpoint, worker=worker) as driver:
+        server = driver.server
+        if checkpoint is None:
+            driver.record_start(session.evaluate(server.trainables))
+        else:
+            worker.replica.follow([server.dense_frame()], server.digest)
+        while not driver.finished:
+            for client, frame in driver.open_round().items():
+                driver.receive(client, answer(worker, frame, session.data.clients[client].train))
+            driver.close_round()
+            driver.record(session.evaluate(server.trainables) if driver.evaluation_is_due else None)
+        driver.finish()
+    return folder.path

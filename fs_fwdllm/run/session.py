@@ -1,0 +1,197 @@
+"""What a process loads once: tokenizer, data, model; and what it does with them between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.data import Batch, FederatedData, load_federated_data
+from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
+from fs_fwdllm.data.readers import data_task
+from fs_fwdllm.errors import ConfigError, DataError
+from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
+from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, resolve_method
+from fs_fwdllm.method.forward.cosine import add_cosine
+from fs_fwdllm.method.parts import select_device
+from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model.source import model_task
+
+__all__ = ["Session"]
+
+#: Evaluation keeps no gradients, so its batches may be larger than the training ones.
+_EVALUATION_BATCH = 32
+#: Above this share of zero slopes the run learns little, and says so.
+_TOO_MANY_ZEROS = 0.5
+#: Finite differences with a smaller radius than this mostly measure a bfloat16 base's rounding.
+_BFLOAT16_RADIUS = 5e-3
+
+
+@dataclass
+class Session:
+    """Tokenizer, data and model of one process. Build it with :meth:`open`."""
+
+    config: Config
+    data: FederatedData
+    loaded: LoadedModel
+    parts: Parts
+    device: torch.device
+    client_samples: dict[int, int]
+    _metrics: list[str]
+    evaluation_batches: list[Batch] = field(default_factory=list)
+    _warned: bool = False
+
+    @classmethod
+    def open(cls, config: Config) -> Session:
+        """Load everything ``config`` names.
+
+        Raises:
+            ConfigError, DataError, ModelError: see their messages.
+        """
+        check_combination(config)
+        _check_task(config)
+        tokenizer = load_tokenizer(config)
+        session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
+        if not session.client_samples:
+            raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
+        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
+        return session
+
+    @classmethod
+    def assemble(cls, config: Config, tokenizer: Any, data: FederatedData) -> Session:
+        """Load the model around data that a host has read; the clients may be elsewhere.
+
+        Raises:
+            ConfigError, ModelError: see their messages.
+        """
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = select_device(config)
+        loaded = load_model(config, tokenizer, len(data.label_names))
+        loaded.model.to(device)
+        return cls(
+            config=config,
+            data=data,
+            loaded=loaded,
+            parts=Parts.build(
+                config,
+                loaded.model,
+                data.task,
+                tokenizer.pad_token_id,
+                full=loaded.peft_method == "full",
+                label_tokens=data.label_tokens,
+                fresh=loaded.fresh,
+            ),
+            device=device,
+            client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
+            _metrics=check_metrics(config.eval.metrics, data.task),
+        )
+
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Say what is about to be trained, on what."""
+        method, trainables = resolve_method(self.config), self.parts.trainables
+        total = sum(parameter.numel() for parameter in self.loaded.model.parameters())
+        say(
+            f"{method.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
+            f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"
+        )
+        if method.describe is not None:
+            say(method.describe(self.parts))
+        empty = len(self.data.clients) - len(self.client_samples)
+        if empty:
+            say(f"{empty} clients hold no training sample and are never asked")
+        own = self.config.fwdllm
+        differences = method.forward_only and own.estimator != "forward_mode"
+        if differences and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
+            say(f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01")
+        train = self.config.train
+        if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
+            say(
+                f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "
+                f"{train.optimizer.lr}: {train.train_strategy} can give a client the learning rate 0"
+            )
+        ignored = self.config.ignored_keys()
+        if ignored:
+            say(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
+
+    def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
+        """Say, once, what a user should know about how the rounds go."""
+        if report.zero_share > _TOO_MANY_ZEROS and resolve_method(self.config).forward_only and not self._warned:
+            self._warned = True
+            say(
+                f"warning: {report.zero_share:.0%} of the slopes are exactly zero: fwdllm.radius "
+                f"{self.config.fwdllm.radius} is below what the losses resolve; raise it (about 0.01 over a bfloat16 "
+                "base), or use fwdllm.estimator: forward_mode"
+            )
+
+    def diagnose(self, server: RoundServer, report: RoundReport) -> None:
+        """Compare the step of a round that evaluates with backpropagation, if the server kept what that takes."""
+        if self.evaluates_after(report.round_index):
+            examples = {client: held.train for client, held in self.data.clients.items()}
+            add_cosine(self.parts, server, report, examples)
+
+    def evaluates_after(self, round_index: int) -> bool:
+        """Whether to evaluate after this round (always after the last)."""
+        return self._due(round_index, self.config.eval.freq)
+
+    def checkpoints_after(self, round_index: int) -> bool:
+        """Whether to write a checkpoint after this round (always after the last)."""
+        return self._due(round_index, self.config.fwdllm.checkpoint_every)
+
+    def evaluate(self, trainables: Trainables) -> dict[str, Any] | None:
+        """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
+        if not self.evaluation_batches:
+            return None
+        with self.at(trainables):
+            return evaluate(
+                self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
+                self.loaded.tokenizer,
+            )  # fmt: skip
+
+    @contextmanager
+    def at(self, trainables: Trainables) -> Iterator[None]:
+        """Let the model stand at the server's parameters, in its own dtypes (a block server's are float32)."""
+        own = self.parts.trainables.tensors
+        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
+        with self.parts.trainables.holding(values):
+            yield
+
+    def save(self, folder: Path, trainables: Trainables) -> Path:
+        """Write the trained adapter or model in Hugging Face's format."""
+        return save_trained(self.loaded, folder, dict(zip(trainables.names, trainables.tensors, strict=True)))
+
+    def _due(self, round_index: int, every: int) -> bool:
+        done = round_index + 1
+        return done == self.config.federate.total_round_num or (every > 0 and done % every == 0)
+
+    def _evaluation_split(self, pad_token_id: int) -> list[Batch]:
+        for name in self.config.eval.split:
+            examples = {"test": self.data.test, "val": self.data.val}.get(name, [])
+            if examples:
+                size = max(_EVALUATION_BATCH, self.config.dataloader.batch_size)
+                return cut_evaluation_batches(examples, size, pad_token_id, name)
+        return []
+
+
+#: What data a model is for, in the words of ``data.type``.
+_DATA_OF_MODEL = {
+    "causal_lm": "NAME@llm, or NAME@text to classify by label words",
+    "classification": "NAME@text",
+    "question_answering": "NAME@qa",
+}
+
+
+def _check_task(config: Config) -> None:
+    """Refuse data that the model is not for (instructions for a classifier), before anything is loaded."""
+    task, model = data_task(config), model_task(config)
+    if model != ("causal_lm" if task == "label_words" else task):
+        raise ConfigError(
+            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r} and model.task "
+            f"{config.model.task!r}: that model needs data of the form {_DATA_OF_MODEL[model]}"
+        )
