@@ -1,0 +1,91 @@
+"""Registries: the members of a part of the algebra by the word that a configuration uses for them.
+
+Every part that a user chooses by name (estimator, distribution, method, host) has one registry. A member carries its
+own facts, and whoever needs one asks the member; nobody keeps a list of names. There are three ways in:
+
+* a member of this package stands in the registry's own table, as ``"module:attribute"``, so that asking for names
+  imports nothing heavy;
+* another package announces one as an entry point of the registry's group (``[project.entry-points."GROUP"]`` with
+  ``name = "module:attribute"``), which is found without an import, too;
+* a program or a test calls :meth:`Registry.register`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib import metadata
+from typing import Generic, TypeVar, cast
+
+from fs_fwdllm.errors import ConfigError, nearest
+
+__all__ = ["Registry"]
+
+Member = TypeVar("Member")
+
+
+class Registry(Generic[Member]):
+    """Members by name.
+
+    Args:
+        key: the configuration's key that names a member, for messages.
+        group: the entry-point group in which other packages announce members.
+        members: our own, each as the object itself or as ``"module:attribute"``.
+    """
+
+    def __init__(self, key: str, group: str, members: Mapping[str, Member | str]) -> None:
+        self.key = key
+        self.group = group
+        self._members: dict[str, Member | str] = dict(members)
+
+    def names(self) -> list[str]:
+        """Every name that can be asked for, sorted. Imports no member."""
+        return sorted({*self._members, *self._announced})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members or name in self._announced
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __getitem__(self, name: str) -> Member:
+        """The member of that name, imported if it has not been.
+
+        Raises:
+            ConfigError: there is none, or the package that announces it cannot be imported.
+        """
+        if name not in self._members:
+            if name not in self._announced:
+                raise ConfigError(f"{self.key} {name!r}: allowed are {self.names()}{nearest(name, self.names())}")
+            self._members[name] = self._load(name)
+        member = self._members[name]
+        if isinstance(member, str):
+            module, _, attribute = member.partition(":")
+            member = self._members[name] = cast(Member, getattr(importlib.import_module(module), attribute))
+        return member
+
+    def register(self, name: str, member: Member | str) -> None:
+        """Add a member. Raises ``ValueError`` if the name is taken by another."""
+        if name in self and self._members.get(name) != member:
+            raise ValueError(f"{self.key} {name!r} is registered already; its members are {self.names()}")
+        self._members[name] = member
+
+    def unregister(self, name: str) -> None:
+        """Take out what :meth:`register` added. Raises ``KeyError`` if there is no such member."""
+        del self._members[name]
+
+    @cached_property
+    def _announced(self) -> dict[str, metadata.EntryPoint]:
+        return {point.name: point for point in metadata.entry_points(group=self.group)}
+
+    def _load(self, name: str) -> Member:
+        point = self._announced[name]
+        try:
+            return cast(Member, point.load())
+        except (ImportError, AttributeError) as error:
+            owner = point.dist.name if point.dist is not None else "a package"
+            raise ConfigError(
+                f"{self.key} {name!r}: {owner} announces it as {point.value!r}, which cannot be imported ({error}); "
+                f"install {owner} anew, or remove it"
+            ) from error
