@@ -11,14 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fs_fwdllm.config import Config, dump_config, parse_config
-from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, encode
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.forecast import plan as plan_module
-from fs_fwdllm.forecast.dry_run import assignment_bytes, frame_bytes
+from fs_fwdllm.forecast import dry_run
 from fs_fwdllm.forecast.memory import MemoryEstimate
 from fs_fwdllm.forecast.plan import Cost, make_plan
 from fs_fwdllm.run import local
@@ -140,11 +136,11 @@ def test_planning_changes_no_parameter_and_is_repeatable(tmp_path: Path) -> None
     assert dataclasses.replace(first, memory=second.memory) == second
 
 
-def test_rounds_that_are_not_walked_cost_what_the_late_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_that_are_not_played_cost_what_the_late_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(tmp_path, "fedmezo", LORA)
     config.federate.total_round_num = 40
     exact = make_plan(config).run
-    monkeypatch.setattr(plan_module, "MAX_WALKED_ROUNDS", 10)
+    monkeypatch.setattr(dry_run, "MAX_DRY_ROUNDS", 10)
     assert make_plan(config).run == exact
 
 
@@ -153,24 +149,6 @@ def test_what_a_run_refuses_a_plan_refuses(tmp_path: Path) -> None:
     config.federate.sample_client_num = 6
     with pytest.raises(ConfigError, match="sample_client_num 6"):
         make_plan(config)
-
-
-@given(st.lists(st.sampled_from([0, 1, 54, 255, 256, 4000, 65_400, 65_470, 65_535, 65_536, 70_000]), max_size=20))
-def test_length_of_an_assignment_is_that_of_the_real_one(carried: list[int]) -> None:
-    bare = Assignment(300, 7, DIGEST, 0.1, 10, 200, batch_index=300)
-    real = dataclasses.replace(bare, catch_up=tuple(bytes(length) for length in carried))
-    assert assignment_bytes(bare, carried) == len(encode(real))
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 127, 128, 255, 256, 65_535, 65_536, 100_000])
-def test_length_of_a_frame_is_that_of_the_real_one(count: int) -> None:
-    values = np.linspace(0.5, 2.0, count, dtype=np.float32)
-    for record in (
-        ScalarUpdate(1, 2, DIGEST, 3, 0.5, 6, 0),
-        RoundUpdate(1, DIGEST, DIGEST, 1.0, (0.5, 0.25), 0.0, 0.0, ((1, 1, 2, 3), (1, 200, 2, 3))),
-        DenseState(1, DIGEST, False),
-    ):
-        assert frame_bytes(record, count) == len(encode(dataclasses.replace(record, values=values)))
 
 
 MEASURE = """

@@ -7,10 +7,17 @@ nothing outside it; :meth:`Config.ignored_keys` lists those a file sets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from fs_fwdllm.config.methods import DEFAULT_METHOD, MethodFacts, facts_for, method_words, trainer_words
+from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
+from fs_fwdllm.core.direction import DIRECTIONS
+from fs_fwdllm.errors import nearest
 
 __all__ = [
     "BlockDownloadConfig",
@@ -43,9 +50,7 @@ def is_host_only(field: FieldInfo) -> bool:
 
 class FederateConfig(Section):
     mode: Literal["standalone", "distributed"] = host_only("standalone")
-    method: str = Field(
-        "FedAvg", description="FedAvg, FedSGD, fedmezo, fedfwd, fwdllm or fedcybgd; case does not matter"
-    )
+    method: str = Field(DEFAULT_METHOD, description=f"{', '.join(method_words())}; case does not matter")
     client_num: int = Field(0, ge=0, description="number of clients; 0 takes the number the data has by nature")
     sample_client_num: int = Field(-1, ge=-1, description="clients per round; -1 is all")
     sample_client_rate: float = Field(-1.0, le=1.0, description="share of clients per round; -1 uses sample_client_num")
@@ -135,16 +140,16 @@ class ModelConfig(Section):
 
 class OptimizerConfig(Section):
     type: Literal["SGD", "AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta"] = Field(
-        "SGD", description="local optimiser of fedcybgd; the backpropagation baselines have SGD and AdamW"
+        "SGD", description="local optimiser of block training; the backpropagation baselines have SGD and AdamW"
     )
     lr: float = Field(0.1, ge=0, description="learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; biases and norms are exempt")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of SGD (fedcybgd also: RMSprop)")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of SGD (block training also: RMSprop)")
 
 
 class SchedulerConfig(Section):
     type: Literal["", "constant", "linear", "cosine"] = Field(
-        "", description="learning rate over the rounds (fedcybgd: see fwdllm.blocks.learning_rate_over)"
+        "", description="learning rate over the rounds (block training: see fwdllm.blocks.learning_rate_over)"
     )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the rounds with a linear warm-up")
 
@@ -179,9 +184,7 @@ class EarlyStopConfig(Section):
 
 
 class TrainerConfig(Section):
-    type: str = Field(
-        "", description="mezotrainer, fwdtrainer, cybgdtrainer, llmtrainer; empty follows federate.method"
-    )
+    type: str = Field("", description=f"{', '.join(trainer_words())}; empty follows federate.method")
 
 
 class CriterionConfig(Section):
@@ -197,8 +200,8 @@ class WandbConfig(Section):
 
 
 class GradConfig(Section):
-    grad_clip: float = Field(-1.0, description="largest norm of fedcybgd's active block's gradient; not above 0 is off")
-    grad_accum_count: int = Field(1, ge=1, description="batches per optimiser step (fedcybgd)")
+    grad_clip: float = Field(-1.0, description="largest norm of the trained block's gradient; not above 0 is off")
+    grad_accum_count: int = Field(1, ge=1, description="batches per optimiser step (block training)")
 
 
 class FwdllmDataConfig(Section):
@@ -287,10 +290,8 @@ class BlocksConfig(Section):
 
 
 class FwdllmConfig(Section):
-    estimator: Literal["central", "one_sided", "forward_mode"] = Field(
-        "central", description="how a slope along a direction is measured"
-    )
-    direction: Literal["rademacher", "gaussian"] = Field("rademacher", description="distribution of a direction")
+    estimator: str = Field("central", description="how a slope along a direction is measured")
+    direction: str = Field("rademacher", description="distribution of a direction")
     probes: int = Field(1, ge=1, description="directions evaluated per step")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
     radius_scale: Literal["absolute", "relative"] = Field(
@@ -309,7 +310,7 @@ class FwdllmConfig(Section):
     )
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="dtype of the frozen base (fedcybgd: of the model); auto is float32, or float16 with "
+        description="dtype of the frozen base (block training: of the model); auto is float32, or float16 with "
         "train.is_enable_half",
     )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
@@ -326,6 +327,46 @@ class FwdllmConfig(Section):
     step: StepConfig = StepConfig()
     data: FwdllmDataConfig = FwdllmDataConfig()
     blocks: BlocksConfig = BlocksConfig()
+    ext: dict[str, Any] = Field({}, description="sections of other packages, by the name that they announce")
+
+    @field_validator("estimator")
+    @classmethod
+    def _estimator_is_known(cls, value: str) -> str:
+        return _known(ESTIMATORS, value)
+
+    @field_validator("direction")
+    @classmethod
+    def _direction_is_known(cls, value: str) -> str:
+        return _known(DIRECTIONS, value)
+
+    @field_validator("ext")
+    @classmethod
+    def _sections_are_announced(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Each section as its package's own model says, defaults filled in; as plain values, which a file can hold."""
+        return {name: _extension(name, section) for name, section in value.items()}
+
+
+def _known(registry: Iterable[str], value: str) -> str:
+    """``value``, refused as a literal would be if it is none of the registry's names."""
+    names = [repr(name) for name in sorted(registry)]
+    if repr(value) not in names:
+        expected = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    return value
+
+
+def _extension(name: str, section: Any) -> dict[str, Any]:
+    if name not in EXTENSIONS:
+        known = EXTENSIONS.names()
+        raise ValueError(f"no installed package announces a section {name!r}; known are {known}{nearest(name, known)}")
+    model: type[Section] = EXTENSIONS[name]
+    try:
+        return model.model_validate({} if section is None else section).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, [name, *first["loc"]]))
+        hint = nearest(first["loc"][-1], model.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise ValueError(f"{key}: {first['msg']}{hint}") from error
 
 
 class Config(Section):
@@ -356,6 +397,19 @@ class Config(Section):
     distribute: dict[str, Any] = host_only({})
     aggregator: dict[str, Any] = host_only({})
     fwdllm: FwdllmConfig = FwdllmConfig()
+
+    @property
+    def method(self) -> MethodFacts:
+        """What is known of the method that ``federate.method`` and ``trainer.type`` choose.
+
+        Raises:
+            ConfigError: they choose none.
+        """
+        return facts_for(self.federate.method, self.trainer.type)
+
+    def extension(self, name: str) -> Any:
+        """The section ``fwdllm.ext.NAME`` as the model its package announces, all defaults where a file has none."""
+        return EXTENSIONS[name].model_validate(self.fwdllm.ext.get(name, {}))
 
     def ignored_keys(self) -> list[str]:
         """Dotted names of the keys this configuration sets that only FederatedScope gives a meaning to."""

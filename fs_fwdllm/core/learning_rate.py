@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Schedule"]
+__all__ = ["Schedule", "decay_factor"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,8 @@ class Schedule:
         if self.shape == "cosine":
             return self.base * 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.base
+
+
+def decay_factor(learning_rate: float, weight_decay: float) -> float:
+    """``1 - lr * weight_decay``: what decoupled weight decay leaves of a parameter in one step."""
+    return 1.0 - learning_rate * weight_decay

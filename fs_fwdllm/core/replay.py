@@ -20,7 +20,7 @@ directions are added: memory is read and written once however many contributions
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,6 +194,10 @@ class Replayer:
         assert self.momentum is not None
         for parameter, buffer in zip(parameters, self.momentum, strict=True):
             parameter.sub_(buffer * float(np.float32(rate)))
+
+    def move(self, action: Callable[[], None]) -> None:
+        """Let ``action`` change the trainables otherwise than by a replay (a dense step). A forecast leaves it out."""
+        action()
 
     @torch.no_grad()
     def total(self, contributions: Contributions, tensor_ids: Collection[int] | None = None) -> list[torch.Tensor]:

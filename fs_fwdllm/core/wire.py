@@ -42,6 +42,7 @@ __all__ = [
     "ScalarUpdate",
     "decode",
     "encode",
+    "frame_bytes",
     "from_text",
     "register_record",
     "to_text",
@@ -324,3 +325,8 @@ class ByteLedger:
         rows = {client: (down, up) for client, (down, up) in sorted(self._round.items())}
         self._round = {}
         return rows
+
+
+def frame_bytes(record: Record) -> int:
+    """Length of the frame of a record."""
+    return len(encode(record))

@@ -18,7 +18,7 @@ from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.errors import DataError
 
-__all__ = ["client_batches", "collate", "evaluation_batches", "steps_per_epoch"]
+__all__ = ["client_batches", "collate", "evaluation_batches", "steps_per_epoch", "visited_samples"]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, key: Hashable | None = None) -> Batch:
@@ -83,6 +83,14 @@ def client_batches(
             chosen = members[index * batch_size : (index + 1) * batch_size]
             padded[index] = collate([examples[row] for row in chosen], pad_token_id, key=(client, index))
     return [padded[index] for index in visits]
+
+
+def visited_samples(
+    examples: int, *, client: int, round_index: int, steps: int, batch_size: int, seed: int, shuffle: bool = True
+) -> int:
+    """How many samples the batches of :func:`client_batches` hold together; ``examples`` counts the client's."""
+    sizes = [min(batch_size, examples - first) for first in range(0, examples, batch_size)]
+    return sum(sizes[index] for index in _visits(len(sizes), steps, seed, client, round_index, shuffle))
 
 
 def evaluation_batches(

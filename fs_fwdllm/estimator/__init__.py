@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.config.schema import FwdllmConfig
 from fs_fwdllm.core.direction import Distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator.backprop import Backprop
-from fs_fwdllm.estimator.base import Estimator, Slopes
+from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes
 from fs_fwdllm.estimator.differences import CentralDifference, OneSidedDifference, Radius
 from fs_fwdllm.estimator.forward_mode import ForwardMode
-from fs_fwdllm.model.perturbation import make_perturbation
 
 __all__ = [
     "Backprop",
     "CentralDifference",
     "Estimator",
+    "Footprint",
     "ForwardMode",
     "OneSidedDifference",
     "Radius",
@@ -34,9 +35,5 @@ def make_estimator(
         distribution: the one the updates are replayed with, so that a direction's bits are generated once per step.
         full: whether the model's own weights are trained.
     """
-    if config.estimator == "forward_mode":
-        return ForwardMode(distribution, config.probes_per_batch)
-    perturbation = make_perturbation(model, trainables, distribution, streamed=full)
-    difference = CentralDifference if config.estimator == "central" else OneSidedDifference
-    radius = Radius(config.radius, relative=config.radius_scale == "relative")
-    return difference(perturbation, radius, config.probes_per_batch)
+    made: Estimator = ESTIMATORS[config.estimator].of(model, trainables, distribution, config, full=full)
+    return made

@@ -37,8 +37,12 @@ class Backprop:
         self._layers = transformer_layers(model) if gradient_checkpointing else []
         if gradient_checkpointing and not self._layers:
             raise ModelError("fwdllm.gradient_checkpointing: this model has no stack of layers to checkpoint")
-        #: Forward passes per gradient: checkpointing runs every layer twice.
-        self.forward_passes = 2 if gradient_checkpointing else 1
+        self.forward_passes = self.passes(gradient_checkpointing=gradient_checkpointing)
+
+    @staticmethod
+    def passes(*, gradient_checkpointing: bool) -> int:
+        """Forward passes per gradient: checkpointing runs every layer twice."""
+        return 2 if gradient_checkpointing else 1
 
     def gradient(self, batch_loss: BatchLoss, scale: float = 1.0) -> float:
         """Accumulate the gradient of ``batch_loss``, times ``scale``, in ``grad`` fields; returns the (unscaled) loss.

@@ -13,14 +13,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
+from fs_fwdllm.config.schema import FwdllmConfig
 from fs_fwdllm.core.direction import DirectionKey, Distribution
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.model.objective import BatchLoss
 
-__all__ = ["Estimator", "Slopes", "stack_directions"]
+__all__ = ["Estimator", "Footprint", "Slopes", "stack_directions"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,69 @@ class Slopes:
     forward_passes: int
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What an estimator holds while the model runs once.
+
+    Attributes:
+        points: parameter points that the forward pass evaluates together (a forward-mode tangent counts as one).
+        copies: copies of the trainables, as perturbed points or as directions.
+        by_layer: whether one layer at a time is copied where all of a model is trained.
+    """
+
+    points: int = 1
+    copies: int = 1
+    by_layer: bool = False
+
+
 class Estimator(ABC):
-    """Measures slopes; leaves the parameters bitwise as they were."""
+    """Measures slopes; leaves the parameters bitwise as they were.
+
+    A class states its own facts, which configuration, loading and forecasts ask for; the registry is
+    :data:`fs_fwdllm.config.registries.ESTIMATORS`.
+    """
+
+    #: Whether slopes are differences over ``fwdllm.radius``, so that a base's rounding can hide them.
+    has_radius: ClassVar[bool] = True
+    #: Whether a single probe runs through fused attention kernels.
+    works_with_fused_attention: ClassVar[bool] = True
+    #: Whether ``fwdllm.probes_per_batch`` may be above one where all of a model is trained.
+    batches_whole_models: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls, model: nn.Module, trainables: Trainables, distribution: Distribution, config: FwdllmConfig, *, full: bool
+    ) -> Estimator:
+        """The estimator as configured.
+
+        Args:
+            distribution: what the directions are drawn from.
+            full: whether the model's own weights are trained.
+        """
+
+    @classmethod
+    @abstractmethod
+    def passes(cls, probes: int, probes_per_batch: int) -> int:
+        """Forward passes of a step with so many probes; a forward-mode tangent counts as one."""
+
+    @classmethod
+    def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
+        """What is held while the model runs once."""
+        return Footprint()
+
+    @classmethod
+    def largest_batch(cls, probes: int) -> int:
+        """Up to which ``fwdllm.probes_per_batch`` more probes can be batched."""
+        return probes
+
+    @classmethod
+    def default_attention(cls, probes_per_batch: int) -> str | None:
+        """The attention kernel of ``fwdllm.attention: auto``, ``None`` for the model's own.
+
+        Fused kernels have no batching rule, and no forward-mode derivative.
+        """
+        return "eager" if probes_per_batch > 1 or not cls.works_with_fused_attention else None
 
     @abstractmethod
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
-from fs_fwdllm.estimator.base import Estimator, Slopes, in_groups, stack_directions
+from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes, in_groups, stack_directions
 from fs_fwdllm.model.objective import BatchLoss
-from fs_fwdllm.model.perturbation import Perturbation
+from fs_fwdllm.model.perturbation import Perturbation, make_perturbation
 
 __all__ = ["CentralDifference", "OneSidedDifference", "Radius"]
 
@@ -73,26 +75,65 @@ class _PerturbedLosses:
         return batch_loss.at_stack(points).view(len(offsets), len(keys))
 
 
-class CentralDifference(Estimator):
-    """Two-sided difference; ``radius`` is the papers' epsilon, mu or h."""
+class _Difference(Estimator):
+    """What both differences share: a radius, and losses at perturbed points."""
 
     def __init__(self, perturbation: Perturbation, radius: float | Radius, probes_per_batch: int = 1) -> None:
         self._radius = radius if isinstance(radius, Radius) else Radius(radius)
         self._losses = _PerturbedLosses(perturbation, probes_per_batch)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, trainables: Trainables, distribution: Distribution, config: FwdllmConfig, *, full: bool
+    ) -> Estimator:
+        perturbation = make_perturbation(model, trainables, distribution, streamed=full)
+        return cls(
+            perturbation, Radius(config.radius, relative=config.radius_scale == "relative"), config.probes_per_batch
+        )
+
+    @classmethod
+    def points_of(cls, probes: int) -> int:
+        """Perturbed points of so many probes."""
+        return probes
+
+    @classmethod
+    def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
+        if probes_per_batch == 1:
+            return Footprint(by_layer=True)
+        together = min(probes, probes_per_batch)
+        points = cls.points_of(together)
+        return Footprint(points, points + together)
+
+
+class CentralDifference(_Difference):
+    """Two-sided difference; ``radius`` is the papers' epsilon, mu or h."""
+
+    @classmethod
+    def points_of(cls, probes: int) -> int:
+        return 2 * probes
+
+    @classmethod
+    def passes(cls, probes: int, probes_per_batch: int) -> int:
+        return 2 * probes
+
+    @classmethod
+    def largest_batch(cls, probes: int) -> int:
+        return max(probes, 2)  # 2 batches both points of a single probe
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
         radius = self._radius.at(self._losses.perturbation.trainables)
         losses = _to_host(self._losses.evaluate(batch_loss, keys, (radius, -radius)))
         values = (losses[0] - losses[1]) / (2.0 * radius)
-        return Slopes(values.astype(np.float32), float(losses.mean()), 2 * len(keys))
+        passes = self.passes(len(keys), self._losses.probes_per_batch)
+        return Slopes(values.astype(np.float32), float(losses.mean()), passes)
 
 
-class OneSidedDifference(Estimator):
+class OneSidedDifference(_Difference):
     """Forward difference with one clean loss shared by all probes of a step."""
 
-    def __init__(self, perturbation: Perturbation, radius: float | Radius, probes_per_batch: int = 1) -> None:
-        self._radius = radius if isinstance(radius, Radius) else Radius(radius)
-        self._losses = _PerturbedLosses(perturbation, probes_per_batch)
+    @classmethod
+    def passes(cls, probes: int, probes_per_batch: int) -> int:
+        return 1 + probes
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
         with torch.no_grad():
@@ -101,7 +142,8 @@ class OneSidedDifference(Estimator):
         perturbed = self._losses.evaluate(batch_loss, keys, (radius,))[0]
         losses = _to_host(torch.cat([clean.reshape(1), perturbed]))
         values = (losses[1:] - losses[0]) / radius
-        return Slopes(values.astype(np.float32), float(losses[0]), 1 + len(keys))
+        passes = self.passes(len(keys), self._losses.probes_per_batch)
+        return Slopes(values.astype(np.float32), float(losses[0]), passes)
 
 
 def _to_host(losses: torch.Tensor) -> np.ndarray:

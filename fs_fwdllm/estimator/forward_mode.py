@@ -10,15 +10,19 @@ default for this estimator).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import jvp, vmap
 
+from fs_fwdllm.config.schema import FwdllmConfig
 from fs_fwdllm.core.direction import DirectionKey, Distribution
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import EstimatorError
-from fs_fwdllm.estimator.base import Estimator, Slopes, in_groups, stack_directions
+from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes, in_groups, stack_directions
 from fs_fwdllm.model.objective import BatchLoss
 
 __all__ = ["ForwardMode"]
@@ -31,9 +35,27 @@ class ForwardMode(Estimator):
         EstimatorError: an operation of the model has no forward-mode rule.
     """
 
+    has_radius = False
+    works_with_fused_attention = False
+    batches_whole_models = True
+
     def __init__(self, distribution: Distribution, probes_per_batch: int = 1) -> None:
         self._distribution = distribution
         self._probes_per_batch = probes_per_batch
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, trainables: Trainables, distribution: Distribution, config: FwdllmConfig, *, full: bool
+    ) -> Estimator:
+        return cls(distribution, config.probes_per_batch)
+
+    @classmethod
+    def passes(cls, probes: int, probes_per_batch: int) -> int:
+        return math.ceil(probes / probes_per_batch) + probes
+
+    @classmethod
+    def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
+        return Footprint(points=1 + probes_per_batch, copies=probes_per_batch)
 
     @torch.no_grad()
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
@@ -43,8 +65,9 @@ class ForwardMode(Estimator):
             with batch_loss.replayed():
                 measured.append(self._group(batch_loss, group))
         losses = torch.cat([loss.reshape(1) for loss, _ in measured]).cpu().numpy()
+        passes = self.passes(len(keys), self._probes_per_batch)
         values = torch.cat([slopes for _, slopes in measured]).cpu().numpy()
-        return Slopes(values.astype(np.float32), float(losses.astype(np.float64).mean()), len(groups) + len(keys))
+        return Slopes(values.astype(np.float32), float(losses.astype(np.float64).mean()), passes)
 
     def _group(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> tuple[torch.Tensor, torch.Tensor]:
         tangents = tuple(stack_directions(batch_loss, keys, self._distribution))

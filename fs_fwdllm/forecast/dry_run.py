@@ -1,42 +1,48 @@
-"""The rounds of a run without their work: who is asked, and how long every frame is that would be sent.
+"""A run without its work: the real server is played through its rounds, with answers that say nothing.
 
-Who takes part is a pure function of the seed, and the length of a frame depends only on counts, so one example of every
-kind of frame is really encoded and the rest is arithmetic. What only slopes can decide is given: how many rounds the
-variance gate lets a server step take.
+Who is asked, what every client is sent and when a step is taken are the server's own doing, so nothing of it is
+rebuilt here. Three things make it cheap. The server's parameters take no memory: every tensor is one number, repeated.
+Its replayer does not move them; it only takes a new digest. And a frame's length is asked for without building the
+frame. What only slopes can decide is given: whether the variance gate lets every step through at once, or makes each
+wait to the limit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
-import msgpack
 import numpy as np
+import torch
 
-from fs_fwdllm.core.trainables import DIGEST_BYTES
-from fs_fwdllm.core.wire import (
-    Assignment,
-    DenseState,
-    DenseUpdate,
-    Participant,
-    Record,
-    RoundUpdate,
-    ScalarUpdate,
-    encode,
-)
-from fs_fwdllm.data import client_batches
-from fs_fwdllm.method import resolve_method
-from fs_fwdllm.method.catch_up import CatchUpLog
-from fs_fwdllm.method.parts import work_plans
-from fs_fwdllm.run.sampling import sample_clients
+from fs_fwdllm.config import Config
+from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, frame_bytes
+from fs_fwdllm.data.batches import visited_samples
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.estimator import Backprop
+from fs_fwdllm.method import Parts, RoundServer, assemble_server
+from fs_fwdllm.method.cybgd.forecast import BlockAnswers
+from fs_fwdllm.method.cybgd.server import BlockServer
+from fs_fwdllm.method.forward.gate import GateStatistic
+from fs_fwdllm.method.forward.pacing import DirectedSampling, Pacing
+from fs_fwdllm.method.forward.pool import Pool
+from fs_fwdllm.method.forward.server import PooledServer
+from fs_fwdllm.method.replay_server import ReplayServer
+from fs_fwdllm.run.driver import choose_clients
+from fs_fwdllm.run.sampling import clients_per_round
 from fs_fwdllm.run.session import Session
 
-__all__ = ["Cost", "Walk", "assignment_bytes", "frame_bytes"]
+__all__ = ["MAX_DRY_ROUNDS", "Cost", "dry_rounds"]
 
-_DIGEST = bytes(DIGEST_BYTES)
-#: Magic number, version and header length, which precede the header of every frame.
-_FRAME_PREFIX_BYTES = 5
+#: Rounds that are played one by one.
+MAX_DRY_ROUNDS = 500
+#: Numbers in dense messages after which no further round is played: a few seconds.
+_MAX_DENSE_NUMBERS = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -66,157 +72,167 @@ class Cost:
         )
 
 
-def frame_bytes(record: Record, count: int) -> int:
-    """Length of the frame of ``record`` with ``count`` values in the place of its own; the first is really encoded."""
-    if not count:
-        return len(encode(record))
-    with_one = len(encode(replace(record, values=np.ones(1, dtype=np.float32))))
-    return with_one + 4 * (count - 1) + _integer_bytes(count) - _integer_bytes(1)
-
-
-def assignment_bytes(assignment: Assignment, carried: Sequence[int]) -> int:
-    """Length of the frame of ``assignment``, which carries nothing, if it carried frames of these lengths."""
-    bare = len(encode(assignment))
-    header = bare - _FRAME_PREFIX_BYTES + sum(map(_binary_bytes, carried)) + _array_header_bytes(len(carried)) - 1
-    # A header of 64 KiB and more announces its length in four more bytes.
-    return _FRAME_PREFIX_BYTES + header + (4 if header >= 1 << 16 else 0)
-
-
-class _FrameOfLength(bytes):
-    """A frame of which only the length is known."""
-
-    length: int
-
-    @classmethod
-    def of(cls, length: int) -> _FrameOfLength:
-        frame = cls()
-        frame.length = length
-        return frame
-
-    def __len__(self) -> int:
-        return self.length
-
-
-class Walk:
-    """A run without its work.
+def dry_rounds(session: Session, *, gate_waits: bool = False) -> Iterator[list[Cost]]:
+    """For each round that is played, what each of its clients costs.
 
     Args:
-        per_round: clients that are asked in a round.
-        rounds_per_step: that the variance gate lets every server step take; 1 without a gate.
+        gate_waits: every server step takes as many rounds as the variance gate may ask for, instead of one.
+
+    Raises:
+        ConfigError: the method comes from another package, with a server of a kind of its own.
     """
+    server, answer, rounds = _prepare(session, gate_waits)
+    available = sorted(session.client_samples)
+    for client in available:
+        server.note_holds(client, server.digest)
+    for round_index in range(min(rounds, session.config.federate.total_round_num)):
+        assigned = server.assign(round_index, choose_clients(server, session.config, round_index, available))
+        answers = {client: answer(assignment) for client, assignment in assigned.items()}
+        yield [_cost(assignment, answers[client]) for client, assignment in assigned.items()]
+        server.absorb(answers.values())
 
-    def __init__(self, session: Session, per_round: int, rounds_per_step: int = 1) -> None:
-        self._session = session
-        self._config = session.config
-        self._sampling = session.config.fwdllm.sampling
-        self._per_round = per_round
-        self._rounds_per_step = rounds_per_step
-        self._plans = work_plans(session.config, session.client_samples)
-        self._count = session.parts.trainables.count
-        method = resolve_method(session.config)
-        self._forward_only = method.forward_only
-        self._decays_within_rounds = method.local_steps and session.config.train.optimizer.weight_decay != 0.0
-        self._scalars = self._forward_only and session.config.fwdllm.upload == "scalars"
-        self._catch_up = CatchUpLog(session.parts.trainables.bytes)
-        self._pool: list[Participant] = []
 
-    def rounds(self, count: int) -> Iterator[list[Cost]]:
-        """For each of the first ``count`` rounds, what each of its clients costs."""
-        clients = sorted(self._session.client_samples)
-        self._catch_up.note_started(clients, 0)
-        for round_index in range(count):
-            step, repeat = divmod(round_index, self._rounds_per_step)
-            chosen = sample_clients(self._config.seed, round_index - repeat, clients, self._per_round)
-            yield [self._client(round_index, client) for client in chosen]
-            self._catch_up.note_started(chosen, round_index)
-            if not self._scalars:
-                self._catch_up.forget_until(round_index)
-                continue
-            self._pool += [self._participant(round_index, client) for client in sorted(chosen)]
-            if repeat + 1 == self._rounds_per_step:
-                self._catch_up.append(round_index, _FrameOfLength.of(self._step_bytes(round_index, step)))
-                self._pool.clear()
+def _cost(assignment: Assignment, update: ClientUpdate) -> Cost:
+    return Cost(frame_bytes(update), frame_bytes(assignment), update.forward_passes, update.backward_passes)
 
-    def _client(self, round_index: int, client: int) -> Cost:
-        forward, backward = self._passes(client)
-        plan, first_of_pool = self._plans[client], round_index - round_index % self._rounds_per_step
-        count = plan.steps * plan.probes if self._scalars else self._count
-        kind = ScalarUpdate if self._scalars else DenseUpdate
-        upload = kind(round_index, client, _DIGEST, self._samples(round_index, client), 1.0, forward, backward)
-        frames = self._catch_up.frames_for(client, lambda: _FrameOfLength.of(self._state_bytes(round_index)))
-        assignment = Assignment(
-            round_index, client, _DIGEST, 0.0, plan.steps, plan.probes, batch_index=first_of_pool,
-            choices=self._choices(round_index // self._rounds_per_step, plan.steps * plan.probes),
-        )  # fmt: skip
-        download_bytes = assignment_bytes(assignment, [len(frame) for frame in frames])
-        return Cost(frame_bytes(upload, count), download_bytes, forward, backward)
 
-    def _looks_along_reference(self, server_step: int) -> bool:
-        """Whether discriminative sampling has a reference and its turn."""
-        sampled = self._scalars and self._sampling.kind != "none"
-        return sampled and server_step > 0 and (server_step + 1) % self._sampling.every == 0
-
-    def _choices(self, server_step: int, probes: int) -> bytes:
-        """As many bytes as name the chosen candidates of so many probes: a uint32 for each and each tensor."""
-        if self._sampling.kind != "published" or not self._looks_along_reference(server_step):
-            return b""
-        return bytes(4 * probes * len(self._session.parts.trainables.tensors))
-
-    def _participant(self, round_index: int, client: int) -> Participant:
-        """The client's entry in the record of a step: of its probes, one may look along the reference."""
-        plan, step = self._plans[client], round_index // self._rounds_per_step
-        spent = self._sampling.kind == "corrected" and self._looks_along_reference(step)
-        return round_index, client, plan.steps, plan.probes - spent
-
-    def _passes(self, client: int) -> tuple[int, int]:
-        steps, probes, own = self._plans[client].steps, self._plans[client].probes, self._config.fwdllm
-        if not self._forward_only:
-            return steps * (2 if own.gradient_checkpointing else 1), steps
-        per_step = {
-            "central": 2 * probes,
-            "one_sided": 1 + probes,
-            "forward_mode": math.ceil(probes / own.probes_per_batch) + probes,
-        }
-        return steps * per_step[own.estimator], 0
-
-    def _samples(self, round_index: int, client: int) -> int:
-        """Samples the client will report; which batches it visits matters only where that changes a length."""
-        held, steps = self._session.data.clients[client].train, self._plans[client].steps
-        batches = self._session.parts.batches
-        most = steps * min(len(held), batches.batch_size)
-        if _integer_bytes(steps) == _integer_bytes(most):
-            return most
-        visited = client_batches(
-            held, client=client, round_index=round_index, steps=steps, batch_size=batches.batch_size,
-            seed=batches.seed, pad_token_id=batches.pad_token_id, shuffle=batches.shuffle,
-        )  # fmt: skip
-        return sum(map(len, visited))
-
-    def _state_bytes(self, round_index: int) -> int:
-        stepped = self._scalars and round_index >= self._rounds_per_step
-        has_momentum = stepped and bool(self._config.fwdllm.server_momentum)
-        has_reference = stepped and self._sampling.kind != "none"
-        state = DenseState(round_index, _DIGEST, has_momentum, has_reference)
-        return frame_bytes(state, (1 + has_momentum + has_reference) * self._count)
-
-    def _step_bytes(self, round_index: int, server_step: int) -> int:
-        count = sum(steps * probes for *_, steps, probes in self._pool)
-        step_decay = (1.0,) * len(self._pool) if self._decays_within_rounds else ()
-        choices = self._choices(server_step, count)
-        record = RoundUpdate(
-            round_index, _DIGEST, _DIGEST, 1.0, step_decay, 0.0, 0.0, tuple(self._pool), choices=choices
+def _prepare(session: Session, gate_waits: bool) -> tuple[RoundServer, Callable[[Assignment], ClientUpdate], int]:
+    """The server, who answers it, and how many rounds to play."""
+    server = assemble_server(_WeightlessParts.around(session.parts), session.client_samples)
+    if isinstance(server, BlockServer):
+        blocks = BlockAnswers(server, session.config)
+        return server, blocks.answer, blocks.rounds
+    if not isinstance(server, ReplayServer):
+        raise ConfigError(
+            f"federate.method {session.config.federate.method!r}: its server, a {type(server).__name__}, cannot be "
+            "forecast; fs-fwdllm plan knows servers that are a ReplayServer or a BlockServer"
         )
-        return frame_bytes(record, count)
+    if isinstance(server, PooledServer):
+        server.pooled.pacing = _decided(server.pooled.pacing, gate_waits)
+    rounds = MAX_DRY_ROUNDS
+    if issubclass(server.answer, DenseUpdate):
+        per_round = clients_per_round(session.config, len(session.client_samples))
+        rounds = min(rounds, max(3, _MAX_DENSE_NUMBERS // (server.trainables.count * per_round)))
+    return server, _NoNews(server, session).answer, rounds
 
 
-def _integer_bytes(value: int) -> int:
-    return len(msgpack.packb(value))
+class _NoNews:
+    """Answers of the right length and passes, whose values are all zero."""
+
+    def __init__(self, server: ReplayServer, session: Session) -> None:
+        self._server = server
+        self._session = session
+
+    def answer(self, assignment: Assignment) -> ClientUpdate:
+        forward, backward = _passes(self._session.config, assignment)
+        return self._server.answer(
+            round_index=assignment.round_index,
+            client=assignment.client,
+            digest=assignment.digest,
+            samples=self._samples(assignment),
+            loss=1.0,
+            forward_passes=forward,
+            backward_passes=backward,
+            values=np.broadcast_to(np.float32(0.0), (self._server.expected_values(assignment),)),
+        )
+
+    def _samples(self, assignment: Assignment) -> int:
+        batches = self._session.parts.batches
+        return visited_samples(
+            self._session.client_samples[assignment.client],
+            client=assignment.client,
+            round_index=assignment.batch_index,
+            steps=assignment.steps,
+            batch_size=batches.batch_size,
+            seed=batches.seed,
+            shuffle=batches.shuffle,
+        )
 
 
-def _array_header_bytes(items: int) -> int:
-    return len(msgpack.Packer().pack_array_header(items))
+def _passes(config: Config, assignment: Assignment) -> tuple[int, int]:
+    """Forward and backward passes of a client's round."""
+    own = config.fwdllm
+    if config.method.forward_only:
+        return assignment.steps * ESTIMATORS[own.estimator].passes(assignment.probes, own.probes_per_batch), 0
+    return assignment.steps * Backprop.passes(gradient_checkpointing=own.gradient_checkpointing), assignment.steps
 
 
-def _binary_bytes(length: int) -> int:
-    """Length of ``length`` bytes in msgpack, header included."""
-    return length + (2 if length < 1 << 8 else 3 if length < 1 << 16 else 5)
+class _WeightlessParts(Parts):
+    """Parts whose server moves nothing."""
+
+    @classmethod
+    def around(cls, parts: Parts) -> Parts:
+        """The same parts; as they are where what is sent depends on the values of blocks."""
+        if parts.config.method.trains_blocks:
+            return parts
+        return cls(**{item.name: getattr(parts, item.name) for item in fields(Parts)})
+
+    def server_replayer(self) -> Replayer:
+        return _CountingReplayer(self)
+
+
+class _Weightless(Trainables):
+    """Trainables of the same names, shapes and count, that take no memory: one zero for all elements of a tensor."""
+
+    def __init__(self, trainables: Trainables) -> None:
+        self.names = trainables.names
+        self.tensors = tuple(torch.zeros(()).expand(tensor.shape) for tensor in trainables.tensors)
+        self.count = trainables.count
+        self.bytes = trainables.bytes
+
+
+class _CountingReplayer(Replayer):
+    """Takes note of steps without taking them: after each the digest is new, and the buffers that would be are."""
+
+    def __init__(self, parts: Parts) -> None:
+        mine = parts.replica.replayer
+        super().__init__(_Weightless(parts.trainables), mine.run_seed, mine.distribution)
+        self._steps = 0
+
+    def digest(self) -> bytes:
+        return hashlib.blake2b(str(self._steps).encode(), digest_size=DIGEST_BYTES).digest()
+
+    def apply(
+        self, contributions: Contributions, *, decay: float, momentum: float, rate: float, keep_reference: bool = False
+    ) -> None:
+        self._steps += 1
+        if momentum:
+            self.momentum = list(self.trainables.tensors)
+        if keep_reference:  # not zero, so that directed sampling takes it for one
+            self.reference = [torch.ones(()).expand(tensor.shape) for tensor in self.trainables.tensors]
+
+    def move(self, action: Callable[[], None]) -> None:
+        self._steps += 1
+
+    def total(self, contributions: Contributions, tensor_ids: object = None) -> list[torch.Tensor]:
+        return list(self.trainables.tensors)
+
+
+def _decided(pacing: Pacing, gate_waits: bool) -> Pacing:
+    """The same pacing, with decisions that need no arithmetic."""
+    gate = pacing.gate
+    if gate is not None:
+        gate = replace(gate, statistic=_Always(math.inf if gate_waits else -math.inf))
+    sampling = _AnyCandidates(pacing.sampling.kind, pacing.sampling.candidates, pacing.sampling.every)
+    return Pacing(gate=gate, sampling=sampling)
+
+
+@dataclass(frozen=True)
+class _Always(GateStatistic):
+    """The same number for every pool."""
+
+    value: float
+
+    def __call__(self, pool: Pool, replayer: Replayer) -> float:
+        return self.value
+
+    def default_threshold(self, dimensions: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class _AnyCandidates(DirectedSampling):
+    """Deals out as many candidates as are chosen, without looking which are best."""
+
+    def choose(self, round_index: int, count: int, wanted: Sequence[torch.Tensor], replayer: Replayer) -> np.ndarray:
+        return np.zeros((count, len(wanted)), dtype="<u4")

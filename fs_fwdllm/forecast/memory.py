@@ -4,23 +4,23 @@ It is for the local host, where one process plays the server and all clients::
 
     peak = process + model + replicas + messages + prefix cache + max(work, evaluation)
 
-``T`` are the bytes of the trainables in float32, ``B`` the probes per batch, ``points`` the parameter points in one
-forward pass (central ``2 B``, one-sided ``B``, each 1 where ``B = 1``; forward mode ``1 + B``):
+``T`` are the bytes of the trainables in float32; ``points`` are the parameter points in one forward pass and ``copies``
+those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estimator.Footprint`):
 
 * process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers.
 * replicas: the server's ``T``; momentum ``2 T`` on scalars (server and client), ``T`` on dense gradients; ``2 T`` for
   AdamW on the server; on scalars the log for clients that missed rounds, at most ``T``.
 * messages: a dense state exists as frame, message, unpacked message, payload and values: ``5 T``, twice that with
   momentum on scalars. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is averaged.
-* work, forward only: perturbed copies (``T``; batched ``(points + B) T``; forward mode ``B T``; for full-parameter
-  tuning the largest module), ``T`` for the starting point where clients move, and ``points * (layer + logits)``.
+* work, forward only: ``copies T`` (for full-parameter tuning one by one, the largest module), ``T`` for the starting
+point where clients move, and ``points * (layer + logits)``.
 * work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
   where clients move), and the activations: ``1.5 layer`` per layer from the lowest trainable one on (norms and
   activations keep copies of their own), with checkpointing ``1.5 layer`` once and a hidden state per layer; and
   ``1.5 logits``.
 * layer: the outputs of all linear layers of one block for one batch, and the scores where attention is eager.
   logits: two float32 numbers per labelled position and class.
-* blocks (fedcybgd): replicas are the server's float32 model and the frames of its blocks in the model's dtype; messages
+* blocks: replicas are the server's float32 model and the frames of its blocks in the model's dtype; messages
   four times the model; work is 8 bytes (start, gradient), 8 (AdamW) and, for a half-precision model, 4 (master) per
   parameter of the largest block, and the activations from the lowest layer on.
 * evaluation: ``layer + logits`` of the largest evaluation batch.
@@ -40,10 +40,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.estimator.backprop import transformer_layers
-from fs_fwdllm.method import Parts, resolve_method
+from fs_fwdllm.method import Parts
 from fs_fwdllm.method.cybgd.forecast import visit_bytes
 from fs_fwdllm.model.source import model_task
 from fs_fwdllm.run.session import Session
@@ -92,15 +93,14 @@ def estimate_memory(session: Session, clients_per_round: int, steps: int, before
     examples = [example for held in session.data.clients.values() for example in held.train]
     rows = min(session.config.dataloader.batch_size, max(session.client_samples.values()))
     work = _Pass(rows, max(len(example.input_ids) for example in examples), rows * max(map(_labels, examples)))
-    scalars = resolve_method(session.config).forward_only
-    blocks = resolve_method(session.config).name == "cybgd"
+    forward_only = session.config.method.forward_only
     trainable_bytes = session.parts.trainables.bytes
     return MemoryEstimate(
         process_bytes=process_bytes,
         model_bytes=model_bytes,
-        replicas_bytes=_block_replicas(session.parts) if blocks else _replicas(session.config, trainable_bytes),
+        replicas_bytes=_replicas(session.config, session.parts),
         messages_bytes=_messages(session.config, trainable_bytes, clients_per_round),
-        work_bytes=_forward_only(session, shape, work, steps) if scalars else _backprop(session, shape, work),
+        work_bytes=_forward_only(session, shape, work, steps) if forward_only else _backprop(session, shape, work),
         evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
         prefix_cache_bytes=_prefix_cache(session, examples),
     )
@@ -177,44 +177,36 @@ def _evaluation_pass(batch: Batch) -> _Pass:
     return _Pass(rows, tokens, int((batch.labels != IGNORED_LABEL).sum()))
 
 
-def _block_replicas(parts: Parts) -> int:
-    """The server's float32 blocks, and the frames of their views, which it keeps."""
-    return 4 * parts.trainables.count + parts.trainables.bytes
-
-
-def _replicas(config: Config, trainable_bytes: int) -> int:
-    optimizer, own = config.train.optimizer, config.fwdllm
+def _replicas(config: Config, parts: Parts) -> int:
+    optimizer, own, facts = config.train.optimizer, config.fwdllm, config.method
+    trainable_bytes = parts.trainables.bytes
+    if facts.trains_blocks:  # the server's float32 blocks, and the frames of their views, which it keeps
+        return 4 * parts.trainables.count + trainable_bytes
     copies = 1
-    if resolve_method(config).forward_only:
+    if facts.forward_only:
         scalars = own.upload == "scalars"
         copies += (2 if scalars else 1) * bool(own.server_momentum) + scalars
-    elif resolve_method(config).name == "fedsgd":
+    elif not facts.clients_step:
         copies += 2 if optimizer.type == "AdamW" else bool(optimizer.momentum)
     return copies * trainable_bytes
 
 
 def _messages(config: Config, trainable_bytes: int, clients_per_round: int) -> int:
-    if resolve_method(config).name == "cybgd":
+    if config.method.trains_blocks:
         return 4 * trainable_bytes  # an assignment of every block, its frame, and both once more unpacked
-    if resolve_method(config).forward_only and config.fwdllm.upload == "scalars":
+    if config.method.forward_only and config.fwdllm.upload == "scalars":
         return (10 if config.fwdllm.server_momentum else 5) * trainable_bytes
     return (8 + clients_per_round) * trainable_bytes
 
 
 def _forward_only(session: Session, shape: _Shape, work: _Pass, steps: int) -> int:
     own, trainable_bytes = session.config.fwdllm, session.parts.trainables.bytes
-    batch = own.probes_per_batch
-    if own.estimator == "forward_mode":
-        points, copies_bytes = 1 + batch, batch * trainable_bytes
-    elif batch > 1:
-        together = min(batch, own.probes)
-        points = 2 * together if own.estimator == "central" else together
-        copies_bytes = (points + together) * trainable_bytes
-    else:
-        points, copies_bytes = 1, _largest_module(session.loaded.model) if session.parts.full else trainable_bytes
-    moves = resolve_method(session.config).name == "mezo" and (steps > 1 or own.upload == "dense")
-    layer_points = points if shape.trained_layers else 1
-    activations = layer_points * shape.layer(work) + points * shape.logits(work)
+    held = ESTIMATORS[own.estimator].footprint(own.probes, own.probes_per_batch)
+    layer_by_layer = session.parts.full and held.by_layer
+    copies_bytes = _largest_module(session.loaded.model) if layer_by_layer else held.copies * trainable_bytes
+    moves = session.config.method.clients_step and (steps > 1 or own.upload == "dense")
+    layer_points = held.points if shape.trained_layers else 1
+    activations = layer_points * shape.layer(work) + held.points * shape.logits(work)
     return copies_bytes + moves * trainable_bytes + activations
 
 
@@ -223,11 +215,12 @@ def _largest_module(model: nn.Module) -> int:
 
 
 def _backprop(session: Session, shape: _Shape, work: _Pass) -> int:
-    if resolve_method(session.config).name == "cybgd":
+    facts = session.config.method
+    if facts.trains_blocks:
         return visit_bytes(session.parts) + _backprop_activations(session, shape, work)
     optimizer = session.config.train.optimizer
     copies = 1
-    if resolve_method(session.config).name != "fedsgd":
+    if facts.clients_step:
         copies += 2 + (2 if optimizer.type == "AdamW" else bool(optimizer.momentum))
     return copies * session.parts.trainables.bytes + _backprop_activations(session, shape, work)
 

@@ -1,39 +1,32 @@
 """What a run will cost, before it is run: parameters, passes, bytes and peak memory. Nothing is trained.
 
-**Passes and bytes are counted, not estimated.** The rounds are walked through (:mod:`.dry_run`) with the server's own
-sampling and its own rule of who is sent what, and the sums are what the run's ``metrics.jsonl`` will say, provided that
-every asked client answers. (A checksum below 2^16, one in 65,536, makes a frame two bytes shorter.) With a variance
-gate that holds if the gate never waits; the run whose every step waits to the limit is forecast beside it. Of a run
-longer than :data:`MAX_WALKED_ROUNDS` the later rounds count as much as the second half of the walked ones did on
-average. Block training is a dry run of its server over two cycles instead (:mod:`fs_fwdllm.method.cybgd.forecast`),
-whose uploads are upper bounds.
+**Passes and bytes are counted, not estimated.** The real server is played through its rounds with answers that say
+nothing (:mod:`.dry_run`), and the sums are what the run's ``metrics.jsonl`` will say, provided that every asked client
+answers. With a variance gate that holds if the gate never waits; the run whose every step waits to the limit is
+forecast beside it. Of a run longer than the rounds that are played, the later rounds count as much as the second half
+of the played ones did on average. Block training is played for two cycles, and its uploads are upper bounds
+(:mod:`fs_fwdllm.method.cybgd.forecast`).
 
 Passes per client and round, for ``K`` steps and ``P`` probes: central ``2 K P``, one-sided ``K (1 + P)``, forward mode
 ``K (ceil(P / probes_per_batch) + P)``, backpropagation ``K`` forward and ``K`` backward, ``2 K`` forward with
 checkpointing.
 
-**Memory is an estimate**; :mod:`fs_fwdllm.forecast.memory` has its formulas.
+**Memory is an estimate**; :mod:`.memory` has its formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.forecast.dry_run import Cost, Walk
+from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
 from fs_fwdllm.forecast.memory import MemoryEstimate, estimate_memory, resident_bytes
-from fs_fwdllm.method import resolve_method
-from fs_fwdllm.method.cybgd.forecast import dry_rounds
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.report.units import format_bytes, format_count
-from fs_fwdllm.run.sampling import clients_per_round
 from fs_fwdllm.run.session import Session
 
-__all__ = ["MAX_WALKED_ROUNDS", "Cost", "Plan", "make_plan"]
-
-#: Rounds that are walked through one by one.
-MAX_WALKED_ROUNDS = 500
+__all__ = ["Cost", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Plan:
         steps: fewest and most local steps of a client in a round.
         probes: directions per step; 0 for methods that backpropagate.
         costliest_client: the largest of each number over the clients of the first round.
-        first_round, last_round, run: sums over clients; of the last round that was walked through.
+        first_round, last_round, run: sums over clients; of the last round that was played.
         rounds_per_step: fewest and most rounds of a server step, which the variance gate decides.
         run_of_longest_steps: as ``run``, if every step takes the most rounds.
         memory: predicted peak, part by part.
@@ -128,26 +121,21 @@ def make_plan(config: Config) -> Plan:
     """
     before_loading_bytes = resident_bytes()
     session = Session.open(config)
-    own = config.fwdllm.blocks
-    blocks = resolve_method(config).name == "cybgd"
-    available = len(session.client_samples)
-    per_round = own.parallel_blocks * own.clients_per_block if blocks else clients_per_round(config, available)
     plans = work_plans(config, session.client_samples)
     steps = min(plan.steps for plan in plans.values()), max(plan.steps for plan in plans.values())
-    memory = estimate_memory(session, per_round, steps[1], before_loading_bytes)
-    rounds = list(_rounds(session, per_round, 1))
+    rounds = list(dry_rounds(session))
     gate = config.fwdllm.gate
     longest = 1 if gate.kind == "none" else 1 + gate.max_repeats
     run = _whole_run(rounds, config)
     return Plan(
-        method=resolve_method(config).name,
+        method=config.method.name,
         model=config.model.type,
         adapter=session.loaded.peft_method,
         trainable_parameters=session.parts.trainables.count,
         total_parameters=sum(parameter.numel() for parameter in session.loaded.model.parameters()),
         clients=len(session.data.clients),
         clients_with_data=len(session.client_samples),
-        clients_per_round=per_round,
+        clients_per_round=len(rounds[0]),
         rounds=config.federate.total_round_num,
         steps=steps,
         probes=next(iter(plans.values())).probes,
@@ -156,28 +144,17 @@ def make_plan(config: Config) -> Plan:
         last_round=sum(rounds[-1], Cost()),
         run=run,
         rounds_per_step=(1, longest),
-        run_of_longest_steps=run if longest == 1 else _whole_run(list(_rounds(session, per_round, longest)), config),
-        memory=memory,
+        run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
+        memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes),
     )
 
 
-def _whole_run(walked: Sequence[list[Cost]], config: Config) -> Cost:
-    """The sum, of all rounds: those that were not walked through count as the later half of the others."""
-    sums = [sum(clients, Cost()) for clients in walked]
+def _whole_run(played: Sequence[list[Cost]], config: Config) -> Cost:
+    """The sum, of all rounds: those that were not played count as the later half of the others."""
+    sums = [sum(clients, Cost()) for clients in played]
     late = sums[len(sums) // 2 :]
-    unwalked = config.federate.total_round_num - len(sums)
-    return sum(sums, Cost()) + sum(late, Cost()).times(unwalked / len(late))
-
-
-def _rounds(session: Session, per_round: int, rounds_per_step: int) -> Iterator[list[Cost]]:
-    """For each round that is walked through, what each of its clients costs."""
-    if resolve_method(session.config).name != "cybgd":
-        count = min(session.config.federate.total_round_num, MAX_WALKED_ROUNDS)
-        yield from Walk(session, per_round, rounds_per_step).rounds(count)
-        return
-    passes = 2 if session.config.fwdllm.gradient_checkpointing else 1
-    for clients in dry_rounds(session.parts, session.client_samples):
-        yield [Cost(up, down, passes * assignment.steps, assignment.steps) for assignment, down, up in clients]
+    unplayed = config.federate.total_round_num - len(sums)
+    return sum(sums, Cost()) + sum(late, Cost()).times(unplayed / len(late))
 
 
 def _largest(costs: Sequence[Cost]) -> Cost:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,10 +22,9 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch, Example
 from fs_fwdllm.errors import DataError
-from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["BatchSettings", "ClientWorker"]
+__all__ = ["BatchSettings", "ClientWorker", "Follower"]
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,34 @@ class BatchSettings:
         )
 
 
+class Follower(Protocol):
+    """A model that follows the server by what assignments carry.
+
+    Attributes:
+        digest: of what it holds.
+    """
+
+    digest: bytes
+
+    @property
+    def trainables(self) -> Trainables: ...
+
+    def follow(self, frames: Sequence[bytes], target: bytes) -> None:
+        """Apply the frames that lead from here to ``target``. Raises ``WireError`` or ``DivergenceError`` if not."""
+
+
 class ClientWorker(ABC):
     """Does the work of clients on one model.
 
     Args:
         objective: the loss on the model that is trained.
-        replica: the model's trainables, following the server.
+        replica: the model, following the server.
         batches: how to cut batches.
     """
 
-    def __init__(self, objective: Objective, replica: Replica, batches: BatchSettings) -> None:
+    def __init__(self, objective: Objective, replica: Follower, batches: BatchSettings) -> None:
         self.objective = objective
-        self.replica = replica
+        self.replica: Follower = replica
         self._batches = batches
 
     @property
@@ -81,11 +97,11 @@ class ClientWorker(ABC):
         batches = self._batches.cut(
             examples, client=assignment.client, batch_index=assignment.batch_index, steps=assignment.steps
         )
-        return self._train(assignment, batches)
+        return self.train(assignment, batches)
 
     @abstractmethod
-    def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
-        """The method's own work. Must leave the trainables bitwise as it found them."""
+    def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
+        """The method's own work, from the parameters of ``assignment`` on. Leaves the trainables bitwise as found."""
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What simulated clients keep between rounds, for a checkpoint; most methods' clients keep nothing."""

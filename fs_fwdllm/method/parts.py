@@ -1,34 +1,48 @@
 """From a configuration to the objects that carry a run: model, objective, replica, worker, server.
 
+The facts of a method stand in the table (:mod:`fs_fwdllm.config.methods`); how it works is its :class:`Recipe`, which
+the table names and a run imports when it needs it. A method is a combination of parts, so a recipe is short: which
+worker, which server.
+
 Hosts call :func:`assemble_worker` where clients live and :func:`assemble_server` where the server lives; both start
 from the same :class:`Parts`, built once per process: one base model however many clients are simulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.core.direction import make_distribution
+from fs_fwdllm.core.direction import Distribution, make_distribution
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import steps_per_epoch
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.method.base import resolve_method
+from fs_fwdllm.estimator import Estimator, make_estimator
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.client_rates import StrategySettings
-from fs_fwdllm.method.cybgd.checks import check_blocks
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["Parts", "assemble_server", "assemble_worker", "check_combination", "select_device", "work_plans"]
+__all__ = [
+    "Parts",
+    "Recipe",
+    "assemble_server",
+    "assemble_worker",
+    "recipe_of",
+    "select_device",
+    "server_settings",
+    "work_plans",
+]
 
 
 @dataclass
@@ -62,11 +76,11 @@ class Parts:
         fresh: frozenset[str] = frozenset(),
     ) -> Parts:
         """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained)."""
-        select = resolve_method(config).select
+        select, blocks = recipe_of(config).select, config.method.trains_blocks
         if select is not None:
             select(config, model, fresh)
-        trainables = Trainables.of_model(model, half=select is not None)
-        cache_mib = config.fwdllm.prefix_cache_mib if select is None else 0
+        trainables = Trainables.of_model(model, half=blocks)
+        cache_mib = 0 if blocks else config.fwdllm.prefix_cache_mib
         return cls(
             config=config,
             model=model,
@@ -91,20 +105,76 @@ class Parts:
         """The server's own copy of the trainables, so that clients really have to rebuild it."""
         return _replayer(self.config, self.trainables.clone())
 
+    def make_estimator(self, directions: Distribution) -> Estimator:
+        """The configured estimator along ``directions``."""
+        return make_estimator(self.model, self.trainables, directions, self.config.fwdllm, full=self.full)
+
 
 def _replayer(config: Config, trainables: Trainables) -> Replayer:
     return Replayer(trainables, config.seed, make_distribution(config.fwdllm.direction))
 
 
+def _nothing_to_check(config: Config) -> None:
+    """Every combination of this method's settings is fine."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the two halves of a method are made.
+
+    Attributes:
+        make_worker, make_server: assemble them from shared parts.
+        check: refuses settings of the method that are valid alone but not together.
+        select: marks the parameters that are ever trained, where ``llm.adapter`` does not; it gets the names of those
+            that start from random numbers.
+        describe: what a user should be told about the parts before the first round.
+    """
+
+    make_worker: Callable[[Parts], ClientWorker]
+    make_server: Callable[[Parts, ServerSettings], RoundServer]
+    check: Callable[[Config], None] = _nothing_to_check
+    select: Callable[[Config, nn.Module, frozenset[str]], None] | None = None
+    describe: Callable[[Parts], str] | None = None
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The recipe of the method that a configuration chooses.
+
+    Raises:
+        ConfigError: there is no such method, or its recipe cannot be imported.
+    """
+    facts = config.method
+    recipe: Any = facts.recipe
+    if isinstance(recipe, str):
+        module, _, attribute = recipe.partition(":")
+        try:
+            recipe = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"federate.method {config.federate.method!r}: the recipe {facts.recipe!r} of method {facts.name!r} "
+                f"cannot be imported ({error}); install the package that brings the method anew"
+            ) from error
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"federate.method {config.federate.method!r}: the recipe of method {facts.name!r} is a "
+            f"{type(recipe).__name__}; it must be a fs_fwdllm.method.Recipe, or 'module:attribute' of one"
+        )
+    return recipe
+
+
 def assemble_worker(parts: Parts) -> ClientWorker:
     """The client side of the configured method."""
-    return resolve_method(parts.config).make_worker(parts)
+    return recipe_of(parts.config).make_worker(parts)
 
 
 def assemble_server(parts: Parts, client_samples: dict[int, int]) -> RoundServer:
     """The server side of the configured method; ``client_samples`` counts each client's training samples."""
-    config = parts.config
-    settings = ServerSettings(
+    return recipe_of(parts.config).make_server(parts, server_settings(parts.config, client_samples))
+
+
+def server_settings(config: Config, client_samples: dict[int, int]) -> ServerSettings:
+    """What a configuration says to any server."""
+    return ServerSettings(
         plans=work_plans(config, client_samples),
         schedule=Schedule(
             base=config.train.optimizer.lr,
@@ -117,12 +187,11 @@ def assemble_server(parts: Parts, client_samples: dict[int, int]) -> RoundServer
         max_failed_rounds=config.fwdllm.max_failed_rounds,
         strategy=StrategySettings(config.train.train_strategy, config.fwdllm.strategy_span, config.seed),
     )
-    return resolve_method(config).make_server(parts, settings)
 
 
 def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, WorkPlan]:
     """Steps and probes of every client's round; with ``batch_or_epoch: epoch`` the steps follow the client's size."""
-    probes = config.fwdllm.probes if resolve_method(config).forward_only else 0
+    probes = config.fwdllm.probes if config.method.forward_only else 0
     plans = {}
     for client, samples in client_samples.items():
         steps = config.train.local_update_steps
@@ -132,97 +201,6 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
             steps *= config.grad.grad_accum_count
         plans[client] = WorkPlan(steps=steps, probes=probes)
     return plans
-
-
-def check_combination(config: Config) -> None:
-    """Refuse settings that are valid alone but not together.
-
-    Raises:
-        ConfigError: names the keys and the way out.
-    """
-    method = resolve_method(config)
-    own = config.fwdllm
-    if config.train.train_strategy != "frozen" and not method.local_steps:
-        raise ConfigError(
-            f"train.train_strategy {config.train.train_strategy!r}: with {method.name} the server takes the steps, so "
-            "clients have no learning rate of their own; set train.train_strategy: frozen, or use a method whose "
-            "clients step: federate.method fedmezo, or FedAvg with trainer.type mezotrainer or llmtrainer"
-        )
-    _check_pacing(config, method.name)
-    if method.select is not None:
-        check_blocks(config)
-        return
-    _refuse_block_settings(config, method.name)
-    if not method.forward_only:
-        return
-    if method.name == "mezo" and own.server_momentum:
-        raise ConfigError(
-            f"fwdllm.server_momentum {own.server_momentum}: MeZO's clients take the steps, so the server has no "
-            "gradient to give momentum to; set it to 0 or use federate.method: fedfwd"
-        )
-    if own.estimator == "forward_mode" and own.attention == "sdpa":
-        raise ConfigError(
-            "fwdllm.attention 'sdpa': fused attention has no forward-mode derivative, which fwdllm.estimator "
-            "'forward_mode' needs; set fwdllm.attention: eager"
-        )
-    if not config.llm.adapter.use and own.probes_per_batch > 1 and own.estimator != "forward_mode":
-        raise ConfigError(
-            f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of the "
-            "model; set it to 1 or use an adapter (llm.adapter.use: true)"
-        )
-    most = max(own.probes, 2 if own.estimator == "central" else 1)  # 2 batches the two points of a single probe
-    if own.probes_per_batch > most:
-        raise ConfigError(
-            f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
-            f"{most}"
-        )
-
-
-def _check_pacing(config: Config, method: str) -> None:
-    """Refuse gate, sampling and step control where no server step is built from pooled slopes."""
-    own = config.fwdllm
-    asked = [
-        f"{name} {value!r}"
-        for name, value, neutral in (
-            ("fwdllm.gate.kind", own.gate.kind, "none"),
-            ("fwdllm.sampling.kind", own.sampling.kind, "none"),
-            ("fwdllm.step.control", own.step.control, "none"),
-            ("fwdllm.step.report_norms", own.step.report_norms, False),
-            ("fwdllm.step.report_cosine", own.step.report_cosine, False),
-        )
-        if value != neutral
-    ]
-    if asked and (method != "forward_gradient" or own.upload != "scalars"):
-        raise ConfigError(
-            f"{asked[0]}: needs a server that pools slopes, which federate.method {config.federate.method!r} with "
-            f"fwdllm.upload {own.upload!r} does not; use federate.method: fwdllm with fwdllm.upload: scalars"
-        )
-    if own.sampling.kind == "corrected" and own.probes < 2:
-        raise ConfigError(
-            f"fwdllm.probes {own.probes}: fwdllm.sampling.kind 'corrected' spends one probe of a step on the "
-            "reference; allowed are 2 or more"
-        )
-    if own.gate.tensor != "all" and own.gate.kind != "published":
-        raise ConfigError(
-            f"fwdllm.gate.tensor {own.gate.tensor!r}: only fwdllm.gate.kind 'published' looks at one tensor; set it to "
-            "'all' or the kind to 'published'"
-        )
-
-
-def _refuse_block_settings(config: Config, method: str) -> None:
-    """What only block training honours must not be ignored elsewhere."""
-    only = "only federate.method: fedcybgd has it"
-    if config.grad.grad_clip > 0:
-        raise ConfigError(f"grad.grad_clip {config.grad.grad_clip}: {method} does not clip, {only}; set it to -1")
-    if config.grad.grad_accum_count > 1:
-        raise ConfigError(
-            f"grad.grad_accum_count {config.grad.grad_accum_count}: {method} does not accumulate, {only}; set it to 1 "
-            "and raise dataloader.batch_size"
-        )
-    if config.train.optimizer.type not in ("SGD", "AdamW"):
-        raise ConfigError(
-            f"train.optimizer.type {config.train.optimizer.type!r}: {method} has 'SGD' and 'AdamW', {only}"
-        )
 
 
 def select_device(config: Config) -> torch.device:

@@ -1,35 +1,32 @@
 """The server's half of every method: assign work, judge what comes back, take one step.
 
-:class:`RoundServer` holds what all methods share: the trainables, who knows which round, and the rules by which an
-update is believed. A method adds one thing, :meth:`RoundServer._step`: how accepted updates become new parameters, and
-the record that lets every replica follow.
+:class:`RoundServer` is what a run asks of any server, and the rules by which an update is believed. Methods whose
+clients follow by replaying records share :class:`~fs_fwdllm.method.replay_server.ReplayServer`; block training keeps
+blocks and versions instead (:mod:`fs_fwdllm.method.cybgd.server`).
 
-An update is used only if it was asked for, answers this round, refers to the digest the round started from, has the
-right length and is finite; the first answer counts. Anything else is left out and named in the report, and the round
-goes on with the rest.
+An update is used only if it was asked for, answers this round, refers to the digest the round started from, is what the
+method's clients send and is finite; the first answer counts. Anything else is left out and named in the report, and the
+round goes on with the rest.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from fs_fwdllm.core.learning_rate import Schedule
-from fs_fwdllm.core.replay import Replayer
-from fs_fwdllm.core.trainables import Trainables, flatten
-from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
-from fs_fwdllm.errors import ConfigError, TrainingStalledError, UpdateRejected
-from fs_fwdllm.method.catch_up import CatchUpLog
-from fs_fwdllm.method.client_rates import ClientRates, StrategySettings
-from fs_fwdllm.method.forward.pacing import PoolingReport
-from fs_fwdllm.method.forward.pooled_step import TakenStep
+from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.core.wire import Assignment, ClientUpdate
+from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
+from fs_fwdllm.method.client_rates import StrategySettings
 
-__all__ = ["RoundReport", "RoundServer", "ServerSettings", "WorkPlan"]
+__all__ = ["RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,9 @@ class RoundReport:
         train_loss: sample-weighted mean of the accepted clients' losses; NaN without any.
         losses, learning_rates: per accepted client.
         rejected: ``{client: reason}`` of updates that were left out, and of clients that did not answer.
-        zero_share: share of accepted values that are exactly zero; near one for slopes, the radius is below what the
-            base's dtype resolves.
-        pooling: of a server step that is paced (gate, sampling, step control).
-        details: further columns of the round's line in ``metrics.jsonl`` (JSON values).
+        zero_share: share of accepted float values that are exactly zero; near one for slopes, the radius is below what
+            the base's dtype resolves.
+        columns: what the method adds to the round's line in ``metrics.jsonl`` (JSON values).
     """
 
     round_index: int
@@ -85,47 +81,34 @@ class RoundReport:
     zero_share: float = 0.0
     forward_passes: int = 0
     backward_passes: int = 0
-    pooling: PoolingReport | None = None
-    details: dict[str, object] = field(default_factory=dict)
+    columns: dict[str, object] = field(default_factory=dict)
 
 
 class RoundServer(ABC):
     """Two verbs: :meth:`assign` and :meth:`absorb`.
 
-    Args:
-        replayer: the server's own trainables and momentum.
-        settings: see :class:`ServerSettings`.
+    Attributes:
+        trainables: the server's own.
+        round_index: the round that is open, or was closed last.
+        failed_rounds: rounds in a row without a usable update.
     """
 
     #: The record a client of this method answers with.
-    answer: type[ClientUpdate]
+    answer: ClassVar[type[ClientUpdate]]
     #: Whether work that nobody answered is given to others, so that a round may close without any answer.
-    reassigns = False
+    reassigns: ClassVar[bool] = False
 
-    @property
-    def taken(self) -> TakenStep | None:
-        """The step of the round that was closed last, where it is kept for a diagnosis."""
-        return None
-
-    def __init__(self, replayer: Replayer, settings: ServerSettings) -> None:
-        self.replayer = replayer
+    def __init__(self, trainables: Trainables, settings: ServerSettings) -> None:
+        self.trainables = trainables
         self.settings = settings
         self.round_index = 0
         self.failed_rounds = 0
-        self._next_round = 0
-        self._digest = self.replayer.digest()
         self._assigned: dict[int, Assignment] = {}
-        self._rates = ClientRates(settings.strategy)
-        self._catch_up = CatchUpLog(self.trainables.bytes)
-        self._dense_frame: bytes | None = None
 
     @property
-    def trainables(self) -> Trainables:
-        return self.replayer.trainables
-
-    @property
+    @abstractmethod
     def digest(self) -> bytes:
-        return self._digest
+        """Names the bits that clients must hold before they work."""
 
     def sampling_index_for(self, round_index: int) -> int:
         """The round whose sample of clients (and whose mini-batches) ``round_index`` uses.
@@ -134,56 +117,33 @@ class RoundServer(ABC):
         """
         return round_index
 
-    def wanted_clients(self, round_index: int, available: Sequence[int]) -> list[int] | None:
-        """Whom the method itself wants to ask in a round; ``None`` leaves the choice to the host's sampling."""
+    def wanted_clients(self, available: Sequence[int]) -> list[int] | None:
+        """Whom the method itself wants to ask in the next round; ``None`` leaves the choice to the host's sampling."""
         return None
 
+    @abstractmethod
     def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
         """Open a round. Each client's assignment carries what it needs to reach the server's current parameters."""
-        self.round_index = self._next_round = round_index
-        rates = self._rates.rates(self.settings.schedule(round_index), round_index, clients)
-        self._assigned = {
-            client: Assignment(
-                round_index=round_index,
-                client=client,
-                digest=self._digest,
-                learning_rate=rates[client],
-                steps=self.settings.plans[client].steps,
-                probes=self.settings.plans[client].probes,
-                batch_index=self.sampling_index_for(round_index),
-                catch_up=self._catch_up.frames_for(client, self.dense_frame),
-            )
-            for client in sorted(clients)
-        }
-        return dict(self._assigned)
 
-    def current_state_for(self, client: int) -> Assignment:
-        """An assignment of no work: what ``client`` needs to hold the server's present parameters."""
-        return Assignment(
-            round_index=self.round_index,
-            client=client,
-            digest=self._digest,
-            learning_rate=0.0,
-            steps=0,
-            probes=0,
-            batch_index=self.round_index,
-            catch_up=self._catch_up.frames_for(client, self.dense_frame),
-        )
-
+    @abstractmethod
     def reassign(self, client: int) -> Assignment:
         """The open round's assignment anew, for a client that asks again (it may have been restarted)."""
-        given = self._assigned[client]
-        self._assigned[client] = replace(given, catch_up=self._catch_up.frames_for(client, self.dense_frame))
-        return self._assigned[client]
 
+    @abstractmethod
+    def current_state_for(self, client: int) -> Assignment:
+        """An assignment of no work: what ``client`` needs to hold the server's present parameters."""
+
+    @abstractmethod
+    def dense_frame(self) -> bytes:
+        """The frame with everything that a client which holds only the base model lacks."""
+
+    @abstractmethod
     def note_holds(self, client: int, digest: bytes) -> None:
-        """``client`` says that it holds the parameters of ``digest``: from there it needs only the records since."""
-        self._catch_up.note_holds(client, digest, self._digest, self._next_round)
+        """``client`` says that it holds the parameters of ``digest``: from there it needs only what has changed."""
 
+    @abstractmethod
     def note_parameters_changed(self) -> None:
         """The trainables were set from outside (before the first round): take the digest anew."""
-        self._digest = self.replayer.digest()
-        self._dense_frame = None
 
     def absorb(self, updates: Iterable[ClientUpdate]) -> RoundReport:
         """Close the round with the answers that came, in any order; missing ones are reported as ``no_answer``.
@@ -192,11 +152,42 @@ class RoundServer(ABC):
             TrainingStalledError: no usable update for ``max_failed_rounds`` rounds in a row, or a step of finite
                 values that leaves parameters that are not.
         """
+        accepted, rejected = self._sort(updates)
+        self._count_failures(accepted, rejected)
+        columns = self._close(accepted)
+        return self._report(accepted, rejected, columns)
+
+    @abstractmethod
+    def _close(self, accepted: list[ClientUpdate]) -> dict[str, object]:
+        """Move by the accepted updates (ordered by client; there may be none), if a step is due.
+
+        Returns:
+            The method's columns of the round's line.
+        """
+
+    @abstractmethod
+    def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
+        """Whether what was sent is what was asked for, and finite. Raises ``UpdateRejected`` if not."""
+
+    @abstractmethod
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything tensor-valued that a resumed server needs."""
+
+    @abstractmethod
+    def state_numbers(self) -> dict[str, object]:
+        """Everything else, as JSON values."""
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
+        """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
+
+    def _sort(self, updates: Iterable[ClientUpdate]) -> tuple[list[ClientUpdate], dict[int, str]]:
+        """The updates that are believed, by client, and why the others are not."""
         accepted: dict[int, ClientUpdate] = {}
         rejected: dict[int, str] = {}
         for update in updates:
             try:
-                self._judge(update, accepted)
+                self.judge(update, accepted)
             except UpdateRejected as refusal:
                 rejected.setdefault(update.client, refusal.reason)
             else:
@@ -204,51 +195,14 @@ class RoundServer(ABC):
         for client in self._assigned:
             if client not in accepted:
                 rejected.setdefault(client, "no_answer")
-        # Only an answer proves that a client holds the round's parameters: what was sent may never have arrived.
-        self._catch_up.note_started(accepted, self.round_index)
-        self._next_round = self.round_index + 1
-        ordered = [accepted[client] for client in sorted(accepted)]
-        self._count_failures(ordered, rejected)
-        if self._step_due(ordered):
-            reports = self._client_reports(ordered)  # of changes from where the round started, so before the step
-            self._advance(ordered)
-            self._rates.complete_round(reports)
-        return self._report(ordered, rejected)
+        return [accepted[client] for client in sorted(accepted)], rejected
 
-    def _step_due(self, accepted: list[ClientUpdate]) -> bool:
-        """Take in the accepted updates; whether the server steps at the end of this round."""
-        return bool(accepted)
+    def judge(self, update: ClientUpdate, accepted: Mapping[int, ClientUpdate]) -> None:
+        """Whether to believe an update, beside those accepted so far.
 
-    @abstractmethod
-    def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> RoundUpdate | None:
-        """Move the trainables by the accepted updates (ordered by client; float64 weights that sum to one).
-
-        Returns:
-            The record by which replicas rebuild the step (digests are filled in later), or ``None`` if they need the
-            parameters themselves.
+        Raises:
+            UpdateRejected: not; its ``reason`` is a word for reports.
         """
-
-    @abstractmethod
-    def _expected_values(self, assignment: Assignment) -> int:
-        """Payload length of a correct answer."""
-
-    def _distances(self, accepted: list[ClientUpdate]) -> list[float]:
-        """How far each client's change is from the mean change (see :mod:`fs_fwdllm.method.update_norms`)."""
-        raise ConfigError(
-            f"train.train_strategy 'model-diff': a {type(self).__name__} does not learn how far its clients moved; set "
-            "round-wise, five-round, random or frozen"
-        )
-
-    def _client_reports(self, accepted: list[ClientUpdate]) -> dict[int, float]:
-        """What the learning-rate strategy looks back on. A single change is the mean change: that says nothing."""
-        if not self._rates.needs_distances:
-            return {update.client: update.loss for update in accepted}
-        if len(accepted) == 1:
-            return {}
-        clients = [update.client for update in accepted]
-        return dict(zip(clients, self._distances(accepted), strict=True))
-
-    def _judge(self, update: ClientUpdate, accepted: dict[int, ClientUpdate]) -> None:
         client = update.client
         assignment = self._assigned.get(client)
         if assignment is None:
@@ -257,7 +211,7 @@ class RoundServer(ABC):
             raise UpdateRejected("duplicate", f"client {client} answered round {self.round_index} twice")
         if update.round_index != self.round_index:
             raise UpdateRejected("other_round", f"client {client} answered round {update.round_index}")
-        if update.digest != self._digest:
+        if update.digest != self.digest:
             raise UpdateRejected("other_digest", f"client {client} started from other parameters")
         if not isinstance(update, self.answer):
             raise UpdateRejected("other_kind", f"client {client} sent a {type(update).__name__}")
@@ -265,14 +219,7 @@ class RoundServer(ABC):
             raise UpdateRejected("no_samples", f"client {client} reports {update.samples} samples")
         self._judge_values(update, assignment)
 
-    def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
-        """Length and finiteness of what was sent."""
-        if len(update.values) != self._expected_values(assignment):
-            raise UpdateRejected("wrong_length", f"client {update.client} sent {len(update.values)} values")
-        if not (np.isfinite(update.values).all() and math.isfinite(update.loss)):
-            raise UpdateRejected("not_finite", f"client {update.client} sent NaN or infinity")
-
-    def _count_failures(self, accepted: list[ClientUpdate], rejected: dict[int, str]) -> None:
+    def _count_failures(self, accepted: Sequence[ClientUpdate], rejected: Mapping[int, str]) -> None:
         self.failed_rounds = 0 if accepted else self.failed_rounds + 1
         if self.failed_rounds >= self.settings.max_failed_rounds:
             raise TrainingStalledError(
@@ -281,83 +228,39 @@ class RoundServer(ABC):
                 f"The last checkpoint is intact; fwdllm.max_failed_rounds is {self.settings.max_failed_rounds}"
             )
 
-    def _advance(self, accepted: list[ClientUpdate]) -> None:
-        before = self._digest
-        record = self._step(accepted, self._weights(accepted))
+    def _require_finite(self) -> None:
+        """Raises :class:`~fs_fwdllm.errors.TrainingStalledError` if a step has left the range of float32."""
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trainables.tensors):
             raise TrainingStalledError(
                 f"round {self.round_index}: the step left the range of float32; lower train.optimizer.lr. The last "
                 "checkpoint is intact"
             )
-        self._digest = self.replayer.digest()
-        self._dense_frame = None
-        if record is None:
-            self._catch_up.forget_until(self.round_index)
-            return
-        finished = replace(record, digest_before=before, digest_after=self._digest)
-        self._catch_up.append(self.round_index, encode(finished))
 
-    def _weights(self, accepted: list[ClientUpdate]) -> np.ndarray:
-        samples = np.array([update.samples for update in accepted], dtype=np.float64)
-        if self.settings.equal_weights:
-            samples = np.ones_like(samples)
-        return samples / samples.sum()
-
-    def _report(self, accepted: list[ClientUpdate], rejected: dict[int, str]) -> RoundReport:
+    def _report(
+        self, accepted: Sequence[ClientUpdate], rejected: dict[int, str], columns: dict[str, object]
+    ) -> RoundReport:
         samples = sum(update.samples for update in accepted)
         # Weights first: whatever finite losses and counts clients report, a weighted mean of them is finite.
         train_loss = math.fsum(update.samples / samples * update.loss for update in accepted) if samples else math.nan
+        zeros = [(update.values == 0).mean() for update in accepted if update.values.dtype == np.float32]
         return RoundReport(
             round_index=self.round_index,
-            digest=self._digest,
+            digest=self.digest,
             train_loss=train_loss,
             losses={update.client: update.loss for update in accepted},
             learning_rates={update.client: self._assigned[update.client].learning_rate for update in accepted},
             rejected=rejected,
-            zero_share=float(np.mean([(update.values == 0).mean() for update in accepted])) if accepted else 0.0,
+            zero_share=float(np.mean(zeros)) if zeros else 0.0,
             forward_passes=sum(update.forward_passes for update in accepted),
             backward_passes=sum(update.backward_passes for update in accepted),
+            columns=columns,
         )
 
-    def dense_frame(self) -> bytes:
-        """The frame with the current parameters (momentum, reference), for clients that are new or far behind."""
-        if self._dense_frame is None:
-            momentum, reference = self.replayer.momentum, self.replayer.reference
-            values = [*self.trainables.tensors, *(momentum or ()), *(reference or ())]
-            state = DenseState(
-                round_index=self.round_index,
-                digest=self._digest,
-                has_momentum=momentum is not None,
-                has_reference=reference is not None,
-                values=flatten(values),
-            )
-            self._dense_frame = encode(state)
-        return self._dense_frame
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything tensor-valued that a resumed server needs."""
-        tensors = {f"trainable.{index}": tensor.detach() for index, tensor in enumerate(self.trainables.tensors)}
-        for index, buffer in enumerate(self.replayer.momentum or ()):
-            tensors[f"momentum.{index}"] = buffer
-        for index, buffer in enumerate(self.replayer.reference or ()):
-            tensors[f"reference.{index}"] = buffer
-        return tensors | self._catch_up.state_tensors()
-
-    def state_numbers(self) -> dict[str, object]:
-        """Everything else, as JSON values."""
-        return {"failed_rounds": self.failed_rounds} | self._rates.state_numbers() | self._catch_up.state_numbers()
-
-    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
-        """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
-        self.trainables.load_values(numbered(tensors, "trainable"))
-        device = self.trainables.device
-        self.replayer.momentum = [buffer.to(device) for buffer in numbered(tensors, "momentum")] or None
-        self.replayer.reference = [buffer.to(device) for buffer in numbered(tensors, "reference")] or None
-        self.failed_rounds = int(str(numbers["failed_rounds"]))
-        self._rates.load_state(numbers)
-        self._catch_up.load_state(tensors, numbers)
-        self._digest = self.replayer.digest()
-        self._dense_frame = None
+def sample_weights(updates: Sequence[ClientUpdate], *, equal: bool) -> np.ndarray:
+    """Every update's share of the samples (or an equal one), float64, in order; they sum to one."""
+    samples = np.array([1 if equal else update.samples for update in updates], dtype=np.float64)
+    return samples / samples.sum()
 
 
 def numbered(tensors: dict[str, torch.Tensor], prefix: str) -> list[torch.Tensor]:

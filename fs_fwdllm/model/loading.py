@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.half_precision import make_float32_masters
@@ -35,15 +36,11 @@ from fs_fwdllm.model.trainable_parts import Request, adapter_request, attach
 
 __all__ = ["LoadedModel", "load_model", "load_tokenizer"]
 
-_FORWARD_ONLY_METHODS = ("fedmezo", "fedfwd")
-_FORWARD_ONLY_TRAINERS = ("mezotrainer", "fwdtrainer")
 _AUTO_CLASSES: dict[Task, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }
-_BLOCK_METHODS = ("fedcybgd",)
-_BLOCK_TRAINERS = ("cybgdtrainer",)
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -109,7 +106,7 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     source = model_source(config)
     method, arguments = adapter_request(config)
     labels = _label_count(config, source.task, num_labels)
-    blocks = _is_block_cycle(config)
+    blocks = config.method.trains_blocks
     dtype = _base_dtype(config) if blocks or method != "full" else torch.float32
     _check_radius(config, method, dtype)
     with private_torch_rng(config.seed):
@@ -143,28 +140,20 @@ def _base_dtype(config: Config) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
-def _is_forward_only(config: Config) -> bool:
-    return config.federate.method.lower() in _FORWARD_ONLY_METHODS or config.trainer.type in _FORWARD_ONLY_TRAINERS
-
-
-def _is_block_cycle(config: Config) -> bool:
-    return config.federate.method.lower() in _BLOCK_METHODS or config.trainer.type.lower() in _BLOCK_TRAINERS
-
-
 def _attention(config: Config) -> dict[str, str]:
     if config.fwdllm.attention != "auto":
         return {"attn_implementation": config.fwdllm.attention}
-    # The fused kernels have neither a forward-mode derivative nor a batching rule.
-    own = config.fwdllm
-    transformed = own.estimator == "forward_mode" or own.probes_per_batch > 1
-    return {"attn_implementation": "eager"} if transformed and _is_forward_only(config) else {}
+    if not config.method.forward_only:
+        return {}
+    wanted = ESTIMATORS[config.fwdllm.estimator].default_attention(config.fwdllm.probes_per_batch)
+    return {} if wanted is None else {"attn_implementation": wanted}
 
 
 def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
     """IA3 multiplies activations by 1 +- radius: below half a unit in the last place, rounding undoes every probe."""
     smallest = torch.finfo(dtype).eps / 2
-    finite_difference = _is_forward_only(config) and config.fwdllm.estimator != "forward_mode"
-    if method == "ia3" and finite_difference and config.fwdllm.radius < smallest:
+    has_radius = config.method.forward_only and ESTIMATORS[config.fwdllm.estimator].has_radius
+    if method == "ia3" and has_radius and config.fwdllm.radius < smallest:
         raise ConfigError(
             f"fwdllm.radius: is {config.fwdllm.radius:g}, but ia3 over a {str(dtype).removeprefix('torch.')} base "
             f"rounds probes below {smallest:.2g} away; use a larger radius, fwdllm.base_dtype float32 or forward_mode"

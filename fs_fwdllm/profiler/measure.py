@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.config.methods import examples_of
 from fs_fwdllm.core.direction import DirectionKey, direction_seed
 from fs_fwdllm.core.replay import Contributions, add_contributions
 from fs_fwdllm.core.trainables import flatten
@@ -22,9 +23,9 @@ from fs_fwdllm.core.wire import ClientUpdate, decode, encode
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import ConfigError, FwdLLMError, TrainingStalledError
-from fs_fwdllm.estimator import Backprop, make_estimator
+from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
-from fs_fwdllm.method import assemble_server, assemble_worker, resolve_method
+from fs_fwdllm.method import assemble_server, assemble_worker
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
 from fs_fwdllm.run.driver import answer
@@ -98,10 +99,10 @@ def measure(first: Session, candidate: Candidate, budget: Budget, say: Callable[
     Raises:
         ConfigError: the configured method needs backpropagation, or there is nothing to evaluate on.
     """
-    if not resolve_method(first.config).forward_only:
+    if not first.config.method.forward_only:
         raise ConfigError(
             f"federate.method {first.config.federate.method!r}: the profiler is for forward-only methods; set "
-            "federate.method: fedfwd or fedmezo"
+            f"{examples_of(lambda facts: facts.forward_only)}"
         )
     if not first.evaluation_batches:
         raise ConfigError("data.splits: the profiler needs validation or test samples; give them a share")
@@ -148,7 +149,7 @@ def _similarity(session: Session, budget: Budget) -> float:
     """Mean cosine of the forward gradient to the backpropagated one, at the starting point."""
     parts = session.parts
     distribution = parts.replica.replayer.distribution
-    estimator = make_estimator(parts.model, parts.trainables, distribution, session.config.fwdllm, full=parts.full)
+    estimator = parts.make_estimator(distribution)
     backprop = Backprop(parts.model)
     cosines = []
     for number, batch in enumerate(_client_batches(session, budget.batches)):

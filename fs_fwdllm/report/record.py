@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.sinks import read_lines
 
@@ -33,16 +33,16 @@ def evaluation_metric(evaluation: dict[str, Any]) -> str | None:
 
 
 def method_name(config: Config) -> str:
-    """A few words that name the method of a configuration, for titles and tables."""
-    words = f"{config.trainer.type} {config.federate.method}".lower()
-    settings = config.fwdllm
-    if "mezo" in words or "fwd" in words:
-        name = "MeZO" if "mezo" in words else "forward gradient"
-        probes = "1 probe" if settings.probes == 1 else f"{settings.probes} probes"
-        return f"{name} ({settings.estimator.replace('_', ' ')}, {probes})"
-    if "cybgd" in words:
-        return f"cycle block descent ({settings.blocks.schedule})"
-    return f"{'FedSGD' if 'fedsgd' in words else 'FedAvg'} (backpropagation)"
+    """A few words that name the method of a configuration and what sets it apart, for titles and tables."""
+    try:
+        facts = config.method
+    except ConfigError:  # of a package that is no longer installed; its runs can still be looked at
+        return config.federate.method
+    own = config.fwdllm
+    if facts.forward_only:
+        probes = "1 probe" if own.probes == 1 else f"{own.probes} probes"
+        return f"{facts.title} ({own.estimator.replace('_', ' ')}, {probes})"
+    return f"{facts.title} ({own.blocks.schedule if facts.trains_blocks else 'backpropagation'})"
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,18 @@ from types import TracebackType
 import torch
 from rich.console import Console
 
+from fs_fwdllm.config import Config
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
 from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import CheckpointError, WireError
-from fs_fwdllm.method import ClientWorker, RoundReport, assemble_server
+from fs_fwdllm.method import ClientWorker, RoundReport, RoundServer, assemble_server
 from fs_fwdllm.report import RunFolder, RunReporter
 from fs_fwdllm.run.accounting import Accounting
 from fs_fwdllm.run.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
 from fs_fwdllm.run.sampling import clients_per_round, sample_clients
 from fs_fwdllm.run.session import Session
 
-__all__ = ["RunDriver", "answer", "follow", "read_own_checkpoint"]
+__all__ = ["RunDriver", "answer", "choose_clients", "follow", "read_own_checkpoint"]
 
 
 def answer(worker: ClientWorker, frame: bytes, examples: Sequence[Example]) -> bytes:
@@ -52,6 +53,19 @@ def _assignment(frame: bytes) -> Assignment:
     if not isinstance(assignment, Assignment):
         raise WireError(f"a client was sent a {type(assignment).__name__} instead of an assignment")
     return assignment
+
+
+def choose_clients(server: RoundServer, config: Config, round_index: int, available: Sequence[int]) -> list[int]:
+    """Whom a round asks: whom the method wants, or else a draw that depends on the seed and the round alone.
+
+    Raises:
+        ConfigError: more clients are asked for than hold training data.
+    """
+    wanted = server.wanted_clients(available)
+    if wanted is not None:
+        return wanted
+    sampled_in = server.sampling_index_for(round_index)
+    return sample_clients(config.seed, sampled_in, available, clients_per_round(config, len(available)))
 
 
 def read_own_checkpoint(folder: RunFolder) -> Checkpoint:
@@ -165,11 +179,7 @@ class RunDriver:
     def open_round(self) -> dict[int, bytes]:
         """Draw the clients of the next round; the frame each is to be sent."""
         available = sorted(self.session.client_samples)
-        config = self.session.config
-        clients = self.server.wanted_clients(self.next_round, available)
-        if clients is None:
-            sampled_in = self.server.sampling_index_for(self.next_round)
-            clients = sample_clients(config.seed, sampled_in, available, clients_per_round(config, len(available)))
+        clients = choose_clients(self.server, self.session.config, self.next_round, available)
         frames = {client: encode(given) for client, given in self.server.assign(self.next_round, clients).items()}
         for client, frame in frames.items():
             self.accounting.ledger.download(client, frame)
@@ -274,8 +284,7 @@ def _line(report: RoundReport) -> dict[str, object]:
         "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
         "loss": {str(client): loss for client, loss in report.losses.items()},
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
-        **({} if report.pooling is None else report.pooling.columns()),
-        **report.details,
+        **report.columns,
     }
 
 

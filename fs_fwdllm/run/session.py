@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
-from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, resolve_method
+from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, recipe_of
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
@@ -95,20 +96,20 @@ class Session:
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Say what is about to be trained, on what."""
-        method, trainables = resolve_method(self.config), self.parts.trainables
+        facts, recipe, trainables = self.config.method, recipe_of(self.config), self.parts.trainables
         total = sum(parameter.numel() for parameter in self.loaded.model.parameters())
         say(
-            f"{method.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
+            f"{facts.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
             f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"
         )
-        if method.describe is not None:
-            say(method.describe(self.parts))
+        if recipe.describe is not None:
+            say(recipe.describe(self.parts))
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
             say(f"{empty} clients hold no training sample and are never asked")
         own = self.config.fwdllm
-        differences = method.forward_only and own.estimator != "forward_mode"
-        if differences and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
+        has_radius = facts.forward_only and ESTIMATORS[own.estimator].has_radius
+        if has_radius and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
             say(f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01")
         train = self.config.train
         if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
@@ -122,7 +123,7 @@ class Session:
 
     def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
         """Say, once, what a user should know about how the rounds go."""
-        if report.zero_share > _TOO_MANY_ZEROS and resolve_method(self.config).forward_only and not self._warned:
+        if report.zero_share > _TOO_MANY_ZEROS and self.config.method.forward_only and not self._warned:
             self._warned = True
             say(
                 f"warning: {report.zero_share:.0%} of the slopes are exactly zero: fwdllm.radius "

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fs_fwdllm.config import load_config
-from fs_fwdllm.method import check_combination, resolve_method
+from fs_fwdllm.method import check_combination
 from fs_fwdllm.run import local
 from tests.host.fixtures import models, world
 from tests.host.small import World, read_jsonl
@@ -31,7 +31,7 @@ TINY = [
 def test_it_is_valid_and_has_a_script(path: Path) -> None:
     config = load_config(path)
     check_combination(config)
-    assert resolve_method(config).name == "cybgd" and not config.ignored_keys()
+    assert config.method.name == "cybgd" and not config.ignored_keys()
     script = ROOT / "scripts" / "cybgd" / path.stem
     assert script.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", script], check=True)

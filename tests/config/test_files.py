@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fs_fwdllm.config import load_config
-from fs_fwdllm.method import check_combination, resolve_method
+from fs_fwdllm.method import check_combination
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: All of ours; those for FedML are in FedML's own form.
@@ -28,7 +28,7 @@ def test_the_published_settings_say_what_their_names_say(name: str) -> None:
     config = load_config(CONFIGS / name)
     way, *data, _ = Path(name).stem.split("_")
     splitter = Path(name).stem.rpartition("_")[2]
-    assert resolve_method(config).name == {"mezo": "mezo", "backprop": "fedavg"}[way]
+    assert config.method.name == {"mezo": "mezo", "backprop": "fedavg"}[way]
     assert config.data.splitter == splitter
     assert {"alpaca": "alpaca", "code_alpaca": "rosetta_alpaca", "dolly": "dolly-15k", "gsm8k": "gsm8k"}[
         "_".join(data)

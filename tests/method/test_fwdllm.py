@@ -12,9 +12,9 @@ import pytest
 from fs_fwdllm.core.direction import DirectionKey
 from fs_fwdllm.core.wire import encode
 from fs_fwdllm.errors import ConfigError, TrainingStalledError
-from fs_fwdllm.method import resolve_method
+from fs_fwdllm.method.forward.client import LookingWorker
+from fs_fwdllm.method.forward.server import PooledServer
 from fs_fwdllm.method.replica import seeds_of
-from fs_fwdllm.method.scalar import ScalarServer, ScalarWorker
 from fs_fwdllm.run.session import Session
 from tests.host.small import Federation, World
 
@@ -23,15 +23,15 @@ _BASE = {"federate.method": "fwdllm", "fwdllm.probes": 4, "federate.total_round_
 _NEVER = {**_BASE, "fwdllm.gate.kind": "relative", "fwdllm.gate.threshold": 1e-9, "fwdllm.gate.max_repeats": 2}
 
 
-def opened(world: World, settings: dict[str, Any], **more: Any) -> tuple[Federation, ScalarServer]:
+def opened(world: World, settings: dict[str, Any], **more: Any) -> tuple[Federation, PooledServer]:
     federation = Federation(world.config({**settings, **more}))
-    assert isinstance(federation.server, ScalarServer)
+    assert isinstance(federation.server, PooledServer)
     return federation, federation.server
 
 
 def test_the_method_is_forward_gradients_by_another_name(world: World) -> None:
     for spelling in ({"federate.method": "fwdllm"}, {"federate.method": "FwdLLM", "trainer.type": "fwdtrainer"}):
-        assert resolve_method(world.config(spelling)).name == "forward_gradient"
+        assert world.config(spelling).method.name == "forward_gradient"
 
 
 def test_a_gate_of_one_exchange_changes_nothing(world: World) -> None:
@@ -41,8 +41,8 @@ def test_a_gate_of_one_exchange_changes_nothing(world: World) -> None:
     for round_index in range(3):
         one, other = plain.round(round_index), gated.round(round_index)
         assert other.digest == one.digest
-        assert one.pooling is None
-        assert other.pooling is not None and other.pooling.gate == "accepted"
+        assert not one.columns
+        assert other.columns["gate"] == "accepted"
 
 
 def test_waiting_rounds_move_nothing_and_ask_the_same_clients_for_the_same_batches(world: World) -> None:
@@ -56,13 +56,12 @@ def test_waiting_rounds_move_nothing_and_ask_the_same_clients_for_the_same_batch
         updates = [federation.work(work) for work in assigned.values()]
         asked.append(np.concatenate([update.values for update in updates]))
         before = server.digest
-        pooling = server.absorb(updates).pooling
-        assert pooling is not None
-        assert pooling.repeats == round_index % 3
-        assert pooling.pooled_probes == 16 * (round_index % 3 + 1)
-        assert pooling.gate == ("limit" if round_index % 3 == 2 else "waiting")
-        assert (server.digest == before) == (pooling.gate == "waiting")
-        assert pooling.server_step == (round_index + 1) // 3
+        columns = server.absorb(updates).columns
+        assert columns["repeats"] == round_index % 3
+        assert columns["pooled_probes"] == 16 * (round_index % 3 + 1)
+        assert columns["gate"] == ("limit" if round_index % 3 == 2 else "waiting")
+        assert (server.digest == before) == (columns["gate"] == "waiting")
+        assert columns["server_step"] == (round_index + 1) // 3
     assert server.digest != start
     assert not np.array_equal(asked[0], asked[1]), "directions are fresh"
 
@@ -70,15 +69,15 @@ def test_waiting_rounds_move_nothing_and_ask_the_same_clients_for_the_same_batch
 def test_the_last_round_steps_on_what_there_is(world: World) -> None:
     federation, _ = opened(world, _NEVER, **{"federate.total_round_num": 2})
     waiting, last = federation.round(0), federation.round(1)
-    assert waiting.pooling is not None and waiting.pooling.gate == "waiting"
-    assert last.pooling is not None and last.pooling.gate == "end" and last.digest != waiting.digest
+    assert waiting.columns["gate"] == "waiting"
+    assert last.columns["gate"] == "end" and last.digest != waiting.digest
 
 
 def test_even_where_nobody_answers_in_it(world: World) -> None:
     federation, _ = opened(world, _NEVER, **{"federate.total_round_num": 2})
     waiting = federation.round(0)
     last = federation.round(1, meddle=lambda updates: [])
-    assert last.pooling is not None and last.pooling.gate == "end" and last.pooling.pooled_probes == 16
+    assert last.columns["gate"] == "end" and last.columns["pooled_probes"] == 16
     assert last.digest != waiting.digest
 
 
@@ -108,10 +107,10 @@ def test_a_client_missing_on_a_repeat_is_named_and_its_first_answer_counts(world
     federation.round(0)
     report = federation.round(1, meddle=lambda updates: [update for update in updates if update.client != 3])
     assert report.rejected == {3: "no_answer"}
-    assert report.pooling is not None and report.pooling.pooled_probes == 28
+    assert report.columns["pooled_probes"] == 28
     assert set(server.pooled.pool.client_weights()) == set(federation.clients)
     final = federation.round(2)
-    assert final.pooling is not None and final.pooling.gate == "limit"
+    assert final.columns["gate"] == "limit"
 
 
 def test_nan_on_a_repeat_stays_out_of_the_pool(world: World) -> None:
@@ -130,7 +129,7 @@ def test_a_pool_survives_rounds_without_an_answer_until_there_are_too_many(world
     federation, server = opened(world, _NEVER, **{"fwdllm.max_failed_rounds": 2})
     federation.round(0)
     silent = federation.round(1, meddle=lambda updates: [])
-    assert silent.pooling is not None and silent.pooling.gate == "waiting" and silent.pooling.repeats == 0
+    assert silent.columns["gate"] == "waiting" and silent.columns["repeats"] == 0
     assert server.sampling_index_for(2) == 0
     federation.round(2)
     federation.round(3, meddle=lambda updates: [])
@@ -178,12 +177,12 @@ def test_sampling_looks_where_the_last_estimate_points(world: World, momentum: f
     downhill = federation.parameters() - start
     (work,) = server.assign(1, [1]).values()
     worker = federation.worker(1)
-    assert isinstance(worker, ScalarWorker) and worker._directions is not None
+    assert isinstance(worker, LookingWorker) and worker.directions is not None
     worker.replica.follow(work.catch_up, work.digest)
-    worker._aim(work)
+    worker.aim(work)
     keys = [DirectionKey(federation.config.seed, seed) for seed in seeds_of([(1, 1, 1, 20)])]
     tensors = server.trainables.tensors
-    z = np.concatenate([worker._directions.values(keys, i, 0, t.numel()).numpy() for i, t in enumerate(tensors)], 1)
+    z = np.concatenate([worker.directions.values(keys, i, 0, t.numel()).numpy() for i, t in enumerate(tensors)], 1)
     assert (z @ downhill < 0).all(), "every chosen direction points up the last step"
 
 
@@ -206,8 +205,8 @@ def test_a_trust_ratio_step_is_as_long_as_it_should_be(world: World, momentum: f
     )
     for round_index in range(2 if not momentum else 1):
         norm = float(np.linalg.norm(federation.parameters().astype(np.float64)))
-        pooling = federation.round(round_index).pooling
-        assert pooling is not None and pooling.step_norm == pytest.approx(0.03 * norm, rel=1e-4)
+        columns = federation.round(round_index).columns
+        assert columns["step_norm"] == pytest.approx(0.03 * norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("sampling", ["none", "corrected"])
@@ -238,13 +237,13 @@ def test_the_cosine_is_to_the_gradient_of_the_same_batches(world: World) -> None
     before = federation.session.parts.trainables.digest()
     federation.session.diagnose(server, report)
     count = server.trainables.count
-    assert report.pooling is not None and report.pooling.cosine is not None
+    assert "cosine" in report.columns
     probes = 2 * 400
-    assert report.pooling.cosine == pytest.approx(math.sqrt(probes / (probes + count - 1)), abs=0.05)
+    assert report.columns["cosine"] == pytest.approx(math.sqrt(probes / (probes + count - 1)), abs=0.05)
     assert (report.forward_passes - forward, report.backward_passes) == (2, 2)
     assert federation.session.parts.trainables.digest() == before
     assert all(tensor.grad is None for tensor in federation.session.parts.trainables.tensors)
-    assert "cosine" in report.pooling.columns()
+    assert "cosine" in report.columns
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fs_fwdllm.core.direction import Gaussian, Rademacher
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.forward.gate import PublishedStatistic, RelativeVariance, VarianceGate, probe_spread, tensor_ids
-from fs_fwdllm.method.forward.pacing import _gate
+from fs_fwdllm.method.forward.pacing import make_gate
 from fs_fwdllm.method.forward.pool import Pool
 from tests.method.pools import dense_directions, dense_estimate, flat, pool_of, replayer_for
 
@@ -138,11 +138,13 @@ def test_a_single_probe_has_no_halves() -> None:
 
 def test_thresholds_and_tensors_of_a_configuration() -> None:
     trainables = replayer_for(SIZES).trainables
-    assert _gate(GateConfig(), trainables) is None
-    relative = _gate(GateConfig(kind="relative"), trainables)
+    assert make_gate(GateConfig(), trainables) is None
+    relative = make_gate(GateConfig(kind="relative"), trainables)
     assert relative is not None and relative.threshold == math.sqrt(DIMENSIONS / 8) and relative.max_repeats == 10
-    published = _gate(GateConfig(kind="published", tensor="t1"), trainables)
+    published = make_gate(GateConfig(kind="published", tensor="t1"), trainables)
     assert published == VarianceGate(PublishedStatistic([1]), 0.1, 10)
-    assert _gate(GateConfig(kind="published", threshold=0.3), trainables) == VarianceGate(PublishedStatistic(), 0.3, 10)
+    assert make_gate(GateConfig(kind="published", threshold=0.3), trainables) == VarianceGate(
+        PublishedStatistic(), 0.3, 10
+    )
     with pytest.raises(ConfigError, match=r"fwdllm.gate.tensor 't9'.*'all'"):
         tensor_ids(trainables, "t9")

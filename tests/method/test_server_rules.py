@@ -209,7 +209,7 @@ def absent_work(federation: Federation, round_index: int) -> list[ClientUpdate]:
         kind(
             round_index=round_index, client=client, digest=federation.server.digest, samples=4, loss=1.0,
             forward_passes=0, backward_passes=0,
-            values=np.zeros(federation.server._expected_values(assignment)),
+            values=np.zeros(federation.server.expected_values(assignment)),
         )
         for client, assignment in federation.server.assign(round_index, federation.clients).items()
     ]  # fmt: skip

@@ -26,10 +26,12 @@ from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, RoundUpdate, ScalarUpdate, decode, encode
 from fs_fwdllm.errors import ConfigError, WireError
-from fs_fwdllm.method import Replica, RoundServer
+from fs_fwdllm.method import Replica
 from fs_fwdllm.method.client_rates import ClientRates, StrategySettings, random_rate, spread_rates
 from fs_fwdllm.method.first_order.dense import AverageServer
-from fs_fwdllm.method.scalar import ScalarServer
+from fs_fwdllm.method.mezo.recipe import coefficients
+from fs_fwdllm.method.mezo.server import SteppingServer
+from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.server import ServerSettings, WorkPlan
 from fs_fwdllm.run.local import run
 from tests.host.small import METHODS, Federation, World, read_jsonl
@@ -46,19 +48,19 @@ def start() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def a_server(name: str, clients: int, kind: type[RoundServer] = ScalarServer, **changes: Any) -> RoundServer:
+def a_server(name: str, clients: int, kind: type[ReplayServer] = SteppingServer, **changes: Any) -> ReplayServer:
     """A server of clients that take different numbers of steps."""
     schedule = Schedule(BASE, "cosine", ROUNDS)
     plans = {client: WorkPlan(1 + client % 3, 2) for client in range(1, clients + 1)}
     strategy = StrategySettings(name, SPAN, SEED)
     own = ServerSettings(**{"plans": plans, "schedule": schedule, "strategy": strategy, **changes})
     replayer = Replayer(Trainables(start()), SEED, Rademacher())
-    return ScalarServer(replayer, own, local_steps=True) if kind is ScalarServer else AverageServer(replayer, own)
+    return SteppingServer(replayer, own, coefficients) if kind is SteppingServer else AverageServer(replayer, own)
 
 
-def an_answer(server: RoundServer, assignment: Assignment, rng: np.random.Generator, **changes: Any) -> ClientUpdate:
-    kind = ScalarUpdate if isinstance(server, ScalarServer) else DenseUpdate
-    values = rng.normal(size=server._expected_values(assignment)).astype(np.float32)
+def an_answer(server: ReplayServer, assignment: Assignment, rng: np.random.Generator, **changes: Any) -> ClientUpdate:
+    kind = ScalarUpdate if isinstance(server, SteppingServer) else DenseUpdate
+    values = rng.normal(size=server.expected_values(assignment)).astype(np.float32)
     fields = {
         "round_index": assignment.round_index, "client": assignment.client, "digest": assignment.digest,
         "samples": int(rng.integers(1, 9)), "loss": float(rng.normal()), "forward_passes": 0, "backward_passes": 0,
@@ -103,7 +105,7 @@ def uniform(round_index: int, client: int) -> float:
     return (int(np.random.Philox(key=key.astype(np.uint64)).random_raw()) >> 11) / 2**53
 
 
-def walked(server: RoundServer, update: ClientUpdate, rate: float) -> dict[str, np.ndarray]:
+def walked(server: ReplayServer, update: ClientUpdate, rate: float) -> dict[str, np.ndarray]:
     """The client's change, by taking its steps one after the other in float64."""
     pairs = zip(server.trainables.names, server.trainables.tensors, strict=True)
     here = {name: tensor.detach().double().clone() for name, tensor in pairs}
@@ -135,7 +137,7 @@ def distances(changes: dict[int, dict[str, np.ndarray]]) -> dict[int, float]:
 
 
 def play(
-    server: RoundServer, reference: Reference, taking_part: Sequence[int], round_index: int, rng: np.random.Generator
+    server: ReplayServer, reference: Reference, taking_part: Sequence[int], round_index: int, rng: np.random.Generator
 ) -> None:
     """One round, in which some answers are bad and some never come; checks the rate of every client."""
     base = server.settings.schedule(round_index)
@@ -160,11 +162,11 @@ def play(
         reference.rounds.append(distances(changes) if changes else losses)
 
 
-@pytest.mark.parametrize("kind", [ScalarServer, AverageServer])
+@pytest.mark.parametrize("kind", [SteppingServer, AverageServer])
 @pytest.mark.parametrize("partial", [False, True], ids=["full", "partial"])
 @pytest.mark.parametrize("clients", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_rate_is_the_references(name: str, clients: int, partial: bool, kind: type[RoundServer]) -> None:
+def test_every_rate_is_the_references(name: str, clients: int, partial: bool, kind: type[ReplayServer]) -> None:
     rng = np.random.default_rng([clients, partial])
     server = a_server(name, clients, kind, weight_decay=DECAY, max_failed_rounds=99)
     reference, seen = Reference(name), set()
@@ -323,7 +325,7 @@ def test_distances_from_scalars_are_those_of_dense_changes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fs_fwdllm.method.update_norms._BLOCK_ELEMENTS", 1)
         patch.setattr("fs_fwdllm.method.update_norms._SHORTEST_SLICE", longest)
-        found, from_vectors = server._distances(updates), dense._distances(vectors)
+        found, from_vectors = server.distances(updates), dense.distances(vectors)
     np.testing.assert_allclose(found, list(distances(changes).values()), rtol=2e-5)
     np.testing.assert_allclose(found, from_vectors, rtol=2e-5)
 
@@ -332,7 +334,7 @@ def test_asking_for_distances_changes_no_parameter() -> None:
     rng = np.random.default_rng(6)
     server = a_server("model-diff", 4, weight_decay=DECAY)
     updates = [an_answer(server, a, rng) for a in server.assign(0, [1, 2, 3, 4]).values()]
-    server._distances(updates)
+    server.distances(updates)
     assert server.trainables.digest() == Trainables(start()).digest() == server.digest
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.config.load import apply_overrides, read_tree
+from fs_fwdllm.config.methods import is_ours
 from fs_fwdllm.config.schema import Section, is_host_only
 from fs_fwdllm.errors import ConfigError, nearest
-from fs_fwdllm.host.federatedscope.names import METHODS, TRAINERS
 from fs_fwdllm.host.federatedscope.settings import section_of
 
 __all__ = ["check_command_line"]
@@ -59,7 +59,7 @@ def _is_ours(tree: dict[str, Any]) -> bool:
         node = tree.get(section)
         return str(node.get(key, "")).lower() if isinstance(node, dict) else ""
 
-    return value("federate", "method") in METHODS or value("trainer", "type") in TRAINERS
+    return is_ours(value("federate", "method"), value("trainer", "type"))
 
 
 def _ours(tree: dict[str, Any], section: type[Section], host: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "METHODS", "METRIC_NAMES", "NO_RESULTS", "TRAINERS"]
+__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "METRIC_NAMES", "NO_RESULTS"]
 
-#: ``trainer.type`` and ``federate.method`` values (lower case) that make a run one of ours.
-TRAINERS = ("mezotrainer", "fwdtrainer", "cybgdtrainer")
-METHODS = ("fedmezo", "fedfwd", "fedcybgd", "fwdllm")
 #: Metrics of ours that FederatedScope has no function for.
 METRIC_NAMES = ("accuracy", "macro_f1", "majority_accuracy", "mcc", "perplexity", "token_accuracy")
 

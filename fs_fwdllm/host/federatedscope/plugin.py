@@ -38,9 +38,9 @@ def _build_model(model_config: Any, input_shape: Any) -> Any:
 
 
 def _trainer_class(trainer_type: str) -> Any:
-    from fs_fwdllm.host.federatedscope.settings import TRAINERS
+    from fs_fwdllm.config.methods import is_ours
 
-    if trainer_type.lower() not in TRAINERS:
+    if not is_ours("", trainer_type):
         return None
     from fs_fwdllm.host.federatedscope.trainer import EvaluationTrainer
 

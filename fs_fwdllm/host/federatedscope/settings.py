@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 from pydantic.fields import FieldInfo
 
-from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config import Config, methods, parse_config
 from fs_fwdllm.config.schema import Section, is_host_only
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.host.federatedscope.names import METHODS, TRAINERS
 
 __all__ = [
-    "TRAINERS",
     "complete",
     "config_from_host",
     "extend_host_config",
@@ -61,7 +59,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 def is_ours(config: Any) -> bool:
     """Whether the host's configuration asks for one of our methods or trainers."""
-    return config.federate.method.lower() in METHODS or config.trainer.type.lower() in TRAINERS
+    return methods.is_ours(config.federate.method, config.trainer.type)
 
 
 def extend_host_config(node: Any) -> None:
@@ -155,10 +153,8 @@ def _value(node: Any, key: str) -> Any:
 def complete(node: Any, splits_with_data: list[str]) -> None:
     """Fill in what the host needs and a file for several hosts leaves open: the trainer, and the key by which the best
     round is chosen (it must belong to a split that is evaluated)."""
-    if node.trainer.type.lower() not in TRAINERS:
-        node.trainer.type = {"fedmezo": "mezotrainer", "fedcybgd": "cybgdtrainer"}.get(
-            node.federate.method.lower(), "fwdtrainer"
-        )
+    if not methods.is_ours("", node.trainer.type):
+        node.trainer.type = methods.default_trainer(node.federate.method)
     node.eval.split = [split for split in node.eval.split if split in splits_with_data] or node.eval.split
     key = node.eval.best_res_update_round_wise_key
     split, _, metric = key.partition("_")

@@ -10,5 +10,5 @@
 | :mod:`.server_blocks`, :mod:`.holdings` | what is a client sent, and what does it hold already? |
 | :mod:`.visit_queue` | which visits are open, and which are due again? |
 | :mod:`.client`, :mod:`.server` | the two halves |
-| :mod:`.parts`, :mod:`.checks` | how do they come from a configuration, and which are refused? |
+| :mod:`.recipe`, :mod:`.checks` | how do they come from a configuration, and which are refused? |
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fs_fwdllm.config.methods import examples_of
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.errors import ConfigError
 
@@ -15,8 +16,8 @@ def check_blocks(config: Config) -> None:
     own, optimizer = config.fwdllm.blocks, config.train.optimizer
     if config.llm.adapter.use:
         raise ConfigError(
-            "llm.adapter.use true: fedcybgd trains the model's own blocks; set it to false, or train the adapter with "
-            "federate.method: FedAvg"
+            f"llm.adapter.use true: {config.federate.method} trains the model's own blocks; set it to false, or train "
+            f"the adapter with {examples_of(lambda facts: facts.clients_step and not facts.forward_only)}"
         )
     asked = own.parallel_blocks * own.clients_per_block
     if config.federate.sample_client_num not in (-1, asked) or config.federate.sample_client_rate > 0:

@@ -65,8 +65,6 @@ class VisitSettings:
 class BlockWorker(ClientWorker):
     """Visits blocks."""
 
-    replica: BlockReplica
-
     def __init__(
         self,
         objective: Objective,
@@ -76,6 +74,7 @@ class BlockWorker(ClientWorker):
         settings: VisitSettings,
     ) -> None:
         super().__init__(objective, replica, batches)
+        self.replica: BlockReplica = replica
         self._backprop = backprop
         self._settings = settings
         self._store = replica.store
@@ -84,7 +83,7 @@ class BlockWorker(ClientWorker):
         self._states: dict[tuple[int, int], list[TensorState]] = {}
         objective.model.requires_grad_(False)
 
-    def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
+    def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
         if not isinstance(assignment, BlockAssignment):
             raise WireError(f"a block worker was sent a {type(assignment).__name__}")
         self.replica.check_base(assignment.digest_base)

@@ -11,8 +11,8 @@ round.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from fs_fwdllm.method.cybgd.server_blocks import ServerBlocks
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, average_states, pack_states, unpack_states
 from fs_fwdllm.method.cybgd.store import BlockStore
 from fs_fwdllm.method.cybgd.visit_queue import OpenVisit, VisitQueue
-from fs_fwdllm.method.server import RoundReport, RoundServer, ServerSettings
+from fs_fwdllm.method.server import RoundServer, ServerSettings, sample_weights
 
 __all__ = ["BlockServer", "BlockServerSettings"]
 
@@ -70,11 +70,11 @@ class BlockServer(RoundServer):
     def __init__(
         self, store: BlockStore, settings: ServerSettings, schedule: CycleSchedule, blocks: BlockServerSettings
     ) -> None:
-        super().__init__(store, settings)
+        super().__init__(store.trainables, settings)
         self.store = store
         self.plan = store.plan
         self._settings = blocks
-        self._base_digest = self.digest
+        self._digest = self._base_digest = store.digest()
         self.blocks = ServerBlocks(store, blocks.view, compress=blocks.compress)
         self.queue = VisitQueue(schedule, sorted(settings.plans), blocks.parallel_blocks)
         self.visits = [0] * len(self.plan.blocks)
@@ -86,7 +86,11 @@ class BlockServer(RoundServer):
         """Per part, how often it has changed."""
         return self.blocks.versions
 
-    def wanted_clients(self, round_index: int, available: Sequence[int]) -> list[int]:
+    @property
+    def digest(self) -> bytes:
+        return self._digest
+
+    def wanted_clients(self, available: Sequence[int]) -> list[int]:
         """The clients of the round's visits, in ascending order; :meth:`assign` expects them."""
         return self.queue.plan(available)
 
@@ -110,7 +114,7 @@ class BlockServer(RoundServer):
 
     def _assignment(self, visit: OpenVisit, client: int, rate: float) -> BlockAssignment:
         cycle = self.queue.schedule.cycle(visit.visit.number)
-        active, dropped = self.plan.active(visit.block), self._dropped(visit.block, cycle, client)
+        active, dropped = self.plan.active(visit.block), self.dropped_layers(visit.block, cycle, client)
         frames, held = self.blocks.for_visit(
             self._holdings.of(client), active, dropped, send_all=self._settings.send_all
         )
@@ -132,7 +136,7 @@ class BlockServer(RoundServer):
             digest_base=self._base_digest,
         )
 
-    def _dropped(self, block: int, cycle: int, client: int) -> tuple[int, ...]:
+    def dropped_layers(self, block: int, cycle: int, client: int) -> tuple[int, ...]:
         """Layers the client skips, drawn for (run, cycle, client); never one the target has a part in."""
         own = set(self.plan.blocks[block].layers)
         others = [layer for layer in range(len(self.plan.layer_names)) if layer not in own]
@@ -144,19 +148,35 @@ class BlockServer(RoundServer):
         """An assignment of no work with every block that ``client`` lacks, in the form of inactive blocks."""
         frames = self.blocks.missing(self._holdings.of(client))
         self._holdings.note_told(client, self._digest, self.versions)
-        return replace(super().current_state_for(client), catch_up=tuple(frames))
+        return Assignment(
+            round_index=self.round_index,
+            client=client,
+            digest=self._digest,
+            learning_rate=0.0,
+            steps=0,
+            probes=0,
+            batch_index=self.round_index,
+            catch_up=tuple(frames),
+        )
 
     def note_holds(self, client: int, digest: bytes) -> None:
         """``client`` says that it is at ``digest`` (see :mod:`.holdings`)."""
         self._holdings.note_holds(client, digest)
 
-    def absorb(self, updates: Iterable[ClientUpdate]) -> RoundReport:
-        """Close the round. Blocks that nobody visited usably are due again; the report's details count visits."""
+    def note_parameters_changed(self) -> None:
+        self.store.forget_digests()
+        self._digest = self.store.digest()
+
+    def _close(self, accepted: list[ClientUpdate]) -> dict[str, object]:
+        """Move the visited blocks; those that nobody visited usably are due again. The columns count visits."""
         start, before = self._digest, list(self.versions)
-        report = super().absorb(updates)
-        unvisited = []
+        if accepted:
+            self._step(accepted, sample_weights(accepted, equal=self.settings.equal_weights))
+            self._require_finite()
+            self._digest = self.store.digest()
+        clients, unvisited = {update.client for update in accepted}, []
         for visit in self.queue.open:
-            answered = [client for client in visit.clients if client in report.losses]
+            answered = [client for client in visit.clients if client in clients]
             for client in answered:
                 self._holdings.note_answered(client, start, visit.sent[client], before)
             if answered:
@@ -165,36 +185,24 @@ class BlockServer(RoundServer):
                 unvisited.append(visit.block)
                 self.queue.failed(visit)
         self._decoded.clear()
-        report.zero_share = 0.0
         opened = self.queue.open
-        report.details = {
+        return {
             "blocks": {str(client): visit.block for visit in opened for client in visit.clients},
             "cycle": max((self.queue.schedule.cycle(visit.visit.number) for visit in opened), default=0),
             "block_visits": list(self.visits),
             "reassigned_blocks": unvisited,
         }
-        return report
 
     def _block_of(self, client: int) -> int:
         assignment = self._assigned[client]
         assert isinstance(assignment, BlockAssignment)
         return assignment.block
 
-    def _expected_values(self, assignment: Assignment) -> int:
-        raise NotImplementedError("a block's length depends on what it holds")  # see _judge_values
-
-    def _judge(self, update: ClientUpdate, accepted: dict[int, ClientUpdate]) -> None:
+    def judge(self, update: ClientUpdate, accepted: Mapping[int, ClientUpdate]) -> None:
         assignment = self._assigned.get(update.client)
         if isinstance(update, BlockDelta) and isinstance(assignment, BlockAssignment):
-            if update.block != assignment.block:
-                raise UpdateRejected("other_block", f"client {update.client} visited block {update.block}")
-            if update.versions != assignment.versions:
-                raise UpdateRejected(
-                    "stale_version",
-                    f"client {update.client} visited version {update.versions} of block {update.block}, which is at "
-                    f"{assignment.versions}",
-                )
-        super()._judge(update, accepted)
+            _require_visit(update, assignment)
+        super().judge(update, accepted)
 
     def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
         assert isinstance(update, BlockDelta)
@@ -280,3 +288,15 @@ class BlockServer(RoundServer):
         self._holdings.load_state(numbers)
         self.blocks.load_state(tensors, versions)
         self._digest = self.store.digest()
+
+
+def _require_visit(update: BlockDelta, assignment: BlockAssignment) -> None:
+    """Raises ``UpdateRejected`` if another block, or another version of it, was visited than was asked for."""
+    if update.block != assignment.block:
+        raise UpdateRejected("other_block", f"client {update.client} visited block {update.block}")
+    if update.versions != assignment.versions:
+        raise UpdateRejected(
+            "stale_version",
+            f"client {update.client} visited version {update.versions} of block {update.block}, which is at "
+            f"{assignment.versions}",
+        )

@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fs_fwdllm.core.direction import make_distribution
-from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables, digest_of
 from fs_fwdllm.core.wire import Record, decode
 from fs_fwdllm.errors import DivergenceError, WireError
@@ -30,7 +28,6 @@ from fs_fwdllm.method.cybgd.blocks import BlockPlan
 from fs_fwdllm.method.cybgd.codec import FORMS, Encoding, decode_tensors, encode_tensors
 from fs_fwdllm.method.cybgd.records import BlockModel, BlockValues, OptimizerState
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, unpack_states
-from fs_fwdllm.method.replica import Replica
 
 __all__ = ["FLOAT32", "BlockReplica", "BlockStore", "model_dtypes", "view_encoding"]
 
@@ -44,18 +41,17 @@ def view_encoding(trainables: Trainables, inactive: str, keep_ratio: float) -> E
     return Encoding(exact if inactive == "exact" else inactive, exact, keep_ratio)
 
 
-class BlockStore(Replayer):
+class BlockStore:
     """Trainables that are read, changed and hashed block by block.
 
     Args:
         trainables: float32 (server) or in the model's dtype (client).
         plan: its parts hold exactly the names of ``trainables``.
         dtypes: the model's, per tensor.
-        run_seed: of the run.
     """
 
-    def __init__(self, trainables: Trainables, plan: BlockPlan, dtypes: Sequence[torch.dtype], run_seed: int) -> None:
-        super().__init__(trainables, run_seed, make_distribution("rademacher"))
+    def __init__(self, trainables: Trainables, plan: BlockPlan, dtypes: Sequence[torch.dtype]) -> None:
+        self.trainables = trainables
         self.plan = plan
         place = {name: index for index, name in enumerate(trainables.names)}
         self._members = [[place[name] for name in part.parameters] for part in plan.parts]
@@ -94,6 +90,10 @@ class BlockStore(Replayer):
             tensor.copy_(value)
         self._digests.pop(part, None)
 
+    def forget_digests(self) -> None:
+        """The tensors were changed from outside: hash every part anew when it is asked for."""
+        self._digests.clear()
+
     def part_digest(self, part: int) -> bytes:
         """16 bytes that name a part's deployed bits."""
         if part not in self._digests:
@@ -112,7 +112,7 @@ class BlockStore(Replayer):
         return digest_of(zip(names, tensors, strict=True))
 
 
-class BlockReplica(Replica):
+class BlockReplica:
     """A client's model.
 
     Args:
@@ -122,15 +122,18 @@ class BlockReplica(Replica):
     """
 
     def __init__(self, store: BlockStore, view: Encoding, *, exact: bool) -> None:
-        super().__init__(store)
         self.store = store
-        self.base_digest = self.digest
+        self.digest = self.base_digest = store.digest()
         self._versions = [0] * len(store.plan.parts)
         self._view = view
         self._exact = exact
         self._received: dict[int, BlockValues] = {}
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._states: dict[int, list[TensorState]] = {}
+
+    @property
+    def trainables(self) -> Trainables:
+        return self.store.trainables
 
     def follow(self, frames: Sequence[bytes], target: bytes) -> None:
         """Take in what the server sent.

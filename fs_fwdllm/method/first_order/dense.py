@@ -9,6 +9,7 @@ the published systems (they send what could have been a scalar). Two servers' wo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,8 +21,9 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
+from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.replica import Replica
-from fs_fwdllm.method.server import RoundServer, ServerSettings, numbered
+from fs_fwdllm.method.server import ServerSettings, numbered
 from fs_fwdllm.method.update_norms import dense_distances
 from fs_fwdllm.model.objective import Objective
 
@@ -82,7 +84,7 @@ class BackpropWorker(ClientWorker):
         self._make_optimizer = make_optimizer
         self._weight_decay = weight_decay
 
-    def _train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
+    def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
         try:
             losses, values = self._learn(assignment, batches)
         finally:  # work that failed half-way must not leave a gradient to the next client
@@ -105,10 +107,11 @@ class BackpropWorker(ClientWorker):
             losses = [self._backprop.gradient(self.objective.on(batch)) for batch in batches]
             return losses, self._gradient() / np.float32(len(batches))
         with self._excursion() as start:
-            losses = self._descend(assignment.learning_rate, batches, self._make_optimizer)
+            losses = self.descend(assignment.learning_rate, batches, self._make_optimizer)
             return losses, self._change_since(start)
 
-    def _descend(self, learning_rate: float, batches: Sequence[Batch], make: OptimizerFactory) -> list[float]:
+    def descend(self, learning_rate: float, batches: Sequence[Batch], make: OptimizerFactory) -> list[float]:
+        """An optimiser step on every batch; the trainables stay where they end. Returns the losses."""
         optimizer = make(self.trainables, learning_rate)
         losses = []
         for batch in batches:
@@ -122,13 +125,13 @@ class BackpropWorker(ClientWorker):
         return flatten([torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors])
 
 
-class _DenseServer(RoundServer):
+class _DenseServer(ReplayServer):
     answer = DenseUpdate
 
-    def _expected_values(self, assignment: Assignment) -> int:
+    def expected_values(self, assignment: Assignment) -> int:
         return self.trainables.count
 
-    def _distances(self, accepted: list[ClientUpdate]) -> list[float]:
+    def distances(self, accepted: list[ClientUpdate]) -> list[float]:
         sizes = [tensor.numel() for tensor in self.trainables.tensors]
         return dense_distances(sizes, [update.values for update in accepted])
 
@@ -139,13 +142,20 @@ class _DenseServer(RoundServer):
             total += update.values * np.float32(weight)
         return [piece.to(self.trainables.device) for piece in self.trainables.split_flat(total)]
 
+    def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> None:
+        self.replayer.move(lambda: self._apply(self._weighted_sum(accepted, weights)))
+
+    @abstractmethod
+    def _apply(self, mean: Sequence[torch.Tensor]) -> None:
+        """Move the trainables by the weighted mean of what clients sent."""
+
 
 class AverageServer(_DenseServer):
     """Adds the weighted mean of the clients' changes."""
 
     @torch.no_grad()
-    def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> None:
-        for tensor, change in zip(self.trainables.tensors, self._weighted_sum(accepted, weights), strict=True):
+    def _apply(self, mean: Sequence[torch.Tensor]) -> None:
+        for tensor, change in zip(self.trainables.tensors, mean, strict=True):
             tensor.detach().add_(change)
 
 
@@ -156,8 +166,8 @@ class GradientServer(_DenseServer):
         super().__init__(replayer, settings)
         self._optimizer = make_optimizer(self.trainables, settings.schedule(0))
 
-    def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> None:
-        for tensor, gradient in zip(self.trainables.tensors, self._weighted_sum(accepted, weights), strict=True):
+    def _apply(self, mean: Sequence[torch.Tensor]) -> None:
+        for tensor, gradient in zip(self.trainables.tensors, mean, strict=True):
             tensor.grad = gradient
         rate = self.settings.schedule(self.round_index)
         decay_then_step(self.trainables, self._optimizer, rate, self.settings.weight_decay)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fs_fwdllm.data.types import Example
 from fs_fwdllm.estimator import Backprop
+from fs_fwdllm.method.forward.server import PooledServer
 from fs_fwdllm.method.forward.step_control import norm_of
 from fs_fwdllm.method.server import RoundReport, RoundServer
 
@@ -37,8 +37,8 @@ def add_cosine(
     parts: Parts, server: RoundServer, report: RoundReport, examples: Mapping[int, Sequence[Example]]
 ) -> None:
     """Put the cosine, and the passes it takes, into the report of a round that stepped and keeps what it needs."""
-    taken = server.taken
-    if taken is None or report.pooling is None:
+    taken = server.taken if isinstance(server, PooledServer) else None
+    if taken is None:
         return
     total = [torch.zeros_like(part) for part in taken.estimate]
     backprop = Backprop(parts.model)
@@ -50,7 +50,7 @@ def add_cosine(
                 _collect(parts.trainables.tensors, total, weight / steps)
                 report.forward_passes += backprop.forward_passes
                 report.backward_passes += 1
-    report.pooling = replace(report.pooling, cosine=cosine_between(taken.estimate, total))
+    report.columns["cosine"] = cosine_between(taken.estimate, total)
 
 
 @torch.no_grad()

@@ -7,9 +7,12 @@ of assignments and answers is a round, whatever the gate says: a host counts rou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
+import torch
 
 from fs_fwdllm.config.schema import FwdllmConfig, GateConfig
 from fs_fwdllm.core.replay import Replayer
@@ -27,16 +30,16 @@ from fs_fwdllm.method.forward.gate import (
 from fs_fwdllm.method.forward.pool import Pool
 from fs_fwdllm.method.forward.step_control import STEP_CONTROLS, StepControl, plain
 
-__all__ = ["Pacing", "PoolingReport", "Sampling"]
+__all__ = ["DirectedSampling", "Pacing", "make_gate"]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class DirectedSampling:
     """Which directions clients look along; see :mod:`fs_fwdllm.method.forward.directed_sampling`.
 
     Attributes:
         candidates: drawn per probe (``published``).
-        every: only in every so manieth server step.
+        every: sample directions only in every N-th server step.
     """
 
     kind: Literal["none", "published", "corrected"] = "none"
@@ -67,43 +70,13 @@ class Sampling:
         shares = {client: work.steps * work.probes for client, work in assigned.items()}
         round_index = next(iter(assigned.values())).round_index
         wanted = [part * sign for part in reference]
-        count, run_seed = sum(shares.values()), replayer.run_seed
-        choices = choose_candidates(round_index, count, self.candidates, wanted, run_seed, replayer.distribution)
-        dealt = deal(choices, shares, run_seed, round_index)
+        choices = self.choose(round_index, sum(shares.values()), wanted, replayer)
+        dealt = deal(choices, shares, replayer.run_seed, round_index)
         return {client: replace(work, choices=dealt[client]) for client, work in assigned.items()}
 
-
-@dataclass(frozen=True)
-class PoolingReport:
-    """The pooled step in a round's report.
-
-    Attributes:
-        server_step: steps taken so far, this round's included.
-        repeats: rounds beyond the first that the pool took so far.
-        pooled_probes: random directions in it.
-        gate: ``accepted``, ``waiting``, ``limit`` or ``end`` (see :class:`~fs_fwdllm.method.forward.gate.Decision`).
-        gate_statistic: ``None`` without a gate, and while it is infinite.
-        norm_growth: ``|theta| / |theta_0|``.
-        step_norm: how far the parameters moved; ``None`` unless asked for, or without a step.
-        cosine: of the pooled estimate to the gradient by backpropagation, likewise, in rounds that evaluate.
-    """
-
-    server_step: int
-    repeats: int
-    pooled_probes: int
-    gate: str
-    gate_statistic: float | None
-    gate_threshold: float | None
-    norm_growth: float
-    step_norm: float | None = None
-    cosine: float | None = None
-
-    def columns(self) -> dict[str, object]:
-        """The fields of a metrics line."""
-        names = {**vars(self)}
-        if self.gate_threshold is None:
-            del names["gate_statistic"]
-        return {name: value for name, value in names.items() if value is not None or name == "gate_statistic"}
+    def choose(self, round_index: int, count: int, wanted: Sequence[torch.Tensor], replayer: Replayer) -> np.ndarray:
+        """The candidates that look most along ``wanted``, uint32 ``[count, tensors]``."""
+        return choose_candidates(round_index, count, self.candidates, wanted, replayer.run_seed, replayer.distribution)
 
 
 @dataclass(frozen=True)
@@ -111,7 +84,7 @@ class Pacing:
     """The parts of a pooled step; as built without arguments, the plain forward-gradient step."""
 
     gate: VarianceGate | None = None
-    sampling: Sampling = Sampling()
+    sampling: DirectedSampling = DirectedSampling()
     control: StepControl = plain
     report_norms: bool = False
     report_cosine: bool = False
@@ -120,8 +93,8 @@ class Pacing:
     def of(cls, config: FwdllmConfig, trainables: Trainables) -> Pacing:
         """The parts a configuration asks for. Raises :class:`~fs_fwdllm.errors.ConfigError` for an unknown tensor."""
         return cls(
-            gate=_gate(config.gate, trainables),
-            sampling=Sampling(config.sampling.kind, config.sampling.candidates, config.sampling.every),
+            gate=make_gate(config.gate, trainables),
+            sampling=DirectedSampling(config.sampling.kind, config.sampling.candidates, config.sampling.every),
             control=STEP_CONTROLS[config.step.control],
             report_norms=config.step.report_norms,
             report_cosine=config.step.report_cosine,
@@ -139,7 +112,8 @@ class Pacing:
         return self.gate.decide(pool, replayer, last=last)
 
 
-def _gate(config: GateConfig, trainables: Trainables) -> VarianceGate | None:
+def make_gate(config: GateConfig, trainables: Trainables) -> VarianceGate | None:
+    """The gate a configuration asks for. Raises :class:`~fs_fwdllm.errors.ConfigError` for an unknown tensor."""
     if config.kind == "none":
         return None
     statistic: GateStatistic = RelativeVariance()

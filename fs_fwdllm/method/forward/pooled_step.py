@@ -13,21 +13,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.learning_rate import Schedule, decay_factor
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, RoundUpdate
 from fs_fwdllm.method.forward.gate import Decision
-from fs_fwdllm.method.forward.pacing import Pacing, PoolingReport
+from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
 from fs_fwdllm.method.forward.step_control import norm_of
 from fs_fwdllm.method.replica import apply_round_update
 
-__all__ = ["PooledStep", "TakenStep", "decay_factor"]
-
-
-def decay_factor(learning_rate: float, weight_decay: float) -> float:
-    """``1 - lr * weight_decay``, the factor of one step."""
-    return 1.0 - learning_rate * weight_decay
+__all__ = ["PooledStep", "TakenStep"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +69,13 @@ class PooledStep:
         self._schedule = schedule
         self._weight_decay = weight_decay
         self._momentum = momentum
-        self._pacing = pacing
+        self.pacing = pacing
         self._initial_norm = norm_of(replayer.trainables.tensors)
 
     def equip(self, assigned: Mapping[int, Assignment]) -> dict[int, Assignment]:
         """Assignments that say where to look, where directions are sampled discriminatively."""
         sign = 1.0 if self._momentum else -1.0
-        return self._pacing.sampling.equip(assigned, self._replayer, server_step=self.server_steps, sign=sign)
+        return self.pacing.sampling.equip(assigned, self._replayer, server_step=self.server_steps, sign=sign)
 
     def collect(self, accepted: Sequence[ClientUpdate], assigned: Mapping[int, Assignment]) -> None:
         """Put a round's answers into the pool."""
@@ -92,26 +87,26 @@ class PooledStep:
         last = round_index + 1 >= self._schedule.rounds
         if not self.pool.entries or not (answered or last):
             return None
-        return self._pacing.decide(self.pool, self._replayer, last=last)
+        return self.pacing.decide(self.pool, self._replayer, last=last)
 
     def take(self, round_index: int, digest: bytes) -> tuple[RoundUpdate, float | None]:
         """Step on the pool. Returns the record (digests as before the step) and, if asked for, the step's norm."""
         record = self._record(round_index, digest)
         trainables = self._replayer.trainables
-        start = trainables.copy_values() if self._pacing.report_norms or self._pacing.report_cosine else []
-        if self._pacing.report_cosine:
+        start = trainables.copy_values() if self.pacing.report_norms or self.pacing.report_cosine else []
+        if self.pacing.report_cosine:
             estimate, weights = self.pool.estimate(self._replayer), self.pool.client_weights()
             assert self.pool.first_round is not None
             self.taken = TakenStep(start, estimate, weights, self.pool.first_round)
         apply_round_update(self._replayer, record)
         self.server_steps += 1
-        if not self._pacing.report_norms:
+        if not self.pacing.report_norms:
             return record, None
         return record, norm_of(here.detach() - there for here, there in zip(trainables.tensors, start, strict=True))
 
     def _record(self, round_index: int, digest: bytes) -> RoundUpdate:
         rate = self._schedule(round_index)
-        scale = (1.0 if self._momentum else -rate) * self._pacing.control(self.pool, self._replayer)
+        scale = (1.0 if self._momentum else -rate) * self.pacing.control(self.pool, self._replayer)
         return RoundUpdate(
             round_index=round_index,
             digest_before=digest,
@@ -121,28 +116,36 @@ class PooledStep:
             momentum=self._momentum,
             rate=rate,
             participants=self.pool.participants,
-            keeps_reference=self._pacing.sampling.keeps_reference,
+            keeps_reference=self.pacing.sampling.keeps_reference,
             reference=self.pool.reference_coefficient(self._replayer.trainables.count, scale),
             choices=self.pool.choices,
             values=self.pool.coefficients(scale),
         )
 
-    def report(self, decision: Decision | None, step_norm: float | None) -> PoolingReport | None:
-        """What to say about a round; ``None`` for the plain method."""
-        if not self._pacing.reports:
-            return None
+    def columns(self, decision: Decision | None, step_norm: float | None) -> dict[str, object]:
+        """What to say about a round: nothing for the plain method.
+
+        ``server_step`` counts steps taken so far, ``repeats`` the pool's rounds beyond the first, ``pooled_probes`` the
+        random directions in it; ``gate`` is ``accepted``, ``waiting``, ``limit`` or ``end`` (see
+        :class:`~fs_fwdllm.method.forward.gate.Decision`), its statistic ``None`` while it is infinite; ``norm_growth``
+        is ``|theta| / |theta_0|``; ``step_norm``, where asked for, how far the parameters moved.
+        """
+        if not self.pacing.reports:
+            return {}
         growth = norm_of(self._replayer.trainables.tensors) / self._initial_norm if self._initial_norm else math.nan
-        gated = decision is not None and self._pacing.gate is not None
-        return PoolingReport(
-            server_step=self.server_steps,
-            repeats=max(0, self.pool.exchanges - 1),
-            pooled_probes=self.pool.probes,
-            gate="waiting" if decision is None else decision.outcome,
-            gate_statistic=decision.statistic if gated and decision and math.isfinite(decision.statistic) else None,
-            gate_threshold=None if self._pacing.gate is None else self._pacing.gate.threshold,
-            norm_growth=growth,
-            step_norm=step_norm,
-        )
+        gated = decision is not None and self.pacing.gate is not None
+        columns: dict[str, object] = {
+            "server_step": self.server_steps,
+            "repeats": max(0, self.pool.exchanges - 1),
+            "pooled_probes": self.pool.probes,
+            "gate": "waiting" if decision is None else decision.outcome,
+            "norm_growth": growth,
+        }
+        if self.pacing.gate is not None:
+            finite = gated and decision is not None and math.isfinite(decision.statistic)
+            columns["gate_statistic"] = decision.statistic if finite and decision is not None else None
+            columns["gate_threshold"] = self.pacing.gate.threshold
+        return columns if step_norm is None else columns | {"step_norm": step_norm}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return self.pool.state_tensors()

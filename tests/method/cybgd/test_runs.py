@@ -84,7 +84,7 @@ def test_every_visit_takes_exactly_k_steps_the_first_too(world: World) -> None:
     """The published optimiser switches a step early at first."""
     federation = Federation(world.config(blocks(optimizer_state="client", schedule="ascending")))
     for round_index in range(3):
-        federation.round(round_index, federation.server.wanted_clients(round_index, federation.clients))
+        federation.round(round_index, federation.server.wanted_clients(federation.clients))
         for states in list(federation.worker(1)._states.values())[-2:]:
             assert {float(state["step"]) for state in states} <= {3.0, 6.0}
     steps = {key: float(states[0]["step"]) for key, states in federation.worker(1)._states.items()}

@@ -50,12 +50,12 @@ LOSSY_CASES: dict[str, dict[str, Any]] = {
 
 def play(federation: Federation, round_index: int, meddle: Any = list) -> Any:
     """A round with the clients the schedule wants."""
-    wanted = federation.server.wanted_clients(round_index, federation.clients)
+    wanted = federation.server.wanted_clients(federation.clients)
     return federation.round(round_index, wanted, meddle)
 
 
 def opened(federation: Federation, round_index: int) -> dict[int, Assignment]:
-    return federation.server.assign(round_index, federation.server.wanted_clients(round_index, federation.clients))
+    return federation.server.assign(round_index, federation.server.wanted_clients(federation.clients))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_dropped_layers_are_skipped_and_keyed_by_run_cycle_and_client(world: Wor
         settings = {**LOSSY_CASES["dropped"], "seed": seed, "fwdllm.blocks.download.drop_ratio": 0.5}
         config = world.config({**settings, "model.type": f"{world.model('bert', num_hidden_layers=5)}@transformers"})
         server = Federation(config).server
-        return [server._dropped(0, cycle, client) for cycle in range(4) for client in range(1, 4)]
+        return [server.dropped_layers(0, cycle, client) for cycle in range(4) for client in range(1, 4)]
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert len(set(drawn(1))) > 3 and {len(layers) for layers in drawn(1)} == {2}
@@ -208,10 +208,10 @@ def test_a_bad_delta_is_refused_and_its_block_is_due_again(world: World, lie: st
     before = federation.server.digest
     report = play(federation, 0, lambda updates: [change(update) for update in updates])
     assert report.rejected == {1: reason} and report.digest == before == federation.server.digest
-    assert report.details["reassigned_blocks"] == [0] and report.details["block_visits"] == [0, 0]
+    assert report.columns["reassigned_blocks"] == [0] and report.columns["block_visits"] == [0, 0]
     again = play(federation, 1)
-    assert again.details["blocks"] == {"2": 0} and again.details["block_visits"] == [1, 0]
-    assert play(federation, 2).details["blocks"] == {"2": 1}
+    assert again.columns["blocks"] == {"2": 0} and again.columns["block_visits"] == [1, 0]
+    assert play(federation, 2).columns["blocks"] == {"2": 1}
 
 
 def test_the_refusal_is_typed(world: World) -> None:
@@ -219,7 +219,7 @@ def test_the_refusal_is_typed(world: World) -> None:
     (assignment,) = opened(federation, 0).values()
     stale = dataclasses.replace(federation.work(assignment), versions=(3, 0))
     with pytest.raises(UpdateRejected, match="visited version"):
-        federation.server._judge(stale, {})
+        federation.server.judge(stale, {})
 
 
 def test_dropped_clients_stop_no_cycle_and_coverage_counts_them(world: World) -> None:
@@ -228,7 +228,7 @@ def test_dropped_clients_stop_no_cycle_and_coverage_counts_them(world: World) ->
     federation = Federation(world.config(settings))
     for round_index in range(12):
         report = play(federation, round_index, lambda updates: updates[:1] if round_index % 3 == 1 else updates)  # noqa: B023
-    visits, server = report.details["block_visits"], federation.server
+    visits, server = report.columns["block_visits"], federation.server
     assert len(visits) == 5 and sum(visits) == 12 * 2 - 4 == server.queue.next_visit - len(server.queue.due)
     assert min(visits) >= 3 and all(visit.number >= server.queue.next_visit - 6 for visit in server.queue.due)
 
@@ -245,7 +245,7 @@ def test_a_host_may_ask_others_than_the_schedule_wants(world: World) -> None:
     assigned = federation.server.assign(0, [3, 4])
     assert {client: assignment.block for client, assignment in assigned.items()} == {3: 0, 4: 1}
     report = federation.server.absorb([federation.work(assignment) for assignment in assigned.values()])
-    assert report.details["block_visits"] == [1, 1] and not report.rejected
+    assert report.columns["block_visits"] == [1, 1] and not report.rejected
 
 
 def test_deltas_of_one_block_are_averaged_by_samples_and_of_two_blocks_are_added(world: World) -> None:

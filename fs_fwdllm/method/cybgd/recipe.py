@@ -12,16 +12,17 @@ from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.client import ClientWorker
 from fs_fwdllm.method.cybgd.blocks import BlockPlan, block_plan
+from fs_fwdllm.method.cybgd.checks import check_blocks
 from fs_fwdllm.method.cybgd.client import BlockWorker, VisitSettings
 from fs_fwdllm.method.cybgd.codec import Encoding
 from fs_fwdllm.method.cybgd.optimiser import OptimizerSettings
 from fs_fwdllm.method.cybgd.schedule import CycleSchedule
 from fs_fwdllm.method.cybgd.server import BlockServer, BlockServerSettings
 from fs_fwdllm.method.cybgd.store import BlockReplica, BlockStore, model_dtypes, view_encoding
-from fs_fwdllm.method.parts import Parts
+from fs_fwdllm.method.parts import Parts, Recipe
 from fs_fwdllm.method.server import RoundServer, ServerSettings
 
-__all__ = ["make_block_server", "make_block_worker", "optimizer_settings", "plan_of", "select_blocks"]
+__all__ = ["RECIPE", "optimizer_settings", "plan_of"]
 
 
 def plan_of(parts: Parts) -> BlockPlan:
@@ -29,17 +30,17 @@ def plan_of(parts: Parts) -> BlockPlan:
     return block_plan(parts.model, parts.config.fwdllm.blocks, parts.fresh)
 
 
-def select_blocks(config: Config, model: nn.Module, fresh: frozenset[str]) -> None:
+def _select_blocks(config: Config, model: nn.Module, fresh: frozenset[str]) -> None:
     """Let exactly the parameters that the plan ever trains require a gradient."""
     names = block_plan(model, config.fwdllm.blocks, fresh).names()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
 
 
-def make_block_worker(parts: Parts) -> ClientWorker:
+def _make_worker(parts: Parts) -> ClientWorker:
     """The client of a configuration."""
     config, own = parts.config, parts.config.fwdllm.blocks
-    store = BlockStore(parts.trainables, plan_of(parts), model_dtypes(parts.model, parts.trainables), config.seed)
+    store = BlockStore(parts.trainables, plan_of(parts), model_dtypes(parts.model, parts.trainables))
     download = own.download
     replica = BlockReplica(
         store,
@@ -56,7 +57,7 @@ def make_block_worker(parts: Parts) -> ClientWorker:
     return BlockWorker(parts.objective, replica, parts.batches, backprop, settings)
 
 
-def make_block_server(parts: Parts, settings: ServerSettings) -> RoundServer:
+def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
     """The server of a configuration.
 
     Raises:
@@ -70,9 +71,7 @@ def make_block_server(parts: Parts, settings: ServerSettings) -> RoundServer:
             f"{wanted} clients a round, but only {len(settings.plans)} hold training samples"
         )
     plan = plan_of(parts)
-    store = BlockStore(
-        parts.trainables.clone(float32=True), plan, model_dtypes(parts.model, parts.trainables), config.seed
-    )
+    store = BlockStore(parts.trainables.clone(float32=True), plan, model_dtypes(parts.model, parts.trainables))
     schedule = CycleSchedule(
         order=own.schedule,
         blocks=len(plan.blocks),
@@ -115,3 +114,12 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
         shape=(config.train.scheduler.type or "constant") if over_visit else "constant",
         warmup_ratio=config.train.scheduler.warmup_ratio if over_visit else 0.0,
     )
+
+
+RECIPE = Recipe(
+    _make_worker,
+    _make_server,
+    check=check_blocks,
+    select=_select_blocks,
+    describe=lambda parts: plan_of(parts).describe(),
+)

@@ -1,0 +1,101 @@
+"""Settings that are valid alone but not together, refused before anything is loaded.
+
+What belongs to one method is its recipe's own check; what belongs to an estimator, its class is asked. Here stands what
+follows from the facts of a method, whichever it is.
+"""
+
+from __future__ import annotations
+
+from fs_fwdllm.config.methods import MethodFacts, examples_of
+from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.method.parts import recipe_of
+
+__all__ = ["check_combination"]
+
+_BASELINES = ("SGD", "AdamW")
+
+
+def check_combination(config: Config) -> None:
+    """Refuse settings that are valid alone but not together.
+
+    Raises:
+        ConfigError: names the keys and the way out.
+    """
+    facts, recipe = config.method, recipe_of(config)
+    if config.train.train_strategy != "frozen" and (facts.trains_blocks or not facts.clients_step):
+        reason = "blocks are visited at the schedule's rate" if facts.trains_blocks else "the server takes the steps"
+        alternatives = examples_of(lambda other: other.clients_step and not other.trains_blocks)
+        raise ConfigError(
+            f"train.train_strategy {config.train.train_strategy!r}: with {facts.name} {reason}, so clients have no "
+            f"learning rate of their own; set train.train_strategy: frozen, or use a method whose clients step: "
+            f"{alternatives}"
+        )
+    if not facts.pools_slopes or config.fwdllm.upload != "scalars":
+        _refuse_pacing(config)
+    if not facts.trains_blocks:
+        _refuse_block_settings(config, facts)
+    if facts.forward_only:
+        _check_estimator(config)
+    recipe.check(config)
+
+
+def _check_estimator(config: Config) -> None:
+    own = config.fwdllm
+    estimator = ESTIMATORS[own.estimator]
+    if own.attention == "sdpa" and not estimator.works_with_fused_attention:
+        raise ConfigError(
+            f"fwdllm.attention 'sdpa': fused attention has no forward-mode derivative, which fwdllm.estimator "
+            f"{own.estimator!r} needs; set fwdllm.attention: eager"
+        )
+    if own.probes_per_batch > 1 and not config.llm.adapter.use and not estimator.batches_whole_models:
+        raise ConfigError(
+            f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of the "
+            "model; set it to 1 or use an adapter (llm.adapter.use: true)"
+        )
+    most = estimator.largest_batch(own.probes)
+    if own.probes_per_batch > most:
+        raise ConfigError(
+            f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
+            f"{most}"
+        )
+
+
+def _refuse_pacing(config: Config) -> None:
+    """Gate, sampling and step control mean nothing where no server step is built from pooled slopes."""
+    own = config.fwdllm
+    asked = [
+        f"{name} {value!r}"
+        for name, value, neutral in (
+            ("fwdllm.gate.kind", own.gate.kind, "none"),
+            ("fwdllm.gate.tensor", own.gate.tensor, "all"),
+            ("fwdllm.sampling.kind", own.sampling.kind, "none"),
+            ("fwdllm.step.control", own.step.control, "none"),
+            ("fwdllm.step.report_norms", own.step.report_norms, False),
+            ("fwdllm.step.report_cosine", own.step.report_cosine, False),
+        )
+        if value != neutral
+    ]
+    if asked:
+        raise ConfigError(
+            f"{asked[0]}: needs a server that pools slopes, which federate.method {config.federate.method!r} with "
+            f"fwdllm.upload {own.upload!r} does not; use {examples_of(lambda facts: facts.pools_slopes)} with "
+            "fwdllm.upload: scalars"
+        )
+
+
+def _refuse_block_settings(config: Config, facts: MethodFacts) -> None:
+    """What only block training honours must not be ignored elsewhere."""
+    only = f"only {examples_of(lambda other: other.trains_blocks)} has it"
+    if config.grad.grad_clip > 0:
+        raise ConfigError(f"grad.grad_clip {config.grad.grad_clip}: {facts.name} does not clip, {only}; set it to -1")
+    if config.grad.grad_accum_count > 1:
+        raise ConfigError(
+            f"grad.grad_accum_count {config.grad.grad_accum_count}: {facts.name} does not accumulate, {only}; set it "
+            "to 1 and raise dataloader.batch_size"
+        )
+    if config.train.optimizer.type not in _BASELINES:
+        raise ConfigError(
+            f"train.optimizer.type {config.train.optimizer.type!r}: {facts.name} has 'SGD' and 'AdamW', {only}"
+        )

@@ -1,0 +1,95 @@
+"""The client's half of the forward-gradient methods: all probes of a round at the one point where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.core.replay import Contributions, add_contributions
+from fs_fwdllm.core.trainables import flatten
+from fs_fwdllm.core.wire import Assignment, ClientUpdate
+from fs_fwdllm.data.types import Batch
+from fs_fwdllm.errors import DivergenceError
+from fs_fwdllm.estimator import Estimator, Slopes
+from fs_fwdllm.method.client import BatchSettings
+from fs_fwdllm.method.forward.directed_sampling import REFERENCE_SEED, AimedDirections, residual_slopes
+from fs_fwdllm.method.probing import ProbingWorker
+from fs_fwdllm.method.replica import Replica, chosen_seeds
+from fs_fwdllm.model.objective import Objective
+
+__all__ = ["LookingWorker"]
+
+
+class LookingWorker(ProbingWorker):
+    """Measures slopes without moving.
+
+    Args:
+        directions: what ``estimator`` takes directions from, where assignments may say which; ``None`` where directions
+            are as drawn.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        replica: Replica,
+        batches: BatchSettings,
+        estimator: Estimator,
+        directions: AimedDirections | None = None,
+        *,
+        dense_upload: bool = False,
+    ) -> None:
+        super().__init__(objective, replica, batches, estimator, dense_upload=dense_upload)
+        self.directions = directions
+
+    def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
+        measured = self.measure(assignment, batches)
+        dense = self._dense_estimate(assignment, measured) if self._dense_upload else None
+        return self.answer(assignment, batches, measured, dense)
+
+    def measure(self, assignment: Assignment, batches: Sequence[Batch]) -> list[Slopes]:
+        """The slopes of every batch, all at the same point."""
+        self.aim(assignment)
+        return [self._slopes(assignment, step, batch) for step, batch in enumerate(batches)]
+
+    def aim(self, assignment: Assignment) -> None:
+        """Let the estimator's directions be those of the assignment."""
+        if self.directions is None:
+            return
+        self.directions.chosen = {}
+        if assignment.choices:
+            participant = (assignment.round_index, assignment.client, assignment.steps, assignment.probes)
+            tensors = len(self.trainables.tensors)
+            self.directions.chosen = chosen_seeds([participant], assignment.choices, tensors)
+        if assignment.reference_scale:
+            self.directions.look_along(self._reference(), assignment.reference_scale)
+
+    def _slopes(self, assignment: Assignment, step: int, batch: Batch) -> Slopes:
+        """The slopes of a step; with a reference, the last probe looks along it and the others get what it leaves."""
+        keys = self.keys(assignment, step)
+        if not assignment.reference_scale:
+            return self._estimator.slopes(self.objective.on(batch), keys)
+        drawn, scale = keys[:-1], assignment.reference_scale
+        along = DirectionKey(self.replica.replayer.run_seed, REFERENCE_SEED)
+        slopes = self._estimator.slopes(self.objective.on(batch), [*drawn, along])
+        distribution = self.replica.replayer.distribution
+        return replace(slopes, values=residual_slopes(slopes.values, drawn, self._reference(), scale, distribution))
+
+    def _reference(self) -> list[torch.Tensor]:
+        reference = self.replica.replayer.reference
+        if reference is None:
+            raise DivergenceError("the server asks for a look along a reference that this client does not have")
+        return reference
+
+    def _dense_estimate(self, assignment: Assignment, measured: Sequence[Slopes]) -> np.ndarray:
+        """The pooled gradient estimate as one vector."""
+        replayer = self.replica.replayer
+        estimate = [torch.zeros_like(tensor.detach()) for tensor in self.trainables.tensors]
+        for step, slopes in enumerate(measured):
+            coefficients = slopes.values.astype(np.float64) / (len(slopes.values) * len(measured))
+            contributions = Contributions(self.seeds(assignment, step), coefficients.astype(np.float32))
+            add_contributions(estimate, contributions, replayer.run_seed, replayer.distribution)
+        return flatten(estimate)

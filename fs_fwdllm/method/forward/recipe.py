@@ -1,0 +1,55 @@
+"""Which parts make the forward-gradient methods: plain, or with FwdLLM's gate, directed sampling and step control."""
+
+from __future__ import annotations
+
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.method.client import ClientWorker
+from fs_fwdllm.method.first_order.dense import GradientServer, optimizer_factory
+from fs_fwdllm.method.forward.client import LookingWorker
+from fs_fwdllm.method.forward.directed_sampling import AimedDirections
+from fs_fwdllm.method.forward.pacing import Pacing
+from fs_fwdllm.method.forward.server import PooledServer
+from fs_fwdllm.method.parts import Parts, Recipe
+from fs_fwdllm.method.server import RoundServer, ServerSettings
+
+__all__ = ["RECIPE"]
+
+
+def _make_worker(parts: Parts) -> ClientWorker:
+    own, distribution = parts.config.fwdllm, parts.replica.replayer.distribution
+    aimed = None if own.sampling.kind == "none" else AimedDirections(distribution)
+    return LookingWorker(
+        parts.objective,
+        parts.replica,
+        parts.batches,
+        parts.make_estimator(aimed or distribution),
+        aimed,
+        dense_upload=own.upload == "dense",
+    )
+
+
+def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
+    own = parts.config.fwdllm
+    if own.upload == "dense":
+        factory = optimizer_factory("SGD", weight_decay=0.0, momentum=own.server_momentum)
+        return GradientServer(parts.server_replayer(), settings, factory)
+    pacing = Pacing.of(own, parts.trainables)
+    return PooledServer(parts.server_replayer(), settings, momentum=own.server_momentum, pacing=pacing)
+
+
+def _check(config: Config) -> None:
+    own = config.fwdllm
+    if own.sampling.kind == "corrected" and own.probes < 2:
+        raise ConfigError(
+            f"fwdllm.probes {own.probes}: fwdllm.sampling.kind 'corrected' spends one probe of a step on the "
+            "reference; allowed are 2 or more"
+        )
+    if own.gate.tensor != "all" and own.gate.kind != "published":
+        raise ConfigError(
+            f"fwdllm.gate.tensor {own.gate.tensor!r}: only fwdllm.gate.kind 'published' looks at one tensor; set it to "
+            "'all' or the kind to 'published'"
+        )
+
+
+RECIPE = Recipe(_make_worker, _make_server, check=_check)

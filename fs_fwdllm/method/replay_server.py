@@ -1,0 +1,196 @@
+"""Servers whose clients follow by replay: every step is a record, or, where it has none, the parameters themselves.
+
+:class:`ReplayServer` holds what these methods share: the trainables with the momentum and the reference of their
+replays, who knows which round, and each client's learning rate. A method adds how accepted updates become new
+parameters, and the record that lets every replica follow.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.trainables import flatten
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
+from fs_fwdllm.errors import UpdateRejected
+from fs_fwdllm.method.catch_up import CatchUpLog
+from fs_fwdllm.method.client_rates import ClientRates
+from fs_fwdllm.method.server import RoundServer, ServerSettings, numbered, sample_weights
+
+__all__ = ["ReplayServer"]
+
+
+class ReplayServer(RoundServer):
+    """A server that says how it moved, so that clients move alike.
+
+    Args:
+        replayer: the server's own trainables and momentum.
+        settings: see :class:`~fs_fwdllm.method.server.ServerSettings`.
+    """
+
+    def __init__(self, replayer: Replayer, settings: ServerSettings) -> None:
+        super().__init__(replayer.trainables, settings)
+        self.replayer = replayer
+        self._digest = replayer.digest()
+        self._next_round = 0
+        self._rates = ClientRates(settings.strategy)
+        self._catch_up = CatchUpLog(self.trainables.bytes)
+        self._dense_frame: bytes | None = None
+
+    @property
+    def digest(self) -> bytes:
+        return self._digest
+
+    def assign(self, round_index: int, clients: Sequence[int]) -> dict[int, Assignment]:
+        self.round_index = self._next_round = round_index
+        rates = self._rates.rates(self.settings.schedule(round_index), round_index, clients)
+        given = {client: self._assignment(client, rates[client]) for client in sorted(clients)}
+        self._assigned = self._equip(given)
+        return dict(self._assigned)
+
+    def _assignment(self, client: int, learning_rate: float) -> Assignment:
+        plan = self.settings.plans[client]
+        return Assignment(
+            round_index=self.round_index,
+            client=client,
+            digest=self._digest,
+            learning_rate=learning_rate,
+            steps=plan.steps,
+            probes=plan.probes,
+            batch_index=self.sampling_index_for(self.round_index),
+            catch_up=self._catch_up.frames_for(client, self.dense_frame),
+        )
+
+    def _equip(self, assigned: dict[int, Assignment]) -> dict[int, Assignment]:
+        """Say more in the assignments of a round, where a method has more to say."""
+        return assigned
+
+    def reassign(self, client: int) -> Assignment:
+        given = self._assigned[client]
+        self._assigned[client] = replace(given, catch_up=self._catch_up.frames_for(client, self.dense_frame))
+        return self._assigned[client]
+
+    def current_state_for(self, client: int) -> Assignment:
+        return Assignment(
+            round_index=self.round_index,
+            client=client,
+            digest=self._digest,
+            learning_rate=0.0,
+            steps=0,
+            probes=0,
+            batch_index=self.round_index,
+            catch_up=self._catch_up.frames_for(client, self.dense_frame),
+        )
+
+    def note_holds(self, client: int, digest: bytes) -> None:
+        self._catch_up.note_holds(client, digest, self._digest, self._next_round)
+
+    def note_parameters_changed(self) -> None:
+        self._digest = self.replayer.digest()
+        self._dense_frame = None
+
+    @abstractmethod
+    def expected_values(self, assignment: Assignment) -> int:
+        """Payload length of a correct answer."""
+
+    @abstractmethod
+    def distances(self, accepted: list[ClientUpdate]) -> list[float]:
+        """How far each client's change is from the mean change (see :mod:`fs_fwdllm.method.update_norms`)."""
+
+    @abstractmethod
+    def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> RoundUpdate | None:
+        """Move the trainables by the accepted updates (ordered by client; float64 weights that sum to one).
+
+        Returns:
+            The record by which replicas rebuild the step (digests are filled in later), or ``None`` if they need the
+            parameters themselves.
+        """
+
+    def _step_is_due(self, accepted: list[ClientUpdate]) -> bool:
+        """Take in the accepted updates; whether the server steps at the end of this round."""
+        return bool(accepted)
+
+    def _columns(self) -> dict[str, object]:
+        """The method's columns of the round that is being closed."""
+        return {}
+
+    def _close(self, accepted: list[ClientUpdate]) -> dict[str, object]:
+        # Only an answer proves that a client holds the round's parameters: what was sent may never have arrived.
+        self._catch_up.note_started([update.client for update in accepted], self.round_index)
+        self._next_round = self.round_index + 1
+        if self._step_is_due(accepted):
+            reports = self._client_reports(accepted)  # of changes from where the round started, so before the step
+            self._publish(self._step(accepted, self._weights(accepted)))
+            self._rates.complete_round(reports)
+        return self._columns()
+
+    def _weights(self, accepted: Sequence[ClientUpdate]) -> np.ndarray:
+        return sample_weights(accepted, equal=self.settings.equal_weights) if accepted else np.zeros(0)
+
+    def _publish(self, record: RoundUpdate | None) -> None:
+        """Let clients know of a step that was taken."""
+        self._require_finite()
+        before, self._digest = self._digest, self.replayer.digest()
+        self._dense_frame = None
+        if record is None:
+            self._catch_up.forget_until(self.round_index)
+            return
+        finished = replace(record, digest_before=before, digest_after=self._digest)
+        self._catch_up.append(self.round_index, encode(finished))
+
+    def _client_reports(self, accepted: list[ClientUpdate]) -> dict[int, float]:
+        """What the learning-rate strategy looks back on. A single change is the mean change: that says nothing."""
+        if not self._rates.needs_distances:
+            return {update.client: update.loss for update in accepted}
+        if len(accepted) == 1:
+            return {}
+        clients = [update.client for update in accepted]
+        return dict(zip(clients, self.distances(accepted), strict=True))
+
+    def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
+        if len(update.values) != self.expected_values(assignment):
+            raise UpdateRejected("wrong_length", f"client {update.client} sent {len(update.values)} values")
+        if not (np.isfinite(update.values).all() and math.isfinite(update.loss)):
+            raise UpdateRejected("not_finite", f"client {update.client} sent NaN or infinity")
+
+    def dense_frame(self) -> bytes:
+        """The frame with the current parameters (momentum, reference), for clients that are new or far behind."""
+        if self._dense_frame is None:
+            momentum, reference = self.replayer.momentum, self.replayer.reference
+            values = [*self.trainables.tensors, *(momentum or ()), *(reference or ())]
+            state = DenseState(
+                round_index=self.round_index,
+                digest=self._digest,
+                has_momentum=momentum is not None,
+                has_reference=reference is not None,
+                values=flatten(values),
+            )
+            self._dense_frame = encode(state)
+        return self._dense_frame
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"trainable.{index}": tensor.detach() for index, tensor in enumerate(self.trainables.tensors)}
+        for index, buffer in enumerate(self.replayer.momentum or ()):
+            tensors[f"momentum.{index}"] = buffer
+        for index, buffer in enumerate(self.replayer.reference or ()):
+            tensors[f"reference.{index}"] = buffer
+        return tensors | self._catch_up.state_tensors()
+
+    def state_numbers(self) -> dict[str, object]:
+        return {"failed_rounds": self.failed_rounds} | self._rates.state_numbers() | self._catch_up.state_numbers()
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
+        self.trainables.load_values(numbered(tensors, "trainable"))
+        device = self.trainables.device
+        self.replayer.momentum = [buffer.to(device) for buffer in numbered(tensors, "momentum")] or None
+        self.replayer.reference = [buffer.to(device) for buffer in numbered(tensors, "reference")] or None
+        self.failed_rounds = int(str(numbers["failed_rounds"]))
+        self._rates.load_state(numbers)
+        self._catch_up.load_state(tensors, numbers)
+        self.note_parameters_changed()
