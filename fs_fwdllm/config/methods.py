@@ -28,9 +28,7 @@ __all__ = [
     "examples_of",
     "facts_for",
     "is_ours",
-    "method_words",
     "register_method",
-    "trainer_words",
 ]
 
 
@@ -128,19 +126,35 @@ METHODS: Registry[MethodFacts] = Registry(
 
 def register_method(facts: MethodFacts) -> None:
     """Add a method. Raises ``ValueError`` if its name or a spelling is taken."""
-    taken = {spelling for other in _rows() for spelling in other.spellings}
-    clash = sorted(taken.intersection(facts.spellings))
+    clash = sorted(set(_by_spelling()).intersection(facts.spellings))
     if facts.name in METHODS or clash:
         raise ValueError(f"method {facts.name!r} or one of its spellings {clash} is registered already")
     METHODS.register(facts.name, facts)
 
 
 def _rows() -> list[MethodFacts]:
-    return [METHODS[name] for name in METHODS]
+    rows = [METHODS[name] for name in METHODS]
+    for name, row in zip(METHODS, rows, strict=True):
+        if not isinstance(row, MethodFacts):
+            raise ConfigError(
+                f"federate.method: what is announced as method {name!r} is a {type(row).__name__}; it must be a "
+                "fs_fwdllm.config.methods.MethodFacts"
+            )
+    return rows
 
 
 def _by_spelling() -> dict[tuple[str, str], MethodFacts]:
-    return {spelling: facts for facts in _rows() for spelling in facts.spellings}
+    """Every method by its spellings. Raises :class:`~fs_fwdllm.errors.ConfigError` if two methods claim one."""
+    found: dict[tuple[str, str], MethodFacts] = {}
+    for facts in _rows():
+        for spelling in facts.spellings:
+            other = found.setdefault(spelling, facts)
+            if other is not facts:
+                raise ConfigError(
+                    f"federate.method {spelling[0]!r} with trainer.type {spelling[1]!r}: both method {other.name!r} "
+                    f"and method {facts.name!r} claim these words; remove the package of one of them"
+                )
+    return found
 
 
 def facts_for(method: str, trainer: str) -> MethodFacts:
@@ -152,8 +166,8 @@ def facts_for(method: str, trainer: str) -> MethodFacts:
     spellings, words = _by_spelling(), (method.lower(), trainer.lower())
     if words in spellings:
         return spellings[words]
-    if words[0] not in method_words():
-        known = method_words()
+    known = sorted({protocol for protocol, _ in spellings})
+    if words[0] not in known:
         raise ConfigError(f"federate.method {method!r}: allowed are {known}{nearest(words[0], known)}")
     trainers = sorted(kind for protocol, kind in spellings if protocol == words[0])
     raise ConfigError(
@@ -162,19 +176,11 @@ def facts_for(method: str, trainer: str) -> MethodFacts:
     )
 
 
-def method_words() -> list[str]:
-    """What ``federate.method`` may be, in lower case, sorted."""
-    return sorted({protocol for protocol, _ in _by_spelling()})
-
-
-def trainer_words() -> list[str]:
-    """What ``trainer.type`` may be, in lower case, sorted; without the empty word."""
-    return sorted({trainer for _, trainer in _by_spelling()} - {""})
-
-
 def default_trainer(protocol: str) -> str:
     """The ``trainer.type`` that a ``federate.method`` means when none is given; empty for one that is not known."""
-    return next((trainer for known, trainer in _by_spelling() if known == protocol.lower() and trainer), "")
+    facts = _by_spelling().get((protocol.lower(), ""))
+    spellings = () if facts is None else facts.spellings
+    return next((trainer for known, trainer in spellings if known == protocol.lower() and trainer), "")
 
 
 def is_ours(protocol: str, trainer: str) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from fs_fwdllm.config.methods import DEFAULT_METHOD, MethodFacts, facts_for, method_words, trainer_words
+from fs_fwdllm.config.methods import DEFAULT_METHOD, MethodFacts, facts_for
 from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
 from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.errors import nearest
@@ -50,7 +50,7 @@ def is_host_only(field: FieldInfo) -> bool:
 
 class FederateConfig(Section):
     mode: Literal["standalone", "distributed"] = host_only("standalone")
-    method: str = Field(DEFAULT_METHOD, description=f"{', '.join(method_words())}; case does not matter")
+    method: str = Field(DEFAULT_METHOD, description="the method's protocol; case does not matter")
     client_num: int = Field(0, ge=0, description="number of clients; 0 takes the number the data has by nature")
     sample_client_num: int = Field(-1, ge=-1, description="clients per round; -1 is all")
     sample_client_rate: float = Field(-1.0, le=1.0, description="share of clients per round; -1 uses sample_client_num")
@@ -184,7 +184,7 @@ class EarlyStopConfig(Section):
 
 
 class TrainerConfig(Section):
-    type: str = Field("", description=f"{', '.join(trainer_words())}; empty follows federate.method")
+    type: str = Field("", description="the method's local trainer; empty follows federate.method, case does not matter")
 
 
 class CriterionConfig(Section):

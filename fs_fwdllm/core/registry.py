@@ -77,15 +77,28 @@ class Registry(Generic[Member]):
 
     @cached_property
     def _announced(self) -> dict[str, metadata.EntryPoint]:
-        return {point.name: point for point in metadata.entry_points(group=self.group)}
+        """What other packages announce, by name; a name that two claim is nobody's guess."""
+        found: dict[str, metadata.EntryPoint] = {}
+        for point in metadata.entry_points(group=self.group):
+            other = found.setdefault(point.name, point)
+            if point.name in self._members or other.value != point.value:
+                owner = "fs_fwdllm" if point.name in self._members else _owner(other)
+                raise ConfigError(
+                    f"{self.key} {point.name!r}: {_owner(point)} announces it as {point.value!r}, but it is "
+                    f"{owner}'s already; remove one of them"
+                )
+        return found
 
     def _load(self, name: str) -> Member:
         point = self._announced[name]
         try:
             return cast(Member, point.load())
         except (ImportError, AttributeError) as error:
-            owner = point.dist.name if point.dist is not None else "a package"
             raise ConfigError(
-                f"{self.key} {name!r}: {owner} announces it as {point.value!r}, which cannot be imported ({error}); "
-                f"install {owner} anew, or remove it"
+                f"{self.key} {name!r}: {_owner(point)} announces it as {point.value!r}, which cannot be imported "
+                f"({error}); install {_owner(point)} anew, or remove it"
             ) from error
+
+
+def _owner(point: metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "a package"

@@ -33,6 +33,8 @@ logger = logging.getLogger("federatedscope.fs_fwdllm")
 _MEANINGLESS = {"model.task": "node", "model.num_labels": 1, "trainer.type": "general"}
 
 _CLIENTS_WITH_DECILES = 10
+#: What the host writes into every section of its own accord.
+_BOOKKEEPING = "is_ready_for_run"
 
 #: Keys of the host that our workers cannot honour, with the values they can.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -75,7 +77,9 @@ def _extend(node: Any, section: type[Section], make_node: Any) -> None:
                 setattr(node, name, make_node())
             _extend(node[name], child, make_node)
         elif name not in node:
-            setattr(node, name, field.get_default(call_default_factory=True))
+            default = field.get_default(call_default_factory=True)
+            # A mapping whose keys nobody knows beforehand: the host refuses new keys elsewhere.
+            setattr(node, name, make_node(new_allowed=True) if default == {} else default)
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -112,7 +116,9 @@ def _tree(node: Any, section: type[Section], prefix: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Lists and dictionaries in place of the host's nodes."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items() if not name.startswith("__")}
+        return {
+            name: _plain(item) for name, item in value.items() if not name.startswith("__") and name != _BOOKKEEPING
+        }
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

@@ -16,7 +16,7 @@ from fs_fwdllm.method.mezo.server import SteppingServer
 from fs_fwdllm.method.parts import Parts, Recipe
 from fs_fwdllm.method.server import RoundServer, ServerSettings
 
-__all__ = ["RECIPE", "coefficients", "local_step_recipe"]
+__all__ = ["RECIPE", "Coefficients", "coefficients", "local_step_recipe"]
 
 
 def coefficients(slopes: np.ndarray, rate: float) -> np.ndarray:
