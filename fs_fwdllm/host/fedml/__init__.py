@@ -28,9 +28,15 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from fs_fwdllm.host.fedml.installation import import_fedml, without_known_warnings
+from fs_fwdllm.host.fedml.installation import describe_fedml, import_fedml, without_known_warnings
+from fs_fwdllm.host.hosts import Host
 
-__all__ = ["FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "init", "resume", "run", "run_file"]
+__all__ = [
+    "HOST", "FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "init", "resume", "run", "run_file",
+]  # fmt: skip
+
+#: The marker is the FedML file of the run, as it was resolved.
+HOST = Host(name="fedml", module=__name__, option="--cf", marker="fedml.yaml", framework=describe_fedml)
 
 _NEEDS_FEDML = {
     "FwdLLMAggregator": "aggregator",

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fs_fwdllm.errors import HostError
+from fs_fwdllm.host.fedml import HOST
 from fs_fwdllm.host.fedml.guard import is_running, name_of
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.process import processes_folder, server_address
@@ -32,10 +33,8 @@ from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.run.driver import read_own_checkpoint
 
-__all__ = ["SETTINGS_FILE", "resume", "run"]
+__all__ = ["resume", "run"]
 
-#: The FedML file of a run, in its folder; a run that has one was made by this host.
-SETTINGS_FILE = "fedml.yaml"
 _POLL_S = 0.05
 #: A process that is told to end has this long before it is killed, and one whose run is over to close its transport.
 _GRACE_S = 5.0
@@ -56,7 +55,7 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     folder = RunFolder.create(settings.config)
     if settings.args["backend"] == "GRPC" and not settings.args.get("grpc_ipconfig_path"):
         settings = replace(settings, args={**settings.args, "grpc_ipconfig_path": str(_addresses_path(folder))})
-    write_text_atomically(folder.path / SETTINGS_FILE, dump_settings(settings, folder.config_path.name))
+    write_text_atomically(folder.path / HOST.marker, dump_settings(settings, folder.config_path.name))
     return _carry_out(settings, folder, resume=False)
 
 
@@ -70,7 +69,7 @@ def resume(path: str | Path) -> Path:
     folder = RunFolder.open(path)
     read_own_checkpoint(folder)
     import_fedml()
-    return _carry_out(read_settings(folder.path / SETTINGS_FILE), folder, resume=True)
+    return _carry_out(read_settings(folder.path / HOST.marker), folder, resume=True)
 
 
 def _carry_out(settings: FedMLSettings, folder: RunFolder, *, resume: bool) -> Path:
@@ -97,7 +96,7 @@ def _run_here(folder: RunFolder, *, resume: bool) -> None:
 
     from fs_fwdllm.host.fedml.program import build, init
 
-    file = folder.path / SETTINGS_FILE
+    file = folder.path / HOST.marker
     args = SimpleNamespace(**{**read_settings(file).args, "role": "server", "yaml_config_file": str(file)})
     build(init(args), folder, resume=resume).run()
 
@@ -183,7 +182,7 @@ class Processes:
         return [int(text) for text in texts if text.strip().isdigit()]
 
     def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "fs_fwdllm.host.fedml", "--cf", str(self._folder.path / SETTINGS_FILE)]
+        command = [sys.executable, "-m", "fs_fwdllm.host.fedml", "--cf", str(self._folder.path / HOST.marker)]
         return [*command, "--run", str(self._folder.path), *(["--resume"] if self._resume else [])]
 
     def _start(self, name: str, command: list[str]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import threading
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fs_fwdllm.errors import DataError, WireError
-from fs_fwdllm.host.fedml.installation import why_it_cannot_be_installed
+from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, REPLACEMENTS, why_it_cannot_be_installed
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpack_answers, unpack_orders
 from fs_fwdllm.host.fedml.placement import Placement, SiloData, make_dataset
 from fs_fwdllm.host.fedml.watchdog import Watchdog
@@ -114,3 +116,22 @@ def test_newer_pythons_are_told_why(version: tuple[int, int], installs: bool) ->
     assert (reason == "") == installs
     if not installs:
         assert f"{version[0]}.{version[1]}" in reason and "pathtools" in reason and "3.11" in reason
+
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("file", ["README.md", "setup.cfg", "scripts/environment.sh", "constraints-fedml.txt"])
+def test_every_place_that_says_how_to_install_fedml_says_the_same(file: str) -> None:
+    text = (_ROOT / file).read_text(encoding="utf-8")
+    assert " ".join(REPLACEMENTS) in text
+    names = "|".join(pinned.split("==")[0] for pinned in REPLACEMENTS)
+    pins = set(re.findall(rf"(?<!^)\b(?:{names})==[\d.]+\d", text, re.MULTILINE))  # not the constraints, to be replaced
+    assert pins == set(REPLACEMENTS)
+
+
+def test_the_advice_installs_what_the_readme_and_the_tests_do() -> None:
+    (extras,) = set(re.findall(r"-c constraints-fedml\.txt -e '\.\[([\w,]+)\]'", (_ROOT / "README.md").read_text()))
+    assert f"-c constraints-fedml.txt -e '.[{extras}]'" in HOW_TO_INSTALL
+    assert f"pip install --no-deps {' '.join(REPLACEMENTS)}" in HOW_TO_INSTALL
+    assert f"ensure_environment {extras},dev" in (_ROOT / "scripts" / "test").read_text()
