@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fs_fwdllm.errors import DataError, WireError
+from fs_fwdllm.host.fedml.dataset import SiloData, make_dataset
 from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, REPLACEMENTS, why_it_cannot_be_installed
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpack_answers, unpack_orders
-from fs_fwdllm.host.fedml.placement import Placement, SiloData, make_dataset
 from fs_fwdllm.host.fedml.watchdog import Watchdog
+from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.run.session import Session
 from tests.host.fedml.federation import FedMLWorld
 
@@ -49,19 +50,6 @@ def test_what_is_not_ours_is_refused(payload: Any) -> None:
         unpack_answers(payload)
     with pytest.raises(WireError):
         unpack_orders(payload)
-
-
-@given(st.integers(1, 7), st.sets(st.integers(1, 30)))
-def test_every_client_lives_in_one_silo_that_never_changes(silos: int, clients: set[int]) -> None:
-    placement = Placement(silos)
-    split = placement.split({client: -client for client in clients})
-    assert list(split) == list(range(silos))
-    assert {client: value for held in split.values() for client, value in held.items()} == {c: -c for c in clients}
-    assert all(placement.silo_of(client) == silo for silo, held in split.items() for client in held)
-
-
-def test_as_many_silos_as_clients_is_fedmls_numbering() -> None:
-    assert Placement(3).split({1: "a", 2: "b", 3: "c"}) == {0: {1: "a"}, 1: {2: "b"}, 2: {3: "c"}}
 
 
 def test_the_dataset_counts_samples(world: FedMLWorld) -> None:
