@@ -37,8 +37,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``stand_in(name, function=...)`` puts a module with these functions in the place of ``fs_fwdllm.<name>``."""
-    hosts = [HOSTS[name] for name in HOSTS]
-    assert hosts, "what they say is known before a module of theirs is replaced"
+    assert [HOSTS[name] for name in HOSTS], "what hosts say is read before a module of theirs is replaced"
 
     def put(name: str, **functions: Any) -> None:
         module = ModuleType(f"fs_fwdllm.{name}")
