@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.run.driver import read_own_checkpoint
 
-__all__ = ["resume", "run", "write_addresses"]
+__all__ = ["explain_failure", "resume", "run", "write_addresses"]
 
 #: Once the server has finished, the others have this long to close their transport.
 _ENDING_S = 90.0
@@ -157,9 +157,9 @@ class Ranks:
     def _wait_until(self, condition: Callable[[], object], within_s: float) -> bool:
         """Whether ``condition`` holds in time; a process that fails meanwhile is an error."""
         is_in_time = wait_until(lambda: self._processes.failed() or condition(), time.monotonic() + within_s)
-        for name, code in self._processes.failed().items():
+        if self._processes.failed():
             time.sleep(_ERRORS_SPREAD_S)
-            raise HostError(self._explain(name, code))
+            raise HostError(explain_failure(self.folder, self._processes.failed(), self._said))
         return is_in_time
 
     def _pids(self) -> list[int]:
@@ -174,15 +174,22 @@ class Ranks:
         process = self._processes.start(name, command, environment={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
         threading.Thread(target=_pass_on, args=(process, self._said), daemon=True).start()
 
-    def _explain(self, name: str, code: int) -> str:
-        """Who failed and why: the first process that left an error, else the one that was killed."""
-        where = processes_folder(self.folder)
-        errors = sorted(where.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
-        hint = f"; the processes' logs are in {where}. Go on with: fs-fwdllm resume {self.folder.path}"
-        if errors:
-            return f"{errors[0].read_text(encoding='utf-8').strip()}{hint}"
-        said = "".join(f"\n{line}" for line in self._said) if name == _MPIEXEC else ""
-        return f"{name}: {supervise.end_in_words(code)}{said}{hint}"
+
+def explain_failure(folder: RunFolder, failed: Mapping[str, int], said: Iterable[str] = ()) -> str:
+    """Who failed and why: a process that was killed, which no other's error does, else the first that left an error.
+
+    Args:
+        failed: exit codes of the processes that failed.
+        said: the last lines they printed, which is all there is of an ``mpiexec`` whose processes left no error.
+    """
+    name, code = min(failed.items(), key=lambda item: item[1])
+    where = processes_folder(folder)
+    errors = sorted(where.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
+    if errors and (code > 0 or name == _MPIEXEC):
+        reason = errors[0].read_text(encoding="utf-8").strip()
+    else:
+        reason = "\n".join([f"{name}: {supervise.end_in_words(code)}", *(said if name == _MPIEXEC else ())])
+    return f"{reason}; the processes' logs are in {where}. Go on with: fs-fwdllm resume {folder.path}"
 
 
 def _pass_on(process: subprocess.Popen[str], said: deque[str]) -> None:

@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fs_fwdllm.errors import DataError, WireError
+from fs_fwdllm.host.fedml.cluster import explain_failure
 from fs_fwdllm.host.fedml.dataset import SiloData, make_dataset
 from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, REPLACEMENTS, why_it_cannot_be_installed
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpack_answers, unpack_orders
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.host.placement import Placement
+from fs_fwdllm.report import RunFolder
 from fs_fwdllm.run.session import Session
 from tests.host.fedml.federation import FedMLWorld
 
@@ -104,6 +106,26 @@ def test_newer_pythons_are_told_why(version: tuple[int, int], installs: bool) ->
     assert (reason == "") == installs
     if not installs:
         assert f"{version[0]}.{version[1]}" in reason and "pathtools" in reason and "3.11" in reason
+
+
+@pytest.mark.parametrize(
+    ("failed", "said_first"),
+    [
+        ({"client process (rank 1)": 2, "server (rank 0)": -9}, "server (rank 0): was killed by SIGKILL"),
+        ({"server (rank 0)": 2, "client process (rank 1)": 2}, "client process (rank 1): no answer"),
+        ({"mpiexec": -9}, "client process (rank 1): no answer"),
+    ],
+)
+def test_the_cause_is_shown_and_not_what_it_caused(tmp_path: Path, failed: dict[str, int], said_first: str) -> None:
+    """A client may leave its error before anybody has noticed that the server was killed."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "processes").mkdir()
+    assert explain_failure(folder, {"mpiexec": 1}, ["no such host"]).startswith(
+        "mpiexec: ended with exit code 1\nno such"
+    )
+    (tmp_path / "processes" / "rank-1.error").write_text("client process (rank 1): no answer\n")
+    said = explain_failure(folder, failed)
+    assert said.startswith(f"{said_first};") and f"fs-fwdllm resume {tmp_path}" in said
 
 
 _ROOT = Path(__file__).resolve().parents[3]
