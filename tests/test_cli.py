@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -20,7 +20,8 @@ from fs_fwdllm._version import __version__
 from fs_fwdllm.cli import doctor
 from fs_fwdllm.cli.main import app
 from fs_fwdllm.config import Config, load_config, parse_config
-from fs_fwdllm.errors import DataError
+from fs_fwdllm.errors import ConfigError, DataError, HostError
+from fs_fwdllm.host.hosts import HOSTS, Host
 from fs_fwdllm.report import RunFolder, RunReporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``stand_in(name, function=...)`` puts a module with these functions in the place of ``fs_fwdllm.<name>``."""
+    assert [HOSTS[name] for name in HOSTS], "what hosts say is read before a module of theirs is replaced"
 
     def put(name: str, **functions: Any) -> None:
         module = ModuleType(f"fs_fwdllm.{name}")
@@ -109,9 +111,61 @@ def test_resuming_goes_to_the_host_that_made_the_run(
     for host in ("local", "fedml"):
         stand_in("run.local" if host == "local" else f"host.{host}", resume=lambda run, host=host: given.append(host))
     call("resume", tmp_path)
-    (tmp_path / "fedml.yaml").touch()
+    (tmp_path / HOSTS["fedml"].marker).touch()
     call("resume", tmp_path)
     assert given == ["local", "fedml"]
+
+
+def test_a_run_made_inside_federatedscope_is_continued_there(call: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / HOSTS["federatedscope"].marker).touch()
+    done = call("resume", tmp_path)
+    assert done.exit_code == 2
+    assert f"run its file again with federate.restore_from {tmp_path}" in done.stderr
+
+
+@pytest.fixture
+def throw_away(stand_in: Callable[..., None]) -> Iterator[list[tuple[object, ...]]]:
+    """A host of another package; what it was asked to do."""
+    asked: list[tuple[object, ...]] = []
+    stand_in(
+        "throw_away",
+        run_file=lambda *given: asked.append(("run", *given)),
+        resume=lambda run: asked.append(("go", run)),
+    )
+    host = Host("mine", "fs_fwdllm.throw_away", marker="mine.txt", framework=lambda: "framework 7 found")
+    HOSTS.register("mine", host)
+    yield asked
+    HOSTS.unregister("mine")
+
+
+def test_a_host_of_another_package_runs_resumes_and_is_examined(
+    call: Callable[..., Result], throw_away: list[tuple[object, ...]], cfg: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").touch()
+    assert call("run", "--host", "mine", "--cfg", cfg, "seed", "7").exit_code == 0
+    assert call("resume", tmp_path).exit_code == 0
+    assert throw_away == [("run", cfg, ["seed", "7"]), ("go", tmp_path)]
+    assert re.search(r"host mine\s+\S\s+ready; framework 7 found", call("doctor").stdout)
+    assert "mine" in call("run", "--host", "mein", "--cfg", cfg).stderr
+    assert call("run", "--host", "mine", "--cf", cfg).exit_code == 2
+
+
+def test_a_host_says_why_it_cannot_be_used_or_continued(call: Callable[..., Result], tmp_path: Path) -> None:
+    def missing() -> str:
+        raise HostError("pip install it")
+
+    HOSTS.register("mine", Host("mine", "nowhere", marker="m", resume_advice="ask {run}", framework=missing))
+    try:
+        (tmp_path / "m").touch()
+        assert f"{tmp_path}: ask {tmp_path}" in call("resume", tmp_path).stderr
+        assert re.search(r"host mine\s+\S\s+not usable here\s+\S\s+pip install it", call("doctor").stdout)
+    finally:
+        HOSTS.unregister("mine")
+
+
+def test_a_host_names_its_file_by_an_option_of_the_command() -> None:
+    with pytest.raises(ConfigError, match=r"host mine: option '--toml'; allowed are --cfg, --cf"):
+        Host("mine", "nowhere", option="--toml")
 
 
 def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], cfg: Path) -> None:
@@ -123,7 +177,7 @@ def test_a_negative_number_reaches_the_range_check(call: Callable[..., Result], 
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["--host", "locl"], ["--host locl", "local, federatedscope, fedml", "did you mean 'local'?"]),
+        (["--host", "locl"], ["--host 'locl'", "'federatedscope', 'fedml', 'local'", "did you mean 'local'?"]),
         (["seed"], ["'seed' stands alone"]),
         (["sed", "3"], ["sed: unknown key", "'seed'"]),
         (["--hots", "local"], ["--hots", "did you mean '--host'?"]),
@@ -141,21 +195,6 @@ def test_mistakes_are_one_message_on_stderr(
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     for fragment in fragments:
         assert fragment in done.stderr
-
-
-def test_a_known_host_that_is_not_there_says_so(
-    call: Callable[..., Result], cfg: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fs_fwdllm.cli.main.has_landed", lambda host: host == "local")
-    done = call("run", "--cfg", cfg, "--host", "fedml")
-    assert done.exit_code == 2
-    assert "--host fedml: is not in this version yet" in done.stderr
-
-
-def test_a_host_has_landed_when_its_module_is_there(stand_in: Callable[..., None]) -> None:
-    assert not doctor.has_landed("nowhere")
-    stand_in("host.nowhere")
-    assert doctor.has_landed("nowhere")
 
 
 def test_missing_file_exits_with_2(call: Callable[..., Result], stand_in: Callable[..., None], tmp_path: Path) -> None:

@@ -11,13 +11,10 @@ import sys
 from dataclasses import dataclass
 
 from fs_fwdllm._version import __version__
-from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, why_it_cannot_be_installed
+from fs_fwdllm.errors import FwdLLMError
+from fs_fwdllm.host.hosts import HOSTS
 
-__all__ = ["HOSTS", "Finding", "examine", "has_landed"]
-
-#: The hosts by name; one whose module is not in this version yet is known, but has not landed.
-HOSTS = ("local", "federatedscope", "fedml")
+__all__ = ["Finding", "examine"]
 
 _LIBRARIES = (
     "torch", "transformers", "peft", "numpy", "pydantic", "msgpack", "safetensors", "scikit-learn", "matplotlib",
@@ -30,12 +27,6 @@ _EXTRAS = (
     ("extra wandb", "wandb", "pip install 'fs-fwdllm[wandb]' for wandb.use"),
     ("tensorboard", "tensorboard", "pip install tensorboard for fwdllm.tensorboard"),
 )
-
-#: The framework behind a host, by host; ``local`` needs none.
-_FRAMEWORKS = {
-    "federatedscope": ("federatedscope", "pip install --no-deps -e on a FederatedScope checkout (branch llm)"),
-    "fedml": ("fedml", why_it_cannot_be_installed() or HOW_TO_INSTALL),
-}
 
 
 @dataclass(frozen=True)
@@ -57,11 +48,6 @@ def examine() -> list[Finding]:
         *(_module(*extra) for extra in _EXTRAS),
         *(_host(name) for name in HOSTS),
     ]
-
-
-def has_landed(host: str) -> bool:
-    """Whether this version of the package can run on ``host``."""
-    return _is_importable("fs_fwdllm.run.local" if host == "local" else f"fs_fwdllm.host.{host}")
 
 
 def _library(name: str) -> Finding:
@@ -98,25 +84,8 @@ def _module(name: str, module: str, hint: str) -> Finding:
 
 
 def _host(name: str) -> Finding:
-    if not has_landed(name):
-        state = Finding(f"host {name}", "not in this version", "the host local runs the same configuration files")
-    else:
-        state = Finding(f"host {name}", "ready")
-    if name not in _FRAMEWORKS:
-        return state
-    module, hint = _FRAMEWORKS[name]
-    if _is_importable(module):
-        return Finding(state.name, f"{state.found}; {module} found", state.hint)
-    if name == "federatedscope" and has_landed(name):
-        return _checkout(state.name, state.found)
-    return Finding(state.name, f"{state.found}; {module} not found", state.hint or hint)
-
-
-def _checkout(name: str, found: str) -> Finding:
-    """FederatedScope is not on PyPI: it is a checkout somewhere."""
-    from fs_fwdllm.host.federatedscope.host_main import find_host
-
     try:
-        return Finding(name, f"{found}; checkout in {find_host()}")
-    except ConfigError as error:
-        return Finding(name, f"{found}; federatedscope not found", str(error))
+        framework = HOSTS[name].find_framework()
+    except FwdLLMError as error:
+        return Finding(f"host {name}", "not usable here", str(error))
+    return Finding(f"host {name}", f"ready; {framework}" if framework else "ready")

@@ -19,8 +19,9 @@ from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
 from fs_fwdllm.cli.data import data_app
-from fs_fwdllm.cli.doctor import HOSTS, examine, has_landed
+from fs_fwdllm.cli.doctor import examine
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
+from fs_fwdllm.host.hosts import FILE_OPTIONS, HOSTS, owner_of
 
 __all__ = ["app", "main"]
 
@@ -83,18 +84,17 @@ def run(
     cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")] = None,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
-    cf: Annotated[Path | None, typer.Option("--cf", metavar="FILE", help="FedML's file, with --host fedml.")] = None,
+    cf: Annotated[
+        Path | None, typer.Option("--cf", metavar="FILE", help="The host's own file, if it reads one.")
+    ] = None,
 ) -> None:
     """Train: run a configuration from the first round to the last."""
-    if host not in HOSTS:
-        raise ConfigError(f"--host {host}: is not known; hosts are {', '.join(HOSTS)}{nearest(host, HOSTS)}")
-    if not has_landed(host):
-        raise ConfigError(f"--host {host}: is not in this version yet; use --host local, which runs the same files")
-    option, file, other = ("--cf", cf, cfg) if host == "fedml" else ("--cfg", cfg, cf)
-    if file is None or other is not None:
-        raise ConfigError(f"{option} FILE: is what --host {host} reads; --cf goes with --host fedml, --cfg with others")
+    chosen = HOSTS[host]
+    given = {option: file for option, file in zip(FILE_OPTIONS, (cfg, cf), strict=True) if file is not None}
+    if list(given) != [chosen.option]:
+        raise ConfigError(f"{chosen.option} FILE: is what --host {host} reads{_readers_of({*given} - {chosen.option})}")
     _refuse_stray_options(overrides)
-    importlib.import_module(_module_of(host)).run_file(file, overrides or [])
+    chosen.run_file(given[chosen.option], overrides or [])
 
 
 @app.command(context_settings=_WITH_OVERRIDES)
@@ -166,10 +166,7 @@ def cost(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Go on with a stopped run from its last checkpoint."""
-    if (run / "federatedscope.txt").is_file():
-        raise ConfigError(f"{run}: was made inside FederatedScope; run its file again with federate.restore_from {run}")
-    host = "fedml" if (run / "fedml.yaml").is_file() else "local"
-    importlib.import_module(_module_of(host)).resume(run)
+    owner_of(run).resume(run)
 
 
 @app.command(
@@ -213,10 +210,6 @@ def doctor() -> None:
     Console(highlight=False).print(table)
 
 
-def _module_of(host: str) -> str:
-    return "fs_fwdllm.run.local" if host == "local" else f"fs_fwdllm.host.{host}"
-
-
 def main() -> None:
     """Entry point of the console command."""
     app(prog_name="fs-fwdllm")
@@ -229,10 +222,16 @@ def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
     return load_config(cfg, overrides or [])
 
 
+def _readers_of(options: set[str]) -> str:
+    """Says which hosts the options go with that were given to another."""
+    readers = {option: [name for name in HOSTS if HOSTS[name].option == option] for option in sorted(options)}
+    return "".join(f"; {option} goes with --host {' or '.join(names)}" for option, names in readers.items())
+
+
 def _refuse_stray_options(overrides: list[str] | None) -> None:
     stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
     if stray is not None:
-        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, ['--cfg', '--cf', '--host'])}")
+        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, [*FILE_OPTIONS, '--host'])}")
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,9 @@ from fs_fwdllm.report.files import write_text_atomically
 
 __all__ = ["RunFolder"]
 
+#: Where run folders are looked for when a folder that is none was named.
+_DEPTHS = ("*/", "*/*/")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -50,16 +53,27 @@ class RunFolder:
         """An existing run folder.
 
         Raises:
-            CheckpointError: ``path`` does not exist, or is not a run folder (it has no ``config.yaml``).
+            CheckpointError: ``path`` does not exist, or is not a run folder: it has no ``config.yaml``, or it holds no
+                round, but a folder inside does. A host may keep our run folder, and a ``config.yaml``, in its own.
         """
         folder = cls(Path(path))
         if not folder.path.is_dir():
             parent = folder.path.parent
             others = sorted(str(near) for near in parent.iterdir() if near.is_dir()) if parent.is_dir() else []
             raise CheckpointError(f"{folder.path}: there is no such run folder{nearest(folder.path, others)}")
+        if inside := folder._runs_inside():
+            some = ", ".join(map(str, inside[:3])) + (", ..." if len(inside) > 3 else "")
+            raise CheckpointError(f"{folder.path}: is not a run folder; name the one inside that is meant: {some}")
         if not folder.config_path.is_file():
             raise CheckpointError(f"{folder.path}: is not a run folder; a run folder has a file config.yaml")
         return folder
+
+    def _runs_inside(self) -> list[Path]:
+        """Run folders somewhat below this one, if this one has no round itself."""
+        if self.metrics_path.is_file():
+            return []
+        found = (path for depth in _DEPTHS for path in self.path.glob(f"{depth}{self.metrics_path.name}"))
+        return sorted(path.parent for path in found)
 
     def config(self) -> Config:
         """The resolved configuration of the run.

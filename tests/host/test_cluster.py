@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from fs_fwdllm.config.load import read_tree
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.host.federatedscope import cluster as clusters
-from fs_fwdllm.host.federatedscope.cluster import Cluster, process_trees, run_cluster
+from fs_fwdllm.host.federatedscope import RUN_FOLDER
+from fs_fwdllm.host.federatedscope.cluster import (
+    Cluster,
+    choose_ports,
+    prepare,
+    process_trees,
+    read_deadline_s,
+    run_cluster,
+)
 
 #: Reads its configuration, listens if it is the server, then does what ``behaviour`` says of its role.
 _STAND_IN = """
@@ -38,8 +46,8 @@ raise SystemExit(behaviour)
 
 
 def make(folder: Path, server: int | str, client: int | str, clients: int = 2) -> Cluster:
-    ports = clusters._ports(1 + clients)
-    tree = {"outdir": "here", "behaviour": {"server": server, "client": client}}
+    ports = choose_ports(1 + clients)
+    tree = {"outdir": str(folder / "here"), "behaviour": {"server": server, "client": client}}
     program = folder / "stand_in.py"
     program.write_text(_STAND_IN)
     return Cluster(folder, process_trees(tree, ports, folder), (sys.executable, str(program)))
@@ -47,10 +55,9 @@ def make(folder: Path, server: int | str, client: int | str, clients: int = 2) -
 
 def run(cluster: Cluster, deadline_s: float = 20.0) -> tuple[int, float]:
     started = time.monotonic()
-    with cluster:
-        code = run_cluster(cluster, deadline_s)
+    code = run_cluster(cluster, deadline_s)
     took_s = time.monotonic() - started
-    assert len(cluster.ended()) == len(cluster._running), "something still runs"
+    assert not cluster.processes.running(), "something still runs"
     return code, took_s
 
 
@@ -72,8 +79,15 @@ def test_every_process_has_its_role_number_and_port(tmp_path: Path) -> None:
 def test_a_run_ends_with_the_server(tmp_path: Path) -> None:
     cluster = make(tmp_path, server=0, client=0)
     code, _ = run(cluster)
-    assert code == 0 and cluster.ended() == {"server": 0, "client1": 0, "client2": 0}
-    assert cluster.run_folder() == "here"
+    assert code == 0 and cluster.processes.ended() == {"server": 0, "client1": 0, "client2": 0}
+
+
+def test_the_run_folder_is_ours_if_there_is_one(tmp_path: Path) -> None:
+    cluster = make(tmp_path, server=0, client=0)
+    run(cluster)
+    assert cluster.run_folder() is None
+    (tmp_path / "here" / RUN_FOLDER).mkdir(parents=True)
+    assert cluster.run_folder() == tmp_path / "here" / RUN_FOLDER
 
 
 def test_the_exit_code_is_the_servers_and_its_log_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +127,7 @@ def test_an_interrupt_ends_every_process(number: signal.Signals, tmp_path: Path)
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "interrupted" in said
-    port = clusters.read_tree(folder / "server.yaml")["distribute"]["server_port"]
+    port = read_tree(folder / "server.yaml")["distribute"]["server_port"]
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), 1.0)
 
@@ -134,18 +148,18 @@ def test_bad_arguments_are_named(
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text("federate: {client_num: 2}\n")
     with pytest.raises(ConfigError, match=named):
-        clusters._prepare(arguments)
+        prepare(arguments)
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "0"), ("PORT", "65535"), ("PORT", "x"), ("DEADLINE_S", "-1")])
 def test_bad_environment_variables_are_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"FS_FWDLLM_{name}", value)
     with pytest.raises(ConfigError, match=f"FS_FWDLLM_{name} '{value}'"):
-        clusters._ports(3)
-        clusters._deadline_s()
+        choose_ports(3)
+        read_deadline_s()
 
 
 def test_ports_are_free_or_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(set(clusters._ports(5))) == 5
+    assert len(set(choose_ports(5))) == 5
     monkeypatch.setenv("FS_FWDLLM_PORT", "40100")
-    assert clusters._ports(3) == [40100, 40101, 40102]
+    assert choose_ports(3) == [40100, 40101, 40102]

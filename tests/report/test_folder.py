@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config import Config, dump_config, parse_config
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report import RunFolder
 
@@ -42,3 +42,23 @@ def test_open_refuses_what_is_no_run(tmp_path: Path, config: Config) -> None:
     made.config_path.write_text("sed: 1\n")
     with pytest.raises(ConfigError, match="'seed'"):
         made.config()
+
+
+def test_a_folder_around_a_run_says_where_the_run_is(tmp_path: Path, config: Config) -> None:
+    """FederatedScope writes a config.yaml of its own into the folder that holds ours."""
+    around = tmp_path / "exp" / "dist"
+    for name in ("fwdllm", "sub_exp/fwdllm"):
+        (around / name).mkdir(parents=True)
+        (around / name / "config.yaml").write_text(dump_config(config))
+        (around / name).parent.joinpath("config.yaml").write_text("federate: {}\n")
+        (around / name / "metrics.jsonl").write_text('{"round": 1}\n')
+    for folder in (around, around.parent):
+        with pytest.raises(CheckpointError, match=rf"is not a run folder; .*: {around}/fwdllm"):
+            RunFolder.open(folder)
+    assert RunFolder.open(around / "fwdllm").config() == config
+
+
+def test_a_run_that_has_no_round_yet_is_a_run(config: Config) -> None:
+    made = RunFolder.create(config)
+    (made.adapter_path / "deep").mkdir(parents=True)
+    assert RunFolder.open(made.path) == made

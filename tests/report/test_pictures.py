@@ -136,7 +136,7 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(
     good = write_run()
     empty = RunFolder.create(good.config())
     output = tmp_path / "both.png"
-    bad = {tmp_path / "nothing": "no such", tmp_path: r"config\.yaml", empty.path: "holds no round"}
+    bad = {tmp_path / "nothing": "no such", tmp_path: "name the one inside that is meant", empty.path: "holds no round"}
     for path, fragment in bad.items():
         with pytest.raises(CheckpointError, match=fragment):
             plot_run(path)

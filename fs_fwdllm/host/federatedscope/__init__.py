@@ -15,11 +15,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["run_file"]
+from fs_fwdllm.host.federatedscope.host_main import describe_home, launch
+from fs_fwdllm.host.hosts import Host
+
+__all__ = ["HOST", "RUN_FOLDER", "run_file"]
+
+#: Our run folder, inside the output folder that FederatedScope makes for a run.
+RUN_FOLDER = "fwdllm"
+
+HOST = Host(
+    name="federatedscope",
+    module=__name__,
+    marker="federatedscope.txt",
+    resume_advice="was made inside FederatedScope; run its file again with federate.restore_from {run}",
+    framework=describe_home,
+)
 
 
 def run_file(cfg: Path, overrides: list[str]) -> None:
     """Run a configuration file in this process, as FederatedScope's ``main.py`` would."""
-    from fs_fwdllm.host.federatedscope.host_main import launch
-
     launch(["--cfg", str(cfg), *overrides])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fs_fwdllm.errors import ConfigError
 
-__all__ = ["find_host", "launch"]
+__all__ = ["describe_home", "find_host", "launch"]
 
 _HOME = "FEDERATEDSCOPE_HOME"
 _DEFAULT_HOME = Path("~/.cache/fs_fwdllm/FederatedScope")
@@ -37,6 +37,12 @@ def find_host() -> Path | None:
         f"FederatedScope is not found: {said} is no checkout of it. Clone alibaba/FederatedScope, branch llm, and set "
         f"{_HOME} to the clone (or pip install --no-deps -e it)"
     )
+
+
+def describe_home() -> str:
+    """Where FederatedScope is, in words. Raises as :func:`find_host`."""
+    home = find_host()
+    return f"checkout in {home}" if home is not None else "federatedscope found"
 
 
 def launch(arguments: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import ClientData, FederatedData
 from fs_fwdllm.errors import CheckpointError, nearest
+from fs_fwdllm.host.federatedscope import HOST, RUN_FOLDER
 from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
@@ -33,12 +34,6 @@ __all__ = [
     "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",
     "named_values", "open_folder", "open_process", "save_values", "splits_of",
 ]  # fmt: skip
-
-_FOLDER = "fwdllm"
-
-
-#: Says, in a run folder, which host made it.
-HOST_FILE = "federatedscope.txt"
 
 
 class HostProcess:
@@ -166,16 +161,17 @@ def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoi
     """Our run folder, inside the host's; with ``federate.restore_from`` naming one of ours, what it stopped at.
 
     Raises:
-        CheckpointError: the run that is to be continued has no checkpoint, had another configuration, or has finished.
+        CheckpointError: what is to be continued is no run folder, has no checkpoint, had another configuration, or has
+            finished.
     """
-    folder = RunFolder(outdir / _FOLDER)
+    folder = RunFolder(outdir / RUN_FOLDER)
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder.config_path, dump_config(process.config))
-    write_text_atomically(folder.path / HOST_FILE, "made inside FederatedScope; goes on with federate.restore_from\n")
+    write_text_atomically(folder.path / HOST.marker, "made inside FederatedScope; goes on with federate.restore_from\n")
     source = Path(process.restore_from)
     if not process.restore_from or not source.is_dir():
         return folder, None
-    checkpoint = read_checkpoint(RunFolder(source).checkpoint_path)
+    checkpoint = read_checkpoint(RunFolder.open(source).checkpoint_path)
     if checkpoint.fingerprint != config_fingerprint(process.config):
         raise CheckpointError(
             f"federate.restore_from {str(source)!r}: that run had another configuration; a run continues with the one "

@@ -22,6 +22,7 @@ from typing import Any
 from fs_fwdllm.core.wire import from_text
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.chunks import Joiner, split
+from fs_fwdllm.host.supervise import is_listening
 
 __all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "own_port_is_free", "reachable"]
 
@@ -196,11 +197,7 @@ def reachable(addresses: Iterable[str]) -> dict[str, bool]:
 
 def _is_reachable(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECT_WITHIN_S):
-            return True
-    except OSError:
-        return False
+    return is_listening((host, int(port)), _CONNECT_WITHIN_S)
 
 
 def own_port_is_free(host: str, port: int) -> bool:

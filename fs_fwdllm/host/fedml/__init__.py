@@ -3,7 +3,7 @@
 ======================================  ================================================================
 :mod:`~.settings`, :mod:`~.translation` FedML's file and our section ``fwdllm_args``
 :mod:`~.trainer`, :mod:`~.aggregator`   a silo's and the server's half of a round, as FedML's classes
-:mod:`~.payload`, :mod:`~.placement`    frames in what FedML sends; which client lives in which silo
+:mod:`~.payload`, :mod:`~.dataset`      frames in what FedML sends; what each silo's clients hold
 :mod:`~.program`                        arguments in, what ``FedMLRunner`` is given out
 :mod:`~.simulators`, :mod:`~.patches`   the simulators that use them, and what is changed inside FedML
 :mod:`~.process`, :mod:`~.cluster`      one process; all of them, supervised
@@ -28,9 +28,15 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from fs_fwdllm.host.fedml.installation import import_fedml, without_known_warnings
+from fs_fwdllm.host.fedml.installation import describe_fedml, import_fedml, without_known_warnings
+from fs_fwdllm.host.hosts import Host
 
-__all__ = ["FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "init", "resume", "run", "run_file"]
+__all__ = [
+    "HOST", "FwdLLMAggregator", "FwdLLMTrainer", "Program", "build", "enable", "init", "resume", "run", "run_file",
+]  # fmt: skip
+
+#: The marker is the FedML file of the run, as it was resolved.
+HOST = Host(name="fedml", module=__name__, option="--cf", marker="fedml.yaml", framework=describe_fedml)
 
 _NEEDS_FEDML = {
     "FwdLLMAggregator": "aggregator",

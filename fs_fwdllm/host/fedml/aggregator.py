@@ -13,8 +13,8 @@ from fedml.core import ServerAggregator
 
 from fs_fwdllm.errors import HostError, WireError
 from fs_fwdllm.host.fedml.payload import Orders, pack_orders, unpack_answers
-from fs_fwdllm.host.fedml.placement import Placement
 from fs_fwdllm.host.fedml.watchdog import Watchdog
+from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.run.checkpoint import Checkpoint
 from fs_fwdllm.run.driver import RunDriver
@@ -72,12 +72,12 @@ class FwdLLMAggregator(ServerAggregator):
     @property
     def silos_asked(self) -> list[int]:
         """The silos that have work in the open round, in order; all of them when there is none left to do."""
-        return [silo for silo, frames in self._asked.items() if frames] or list(range(self._placement.silos))
+        return [silo for silo, frames in self._asked.items() if frames] or list(range(self._placement.processes))
 
     def set_id(self, aggregator_id: int) -> None:
         """FedML calls this last, before it waits for the client processes."""
         super().set_id(aggregator_id)
-        self._unheard = set(range(self._placement.silos))
+        self._unheard = set(range(self._placement.processes))
         self._wait()
 
     def note_arrival(self, silo: int) -> None:

@@ -8,38 +8,40 @@ if it ends with one, to ``processes/rank-N.error``; what killed a process of ``m
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fs_fwdllm.errors import HostError
+from fs_fwdllm.host import supervise
+from fs_fwdllm.host.fedml import HOST
 from fs_fwdllm.host.fedml.guard import is_running, name_of
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.process import processes_folder, server_address
 from fs_fwdllm.host.fedml.settings import FedMLSettings, dump_settings, read_settings
+from fs_fwdllm.host.supervise import Processes, wait_until
 from fs_fwdllm.method import check_combination
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.run.driver import read_own_checkpoint
 
-__all__ = ["SETTINGS_FILE", "resume", "run"]
+__all__ = ["explain_failure", "resume", "run", "write_addresses"]
 
-#: The FedML file of a run, in its folder; a run that has one was made by this host.
-SETTINGS_FILE = "fedml.yaml"
-_POLL_S = 0.05
-#: A process that is told to end has this long before it is killed, and one whose run is over to close its transport.
-_GRACE_S = 5.0
+#: Once the server has finished, the others have this long to close their transport.
 _ENDING_S = 90.0
+#: The error that caused another's is written first, but both may be under way.
+_ERRORS_SPREAD_S = 0.2
+_LINES_REMEMBERED = 60
+_MPIEXEC = "mpiexec"
+_ADDRESSES = "grpc.csv"
 
 
 def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -55,8 +57,10 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     import_fedml()
     folder = RunFolder.create(settings.config)
     if settings.args["backend"] == "GRPC" and not settings.args.get("grpc_ipconfig_path"):
-        settings = replace(settings, args={**settings.args, "grpc_ipconfig_path": str(_addresses_path(folder))})
-    write_text_atomically(folder.path / SETTINGS_FILE, dump_settings(settings, folder.config_path.name))
+        settings = replace(
+            settings, args={**settings.args, "grpc_ipconfig_path": str(processes_folder(folder) / _ADDRESSES)}
+        )
+    write_text_atomically(folder.path / HOST.marker, dump_settings(settings, folder.config_path.name))
     return _carry_out(settings, folder, resume=False)
 
 
@@ -70,7 +74,7 @@ def resume(path: str | Path) -> Path:
     folder = RunFolder.open(path)
     read_own_checkpoint(folder)
     import_fedml()
-    return _carry_out(read_settings(folder.path / SETTINGS_FILE), folder, resume=True)
+    return _carry_out(read_settings(folder.path / HOST.marker), folder, resume=True)
 
 
 def _carry_out(settings: FedMLSettings, folder: RunFolder, *, resume: bool) -> Path:
@@ -80,15 +84,12 @@ def _carry_out(settings: FedMLSettings, folder: RunFolder, *, resume: bool) -> P
     processes_folder(folder).mkdir(exist_ok=True)
     for old in processes_folder(folder).glob("rank-*.*"):
         old.unlink()
-    processes = Processes(folder, settings, resume=resume)
-    try:
+    with supervise.interruptible(), Ranks(folder, settings, resume) as ranks:
         if settings.args["backend"] == "MPI":
-            processes.start_mpi()
+            ranks.start_mpi()
         else:
-            processes.start_grpc()
-        processes.wait()
-    finally:
-        processes.end_all()
+            ranks.start_grpc()
+        ranks.wait()
     return folder.path
 
 
@@ -97,39 +98,37 @@ def _run_here(folder: RunFolder, *, resume: bool) -> None:
 
     from fs_fwdllm.host.fedml.program import build, init
 
-    file = folder.path / SETTINGS_FILE
+    file = folder.path / HOST.marker
     args = SimpleNamespace(**{**read_settings(file).args, "role": "server", "yaml_config_file": str(file)})
     build(init(args), folder, resume=resume).run()
 
 
 @dataclass
-class _Child:
-    name: str
-    process: subprocess.Popen[str]
-    said: deque[str] = field(default_factory=lambda: deque(maxlen=60))
+class Ranks:
+    """The processes of a run. A context manager: leaving it ends those that still run."""
 
-    @property
-    def failed(self) -> bool:
-        return self.process.poll() not in (None, 0)
+    folder: RunFolder
+    settings: FedMLSettings
+    resume: bool
+    _processes: Processes = field(default_factory=Processes)
+    _said: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_REMEMBERED))
 
+    def __enter__(self) -> Ranks:
+        return self
 
-class Processes:
-    """The processes of a run on this machine."""
-
-    def __init__(self, folder: RunFolder, settings: FedMLSettings, *, resume: bool) -> None:
-        self._folder = folder
-        self._settings = settings
-        self._resume = resume
-        self._children: list[_Child] = []
+    def __exit__(self, *_: object) -> None:
+        """End whatever is still there and see it gone: ``mpiexec`` does not wait for grandchildren."""
+        self._processes.end_all()
+        wait_until(lambda: not any(map(is_running, self._pids())), time.monotonic() + supervise.GRACE_S)
 
     def start_mpi(self) -> None:
         """Start ``mpiexec``. Raises :class:`~fs_fwdllm.errors.HostError` if there is none."""
         beside_python = str(Path(sys.executable).parent)
-        mpiexec = shutil.which("mpiexec", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+        mpiexec = shutil.which(_MPIEXEC, path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
         if mpiexec is None:
             raise HostError("backend MPI: there is no mpiexec; pip install mpich brings one")
-        count = str(self._settings.worker_num + 1)
-        self._start("mpiexec", [mpiexec, "-n", count, *self._command()])
+        count = str(self.settings.worker_num + 1)
+        self._start(_MPIEXEC, [mpiexec, "-n", count, *self._command()])
 
     def start_grpc(self) -> None:
         """Start the server, wait for its port, start the clients.
@@ -137,114 +136,75 @@ class Processes:
         Raises:
             HostError: the server failed, or does not listen within the deadline.
         """
-        path = Path(self._settings.args["grpc_ipconfig_path"])
-        if path == _addresses_path(self._folder):
-            _write_addresses(path, self._settings.worker_num + 1)
-        address = server_address(self._settings)
+        path, deadline_s = Path(self.settings.args["grpc_ipconfig_path"]), self.settings.deadline_s
+        if path == processes_folder(self.folder) / _ADDRESSES:
+            write_addresses(path, self.settings.worker_num + 1)
+        address = server_address(self.settings)
         self._start(name_of(0), [*self._command(), "--rank", "0", "--role", "server"])
-        end = time.monotonic() + self._settings.deadline_s
-        while not _is_listening(address):
-            self._check()
-            if time.monotonic() > end:
-                raise HostError(f"{name_of(0)}: does not listen at {address} within {self._settings.deadline_s:g} s")
-            time.sleep(_POLL_S)
-        for rank in range(1, self._settings.worker_num + 1):
+        if not self._wait_until(lambda: supervise.is_listening(address), deadline_s):
+            raise HostError(f"{name_of(0)}: does not listen at {address} within {deadline_s:g} s")
+        for rank in range(1, self.settings.worker_num + 1):
             self._start(name_of(rank), [*self._command(), "--rank", str(rank), "--role", "client"])
 
     def wait(self) -> None:
-        """Until all have ended well. Raises :class:`~fs_fwdllm.errors.HostError` as soon as one has not."""
-        end = None
-        while any(child.process.poll() is None for child in self._children):
-            self._check()
-            if end is None and self._children[0].process.poll() == 0:
-                end = time.monotonic() + _ENDING_S  # the server is done: what was to be computed is there
-            if end is not None and time.monotonic() > end:
-                slow = [child.name for child in self._children if child.process.poll() is None]
-                raise HostError(f"{', '.join(slow)}: did not end within {_ENDING_S:g} s after the server had finished")
-            time.sleep(_POLL_S)
-        self._check()
+        """Return when all have ended well. Raises :class:`~fs_fwdllm.errors.HostError` as soon as one has not."""
+        wait_until(self._processes.decided, math.inf)
+        # The server, or mpiexec, is done: what was to be computed is there.
+        if not self._wait_until(lambda: not self._processes.running(), _ENDING_S):
+            slow = ", ".join(self._processes.running())
+            raise HostError(f"{slow}: did not end within {_ENDING_S:g} s after the server had finished")
 
-    def end_all(self) -> None:
-        """End whatever is still there, politely, then not, and see it gone: mpiexec does not wait for grandchildren."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            alive = [child.process for child in self._children if child.process.poll() is None]
-            for process in alive:
-                with suppress(ProcessLookupError):
-                    process.send_signal(number)
-            end = time.monotonic() + _GRACE_S
-            while any(process.poll() is None for process in alive) and time.monotonic() < end:
-                time.sleep(_POLL_S)
-        end = time.monotonic() + _GRACE_S
-        while any(is_running(pid) for pid in self._pids()) and time.monotonic() < end:
-            time.sleep(_POLL_S)
+    def _wait_until(self, condition: Callable[[], object], within_s: float) -> bool:
+        """Whether ``condition`` holds in time; a process that fails meanwhile is an error."""
+        is_in_time = wait_until(lambda: self._processes.failed() or condition(), time.monotonic() + within_s)
+        if self._processes.failed():
+            time.sleep(_ERRORS_SPREAD_S)
+            raise HostError(explain_failure(self.folder, self._processes.failed(), self._said))
+        return is_in_time
 
     def _pids(self) -> list[int]:
-        texts = (path.read_text(encoding="utf-8") for path in processes_folder(self._folder).glob("rank-*.pid"))
+        texts = (path.read_text(encoding="utf-8") for path in processes_folder(self.folder).glob("rank-*.pid"))
         return [int(text) for text in texts if text.strip().isdigit()]
 
     def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "fs_fwdllm.host.fedml", "--cf", str(self._folder.path / SETTINGS_FILE)]
-        return [*command, "--run", str(self._folder.path), *(["--resume"] if self._resume else [])]
+        command = [sys.executable, "-m", "fs_fwdllm.host.fedml", "--cf", str(self.folder.path / HOST.marker)]
+        return [*command, "--run", str(self.folder.path), *(["--resume"] if self.resume else [])]
 
     def _start(self, name: str, command: list[str]) -> None:
-        process = subprocess.Popen(
-            command, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            errors="replace", env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )  # fmt: skip
-        child = _Child(name, process)
-        self._children.append(child)
-        threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
-
-    def _check(self) -> None:
-        failed = next((child for child in self._children if child.failed), None)
-        if failed is not None:
-            time.sleep(4 * _POLL_S)  # the error that caused another's is written first, but both may be under way
-            raise HostError(self._explain(failed))
-
-    def _explain(self, failed: _Child) -> str:
-        """Who failed and why: the first process that left an error, else the one that was killed."""
-        where = processes_folder(self._folder)
-        errors = sorted(where.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
-        hint = f"; the processes' logs are in {where}. Go on with: fs-fwdllm resume {self._folder.path}"
-        if errors:
-            return f"{errors[0].read_text(encoding='utf-8').strip()}{hint}"
-        code = failed.process.returncode
-        if failed.name == "mpiexec":
-            said = "\n".join(failed.said)
-            return f"mpiexec ended with status {code}:\n{said}{hint}"
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return f"{failed.name}: {how}{hint}"
+        process = self._processes.start(name, command, environment={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
+        threading.Thread(target=_pass_on, args=(process, self._said), daemon=True).start()
 
 
-def _pass_on(child: _Child) -> None:
+def explain_failure(folder: RunFolder, failed: Mapping[str, int], said: Iterable[str] = ()) -> str:
+    """Who failed and why: a process that was killed, which no other's error does, else the first that left an error.
+
+    Args:
+        failed: exit codes of the processes that failed.
+        said: the last lines they printed, which is all there is of an ``mpiexec`` whose processes left no error.
+    """
+    name, code = min(failed.items(), key=lambda item: item[1])
+    where = processes_folder(folder)
+    errors = sorted(where.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
+    if errors and (code > 0 or name == _MPIEXEC):
+        reason = errors[0].read_text(encoding="utf-8").strip()
+    else:
+        reason = "\n".join([f"{name}: {supervise.end_in_words(code)}", *(said if name == _MPIEXEC else ())])
+    return f"{reason}; the processes' logs are in {where}. Go on with: fs-fwdllm resume {folder.path}"
+
+
+def _pass_on(process: subprocess.Popen[str], said: deque[str]) -> None:
     """Show what a process prints, and remember the last of it. ``mpiexec``'s obituary is not for the user."""
-    assert child.process.stdout is not None
+    assert process.stdout is not None
     quiet = False
-    for line in child.process.stdout:
-        child.said.append(line.rstrip())
+    for line in process.stdout:
+        said.append(line.rstrip())
         quiet = quiet or line.startswith("====") or "BAD TERMINATION" in line
         if not quiet and not line.startswith("------------------"):  # FedML's lists of clients
             sys.stdout.write(line)
             sys.stdout.flush()
 
 
-def _addresses_path(folder: RunFolder) -> Path:
-    return processes_folder(folder) / "grpc.csv"
-
-
-def _write_addresses(path: Path, count: int) -> None:
-    """Free ports on the loopback device, in FedML 0.9.6's format."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listening.getsockname()[1] for listening in sockets]
-    for listening in sockets:
-        listening.close()
-    rows = [f"{rank},{rank},127.0.0.1,{port}\n" for rank, port in enumerate(ports)]
+def write_addresses(path: Path, count: int) -> None:
+    """Write free ports of the loopback device in FedML 0.9.6's format, for ranks 0 to ``count - 1``."""
+    rows = [f"{rank},{rank},{supervise.LOOPBACK},{port}\n" for rank, port in enumerate(supervise.free_ports(count))]
     path.write_text("eid,rank,grpc_server_ip,grpc_server_port\n" + "".join(rows), encoding="utf-8")
-
-
-def _is_listening(address: tuple[str, int]) -> bool:
-    try:
-        with socket.create_connection(address, timeout=1.0):
-            return True
-    except OSError:
-        return False

@@ -16,16 +16,21 @@ from types import ModuleType
 
 from fs_fwdllm.errors import HostError
 
-__all__ = ["HOW_TO_INSTALL", "LAST_PYTHON", "import_fedml", "why_it_cannot_be_installed", "without_known_warnings"]
+__all__ = [
+    "HOW_TO_INSTALL", "LAST_PYTHON", "REPLACEMENTS", "describe_fedml", "import_fedml", "why_it_cannot_be_installed",
+    "without_known_warnings",
+]  # fmt: skip
 
 #: The newest Python that FedML 0.9.6 installs on.
 LAST_PYTHON = (3, 11)
 
-HOW_TO_INSTALL = (
-    "in a virtual environment of its own: pip install -c constraints-fedml.txt -e '.[fedml]', then "
-    "pip install --no-deps torchvision==0.16.2 typer==0.29.2"
-)
+#: What is put in the place of what FedML installs, and cannot be asked for beside it; setup.cfg says why.
+REPLACEMENTS = ("torchvision==0.16.2", "typer==0.29.1")
 
+HOW_TO_INSTALL = (
+    "in a virtual environment of its own: pip install -c constraints-fedml.txt -e '.[fedml,demo]', then "
+    f"pip install --no-deps {' '.join(REPLACEMENTS)}"
+)
 
 #: An old torchvision without its image reader, requests beside newer libraries, and setuptools' farewell to a module.
 _KNOWN_WARNINGS = ("Failed to load image Python extension", "urllib3 .* doesn't match", "pkg_resources is deprecated")
@@ -41,15 +46,25 @@ def why_it_cannot_be_installed(version: tuple[int, int] = sys.version_info[:2]) 
     )
 
 
+def describe_fedml() -> str:
+    """That FedML is installed, in words; it is not imported.
+
+    Raises:
+        HostError: it is not installed; the message says what to do.
+    """
+    if importlib.util.find_spec("fedml") is None:
+        reason = why_it_cannot_be_installed() or f"the module fedml is not installed; {HOW_TO_INSTALL}"
+        raise HostError(f"--host fedml: {reason}. --host local runs the same methods without it")
+    return "fedml found"
+
+
 def import_fedml() -> ModuleType:
     """The module ``fedml``, without the warnings its own imports make.
 
     Raises:
         HostError: it is not installed, or what it stands on is broken; the message says what to do.
     """
-    if importlib.util.find_spec("fedml") is None:
-        reason = why_it_cannot_be_installed() or f"the module fedml is not installed; {HOW_TO_INSTALL}"
-        raise HostError(f"--host fedml: {reason}. --host local runs the same methods without it")
+    describe_fedml()
     try:
         with without_known_warnings():
             return importlib.import_module("fedml")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import time
 import traceback
@@ -22,13 +21,13 @@ from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
 from fs_fwdllm.host.fedml.guard import begin_guarded, name_of
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.settings import FedMLSettings, read_settings
+from fs_fwdllm.host.supervise import is_listening, wait_until
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 
 __all__ = ["EXIT_OF_ERROR", "end_process", "main", "processes_folder", "server_address"]
 
 EXIT_OF_ERROR = 2
-_POLL_S = 0.1
 
 _who = SimpleNamespace(name="this process", error_path=None)
 
@@ -149,9 +148,11 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
     own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": given.cf}
     args = SimpleNamespace(**{**settings.args, **own})
     if settings.args["backend"] == "GRPC":
-        address = server_address(settings)
-        if rank != 0:
-            _wait_for_server(*address, settings.deadline_s)
+        host, port = server_address(settings)
+        # FedML's client dies if it is early.
+        if rank != 0 and not wait_until(lambda: is_listening((host, port)), time.monotonic() + settings.deadline_s):
+            waited = f"no server answers at {host}:{port} within {settings.deadline_s:g} s"
+            raise HostError(f"{waited}; start rank 0 --role server first")
     program = build(init(args), folder, resume=given.resume)
     try:
         program.run()
@@ -159,18 +160,6 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
         if program.server_aggregator is not None:
             program.server_aggregator.close(error)
         raise
-
-
-def _wait_for_server(host: str, port: int, deadline_s: float) -> None:
-    """FedML's gRPC client dies if it is early. Raises :class:`HostError` if the server is not there in time."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection((host, port), timeout=max(_POLL_S, 1.0)):
-                return
-        except OSError:
-            time.sleep(_POLL_S)
-    raise HostError(f"no server answers at {host}:{port} within {deadline_s:g} s; start rank 0 --role server first")
 
 
 def _introduce(rank: int, folder: RunFolder | None) -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from fs_fwdllm.host.fedml.aggregator import FwdLLMAggregator, RunStart
+from fs_fwdllm.host.fedml.dataset import make_dataset
 from fs_fwdllm.host.fedml.patches import enable
-from fs_fwdllm.host.fedml.placement import Placement, make_dataset
 from fs_fwdllm.host.fedml.process import end_process
 from fs_fwdllm.host.fedml.settings import FedMLSettings, resolve_settings
 from fs_fwdllm.host.fedml.simulators import fit_to_silos
 from fs_fwdllm.host.fedml.trainer import FwdLLMTrainer
 from fs_fwdllm.host.fedml.watchdog import Watchdog
+from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.run.driver import read_own_checkpoint
 from fs_fwdllm.run.sampling import clients_per_round

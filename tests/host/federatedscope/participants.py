@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Participant", "Starter", "free_ports", "wait_until"]
+__all__ = ["Participant", "Starter", "wait_until"]
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -156,15 +155,3 @@ def wait_until(condition: Callable[[], bool], within_s: float, explain: Callable
     while not condition():
         assert time.monotonic() < until, f"after {within_s:g} s: {explain()}"
         time.sleep(0.05)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

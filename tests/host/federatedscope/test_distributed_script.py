@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.report.record import RunRecord
 from tests.host.small import World, read_jsonl
 from tests.model.tiny import save_tiny_model
 
@@ -44,7 +48,10 @@ def test_one_command_runs_a_server_and_its_clients(host_home: Path, tmp_path: Pa
     (tmp_path / "c.yaml").write_text(_CONFIG.format(root=tmp_path))
     done = command(host_home, tmp_path, "expname", "run", "seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines() == ["logs: exp/run_processes", "run folder: exp/run"]
+    assert done.stdout.splitlines() == ["logs: exp/run_processes", "run folder: exp/run/fwdllm"]
+    assert RunRecord.load(tmp_path / "exp/run/fwdllm").end, "what is printed is what compare takes"
+    with pytest.raises(CheckpointError, match=r"name the one inside that is meant: .*exp/run/fwdllm"):
+        RunRecord.load(tmp_path / "exp/run")
     _, *rounds, final = read_jsonl(tmp_path / "exp" / "run" / "fwdllm" / "metrics.jsonl")
     assert [line["round"] for line in rounds] == [1, 2] and final["final"]
     assert all(line["rejected"] == {} and set(line["learning_rate"]) == {"1", "2"} for line in rounds)

@@ -134,4 +134,4 @@ def test_the_doctor_says_where_the_host_is(host_home: Path, monkeypatch: pytest.
     monkeypatch.setenv("FEDERATEDSCOPE_HOME", str(host_home))
     assert found()[0] == f"ready; checkout in {host_home}"
     monkeypatch.setenv("FEDERATEDSCOPE_HOME", str(tmp_path))
-    assert found()[0] == "ready; federatedscope not found" and "FEDERATEDSCOPE_HOME" in found()[1]
+    assert found()[0] == "not usable here" and "FEDERATEDSCOPE_HOME" in found()[1]

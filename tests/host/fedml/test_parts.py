@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import threading
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fs_fwdllm.errors import DataError, WireError
-from fs_fwdllm.host.fedml.installation import why_it_cannot_be_installed
+from fs_fwdllm.host.fedml.cluster import explain_failure
+from fs_fwdllm.host.fedml.dataset import SiloData, make_dataset
+from fs_fwdllm.host.fedml.installation import HOW_TO_INSTALL, REPLACEMENTS, why_it_cannot_be_installed
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpack_answers, unpack_orders
-from fs_fwdllm.host.fedml.placement import Placement, SiloData, make_dataset
 from fs_fwdllm.host.fedml.watchdog import Watchdog
+from fs_fwdllm.host.placement import Placement
+from fs_fwdllm.report import RunFolder
 from fs_fwdllm.run.session import Session
 from tests.host.fedml.federation import FedMLWorld
 
@@ -47,19 +52,6 @@ def test_what_is_not_ours_is_refused(payload: Any) -> None:
         unpack_answers(payload)
     with pytest.raises(WireError):
         unpack_orders(payload)
-
-
-@given(st.integers(1, 7), st.sets(st.integers(1, 30)))
-def test_every_client_lives_in_one_silo_that_never_changes(silos: int, clients: set[int]) -> None:
-    placement = Placement(silos)
-    split = placement.split({client: -client for client in clients})
-    assert list(split) == list(range(silos))
-    assert {client: value for held in split.values() for client, value in held.items()} == {c: -c for c in clients}
-    assert all(placement.silo_of(client) == silo for silo, held in split.items() for client in held)
-
-
-def test_as_many_silos_as_clients_is_fedmls_numbering() -> None:
-    assert Placement(3).split({1: "a", 2: "b", 3: "c"}) == {0: {1: "a"}, 1: {2: "b"}, 2: {3: "c"}}
 
 
 def test_the_dataset_counts_samples(world: FedMLWorld) -> None:
@@ -114,3 +106,42 @@ def test_newer_pythons_are_told_why(version: tuple[int, int], installs: bool) ->
     assert (reason == "") == installs
     if not installs:
         assert f"{version[0]}.{version[1]}" in reason and "pathtools" in reason and "3.11" in reason
+
+
+@pytest.mark.parametrize(
+    ("failed", "said_first"),
+    [
+        ({"client process (rank 1)": 2, "server (rank 0)": -9}, "server (rank 0): was killed by SIGKILL"),
+        ({"server (rank 0)": 2, "client process (rank 1)": 2}, "client process (rank 1): no answer"),
+        ({"mpiexec": -9}, "client process (rank 1): no answer"),
+    ],
+)
+def test_the_cause_is_shown_and_not_what_it_caused(tmp_path: Path, failed: dict[str, int], said_first: str) -> None:
+    """A client may leave its error before anybody has noticed that the server was killed."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "processes").mkdir()
+    assert explain_failure(folder, {"mpiexec": 1}, ["no such host"]).startswith(
+        "mpiexec: ended with exit code 1\nno such"
+    )
+    (tmp_path / "processes" / "rank-1.error").write_text("client process (rank 1): no answer\n")
+    said = explain_failure(folder, failed)
+    assert said.startswith(f"{said_first};") and f"fs-fwdllm resume {tmp_path}" in said
+
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("file", ["README.md", "setup.cfg", "scripts/environment.sh", "constraints-fedml.txt"])
+def test_every_place_that_says_how_to_install_fedml_says_the_same(file: str) -> None:
+    text = (_ROOT / file).read_text(encoding="utf-8")
+    assert " ".join(REPLACEMENTS) in text
+    names = "|".join(pinned.split("==")[0] for pinned in REPLACEMENTS)
+    pins = set(re.findall(rf"(?<!^)\b(?:{names})==[\d.]+\d", text, re.MULTILINE))  # not the constraints, to be replaced
+    assert pins == set(REPLACEMENTS)
+
+
+def test_the_advice_installs_what_the_readme_and_the_tests_do() -> None:
+    (extras,) = set(re.findall(r"-c constraints-fedml\.txt -e '\.\[([\w,]+)\]'", (_ROOT / "README.md").read_text()))
+    assert f"-c constraints-fedml.txt -e '.[{extras}]'" in HOW_TO_INSTALL
+    assert f"pip install --no-deps {' '.join(REPLACEMENTS)}" in HOW_TO_INSTALL
+    assert f"ensure_environment {extras},dev" in (_ROOT / "scripts" / "test").read_text()

@@ -23,6 +23,7 @@ import pytest
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.fedml import resume, run
 from fs_fwdllm.host.fedml.guard import is_running
+from fs_fwdllm.host.supervise import wait_until
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.run.local import run as run_locally
 from tests.host.fedml.federation import FedMLWorld, comparable, digests, inject
@@ -133,6 +134,19 @@ def test_a_client_that_hangs_is_named_at_the_deadline(
     assert "rank 2" not in message
 
 
+@pytest.mark.parametrize(("backend", "number"), [("MPI", signal.SIGINT), ("GRPC", signal.SIGTERM)])
+def test_an_interrupt_ends_every_process(world: FedMLWorld, backend: str, number: signal.Signals) -> None:
+    path = world.file("mezo", backend, **{"federate.total_round_num": 10_000})
+    command = [sys.executable, "-m", "fs_fwdllm", "run", "--host", "fedml", "--cf", str(path)]
+    metrics = world.root / "runs" / "small" / "metrics.jsonl"
+    with subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert wait_until(lambda: metrics.exists() or process.poll() is not None, time.monotonic() + DEADLINE_S)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130 and "fs-fwdllm resume" in err, err
+    assert not survivors(world)
+
+
 def by_hand(path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "fs_fwdllm.host.fedml", "--cf", str(path), *arguments],
@@ -141,9 +155,9 @@ def by_hand(path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def addresses(world: FedMLWorld) -> dict[str, str]:
-    from fs_fwdllm.host.fedml.cluster import _write_addresses
+    from fs_fwdllm.host.fedml.cluster import write_addresses
 
-    _write_addresses(world.root / "grpc.csv", 3)
+    write_addresses(world.root / "grpc.csv", 3)
     return {"grpc_ipconfig_path": str(world.root / "grpc.csv")}
 
 

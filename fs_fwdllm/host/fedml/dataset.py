@@ -1,40 +1,21 @@
-"""Which client lives where: FedML thinks in silos, one process each; a silo may hold many clients.
+"""FedML's dataset around ours. FedML thinks in silos, one process each; a silo may hold many clients.
 
-Client ``c`` always lives in silo ``(c - 1) % silos``, so that its process is the one that knows what it knows. With as
-many silos as clients this is FedML's own numbering, client 1 in silo 0. FedML's sampling is not used: all silos take
-part in every round, and one whose clients were not drawn has nothing to do.
+Clients are dealt to silos by :class:`~fs_fwdllm.host.placement.Placement`, whose processes they are. FedML's sampling
+is not used: all silos take part in every round, and one whose clients were not drawn has nothing to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import DataError
+from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.run.session import Session
 
-__all__ = ["Placement", "SiloData", "make_dataset"]
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Clients, numbered from 1, dealt to ``silos`` silos, numbered from 0."""
-
-    silos: int
-
-    def silo_of(self, client: int) -> int:
-        return (client - 1) % self.silos
-
-    def split(self, values: Mapping[int, Value]) -> dict[int, dict[int, Value]]:
-        """``{silo: {client: value}}`` from ``{client: value}``; every silo is there, some may be empty."""
-        found: dict[int, dict[int, Value]] = {silo: {} for silo in range(self.silos)}
-        for client, value in sorted(values.items()):
-            found[self.silo_of(client)][client] = value
-        return found
+__all__ = ["SiloData", "make_dataset"]
 
 
 @dataclass(frozen=True)
