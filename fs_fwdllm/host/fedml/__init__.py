@@ -6,7 +6,8 @@
 :mod:`~.payload`, :mod:`~.dataset`      frames in what FedML sends; what each silo's clients hold
 :mod:`~.program`                        arguments in, what ``FedMLRunner`` is given out
 :mod:`~.simulators`, :mod:`~.patches`   the simulators that use them, and what is changed inside FedML
-:mod:`~.process`, :mod:`~.cluster`      one process; all of them, supervised
+:mod:`~.process`, :mod:`~.identity`     one process: its part, who it is and how it ends
+:mod:`~.cluster`                        all of them, supervised
 :mod:`~.watchdog`                       a deadline for every wait
 :mod:`~.command`                        ``fedml run local``
 ======================================  ================================================================

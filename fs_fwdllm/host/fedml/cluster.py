@@ -24,8 +24,9 @@ from fs_fwdllm.errors import HostError
 from fs_fwdllm.host import supervise
 from fs_fwdllm.host.fedml import HOST
 from fs_fwdllm.host.fedml.guard import is_running, name_of
+from fs_fwdllm.host.fedml.identity import processes_folder
 from fs_fwdllm.host.fedml.installation import import_fedml
-from fs_fwdllm.host.fedml.process import processes_folder, server_address
+from fs_fwdllm.host.fedml.process import server_address
 from fs_fwdllm.host.fedml.settings import FedMLSettings, dump_settings, read_settings
 from fs_fwdllm.host.supervise import Processes, wait_until
 from fs_fwdllm.method import check_combination

@@ -8,40 +8,21 @@ writes what goes to standard error to ``processes/rank-N.log`` there, and an err
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
 
-from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
-from fs_fwdllm.host.fedml.guard import begin_guarded, name_of
+from fs_fwdllm.errors import ConfigError, HostError
+from fs_fwdllm.host.fedml.guard import begin_guarded
+from fs_fwdllm.host.fedml.identity import introduce, leave, processes_folder
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.settings import FedMLSettings, read_settings
 from fs_fwdllm.host.supervise import is_listening, wait_until
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.report.files import write_text_atomically
 
-__all__ = ["EXIT_OF_ERROR", "end_process", "main", "processes_folder", "server_address"]
-
-EXIT_OF_ERROR = 2
-
-_who = SimpleNamespace(name="this process", error_path=None)
-
-
-def processes_folder(folder: RunFolder) -> Path:
-    """Where the processes of a run leave their logs and errors."""
-    return folder.path / "processes"
-
-
-def end_process(explanation: str) -> NoReturn:
-    """End at once, from any thread, with an error that says why: FedML's own threads would keep the process alive."""
-    error = HostError(explanation)
-    _report(f"{_who.name}: {type(error).__name__}: {error}\n")
-    os._exit(EXIT_OF_ERROR)
+__all__ = ["main", "server_address"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,16 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if folder is not None and settings.args["backend"] == "MPI":
             begin_guarded(processes_folder(folder))
         rank = _rank(settings, given)
-        _introduce(rank, folder)
+        introduce(rank, folder)
         import_fedml()
         _run(settings, given, rank, folder)
     except KeyboardInterrupt:
-        _leave("interrupted\n")
-    except FwdLLMError as error:
-        trace = "" if isinstance(error, ConfigError) else traceback.format_exc()
-        _leave(f"{trace}{_who.name}: {type(error).__name__}: {error}\n")
+        leave("", HostError("interrupted"))
+    except ConfigError as error:
+        leave("", error)
     except Exception as error:
-        _leave(f"{traceback.format_exc()}{_who.name}: {type(error).__name__}: {error}\n")
+        leave(traceback.format_exc(), error)
     return 0
 
 
@@ -160,29 +140,3 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
         if program.server_aggregator is not None:
             program.server_aggregator.close(error)
         raise
-
-
-def _introduce(rank: int, folder: RunFolder | None) -> None:
-    _who.name = name_of(rank)
-    if folder is None:
-        return
-    where = processes_folder(folder)
-    where.mkdir(parents=True, exist_ok=True)
-    _who.error_path = where / f"rank-{rank}.error"
-    write_text_atomically(where / f"rank-{rank}.pid", f"{os.getpid()}\n")
-    log = os.open(where / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 2)
-    os.close(log)
-
-
-def _leave(text: str) -> NoReturn:
-    _report(text)
-    sys.stdout.flush()
-    os._exit(EXIT_OF_ERROR)  # MPI's and gRPC's threads would keep the process, and with it the others, alive
-
-
-def _report(text: str) -> None:
-    if _who.error_path is not None:
-        _who.error_path.write_text(text, encoding="utf-8")
-    sys.stderr.write(text)
-    sys.stderr.flush()

@@ -14,8 +14,8 @@ from torch import nn
 
 from fs_fwdllm.host.fedml.aggregator import FwdLLMAggregator, RunStart
 from fs_fwdllm.host.fedml.dataset import make_dataset
+from fs_fwdllm.host.fedml.identity import end_process
 from fs_fwdllm.host.fedml.patches import enable
-from fs_fwdllm.host.fedml.process import end_process
 from fs_fwdllm.host.fedml.settings import FedMLSettings, resolve_settings
 from fs_fwdllm.host.fedml.simulators import fit_to_silos
 from fs_fwdllm.host.fedml.trainer import FwdLLMTrainer
