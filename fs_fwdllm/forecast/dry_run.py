@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import msgpack
 import numpy as np
 
+from fs_fwdllm.core import wire
 from fs_fwdllm.core.trainables import DIGEST_BYTES
 from fs_fwdllm.core.wire import (
     Assignment,
@@ -23,9 +23,8 @@ from fs_fwdllm.core.wire import (
     Record,
     RoundUpdate,
     ScalarUpdate,
-    encode,
 )
-from fs_fwdllm.data import client_batches
+from fs_fwdllm.data.batches import visited_samples
 from fs_fwdllm.method import resolve_method
 from fs_fwdllm.method.catch_up import CatchUpLog
 from fs_fwdllm.method.parts import work_plans
@@ -35,8 +34,6 @@ from fs_fwdllm.run.session import Session
 __all__ = ["Cost", "Walk", "assignment_bytes", "frame_bytes"]
 
 _DIGEST = bytes(DIGEST_BYTES)
-#: Magic number, version and header length, which precede the header of every frame.
-_FRAME_PREFIX_BYTES = 5
 
 
 @dataclass(frozen=True)
@@ -67,19 +64,13 @@ class Cost:
 
 
 def frame_bytes(record: Record, count: int) -> int:
-    """Length of the frame of ``record`` with ``count`` values in the place of its own; the first is really encoded."""
-    if not count:
-        return len(encode(record))
-    with_one = len(encode(replace(record, values=np.ones(1, dtype=np.float32))))
-    return with_one + 4 * (count - 1) + _integer_bytes(count) - _integer_bytes(1)
+    """Length of the frame of ``record`` with ``count`` values in the place of its own."""
+    return wire.frame_bytes(replace(record, values=np.broadcast_to(np.float32(0), count)))
 
 
 def assignment_bytes(assignment: Assignment, carried: Sequence[int]) -> int:
-    """Length of the frame of ``assignment``, which carries nothing, if it carried frames of these lengths."""
-    bare = len(encode(assignment))
-    header = bare - _FRAME_PREFIX_BYTES + sum(map(_binary_bytes, carried)) + _array_header_bytes(len(carried)) - 1
-    # A header of 64 KiB and more announces its length in four more bytes.
-    return _FRAME_PREFIX_BYTES + header + (4 if header >= 1 << 16 else 0)
+    """Length of the frame of ``assignment`` if it carried frames of these lengths."""
+    return wire.frame_bytes(replace(assignment, catch_up=tuple(map(_FrameOfLength.of, carried))))
 
 
 class _FrameOfLength(bytes):
@@ -180,17 +171,12 @@ class Walk:
         return steps * per_step[own.estimator], 0
 
     def _samples(self, round_index: int, client: int) -> int:
-        """Samples the client will report; which batches it visits matters only where that changes a length."""
-        held, steps = self._session.data.clients[client].train, self._plans[client].steps
+        """Samples the client will report."""
         batches = self._session.parts.batches
-        most = steps * min(len(held), batches.batch_size)
-        if _integer_bytes(steps) == _integer_bytes(most):
-            return most
-        visited = client_batches(
-            held, client=client, round_index=round_index, steps=steps, batch_size=batches.batch_size,
-            seed=batches.seed, pad_token_id=batches.pad_token_id, shuffle=batches.shuffle,
+        return visited_samples(
+            len(self._session.data.clients[client].train), client=client, round_index=round_index,
+            steps=self._plans[client].steps, batch_size=batches.batch_size, seed=batches.seed, shuffle=batches.shuffle,
         )  # fmt: skip
-        return sum(map(len, visited))
 
     def _state_bytes(self, round_index: int) -> int:
         stepped = self._scalars and round_index >= self._rounds_per_step
@@ -207,16 +193,3 @@ class Walk:
             round_index, _DIGEST, _DIGEST, 1.0, step_decay, 0.0, 0.0, tuple(self._pool), choices=choices
         )
         return frame_bytes(record, count)
-
-
-def _integer_bytes(value: int) -> int:
-    return len(msgpack.packb(value))
-
-
-def _array_header_bytes(items: int) -> int:
-    return len(msgpack.Packer().pack_array_header(items))
-
-
-def _binary_bytes(length: int) -> int:
-    """Length of ``length`` bytes in msgpack, header included."""
-    return length + (2 if length < 1 << 8 else 3 if length < 1 << 16 else 5)
