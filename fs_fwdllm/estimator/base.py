@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fs_fwdllm.core.arrays import arrays_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.model.objective import BatchLoss
 
@@ -53,7 +54,7 @@ def stack_directions(
     """Whole directions as float32 tensors, one ``[len(keys), *shape]`` stack per trainable (for batched passes)."""
     stacks = []
     for tensor_id, tensor in enumerate(batch_loss.trainables.tensors):
-        values = distribution.values(keys, tensor_id, 0, tensor.numel(), tensor.device)
+        values = distribution.values(keys, tensor_id, 0, tensor.numel(), arrays_of(tensor))
         stacks.append(values.to(torch.float32).view(len(keys), *tensor.shape))
     return stacks
 

@@ -11,12 +11,12 @@
 
 from __future__ import annotations
 
+from fs_fwdllm.core.direction import AimedDirections
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.method.base import Method, register_method
 from fs_fwdllm.method.client import ClientWorker
 from fs_fwdllm.method.cybgd.parts import make_block_server, make_block_worker, plan_of, select_blocks
 from fs_fwdllm.method.first_order.dense import AverageServer, BackpropWorker, GradientServer, optimizer_factory
-from fs_fwdllm.method.forward.directed_sampling import AimedDirections
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.parts import Parts
 from fs_fwdllm.method.scalar import ScalarServer, ScalarSettings, ScalarWorker

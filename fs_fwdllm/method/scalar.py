@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fs_fwdllm.core.direction import DirectionKey, direction_seed
+from fs_fwdllm.core.direction import REFERENCE_SEED, AimedDirections, DirectionKey, direction_seed
 from fs_fwdllm.core.replay import Contributions, Replayer, add_contributions
 from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, Participant, RoundUpdate, ScalarUpdate
@@ -28,7 +28,7 @@ from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.estimator import Estimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.forward.directed_sampling import REFERENCE_SEED, AimedDirections, residual_slopes
+from fs_fwdllm.method.forward.directed_sampling import residual_slopes
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pooled_step import PooledStep, TakenStep, decay_factor

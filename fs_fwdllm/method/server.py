@@ -284,7 +284,7 @@ class RoundServer(ABC):
     def _advance(self, accepted: list[ClientUpdate]) -> None:
         before = self._digest
         record = self._step(accepted, self._weights(accepted))
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trainables.tensors):
+        if not self.trainables.is_finite():
             raise TrainingStalledError(
                 f"round {self.round_index}: the step left the range of float32; lower train.optimizer.lr. The last "
                 "checkpoint is intact"
@@ -341,7 +341,8 @@ class RoundServer(ABC):
             tensors[f"momentum.{index}"] = buffer
         for index, buffer in enumerate(self.replayer.reference or ()):
             tensors[f"reference.{index}"] = buffer
-        return tensors | self._catch_up.state_tensors()
+        kept = self._catch_up.state_arrays()
+        return tensors | {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
 
     def state_numbers(self) -> dict[str, object]:
         """Everything else, as JSON values."""

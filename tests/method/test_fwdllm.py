@@ -183,7 +183,7 @@ def test_sampling_looks_where_the_last_estimate_points(world: World, momentum: f
     worker._aim(work)
     keys = [DirectionKey(federation.config.seed, seed) for seed in seeds_of([(1, 1, 1, 20)])]
     tensors = server.trainables.tensors
-    z = np.concatenate([worker._directions.values(keys, i, 0, t.numel()).numpy() for i, t in enumerate(tensors)], 1)
+    z = np.concatenate([worker._directions.values(keys, i, 0, t.numel()) for i, t in enumerate(tensors)], 1)
     assert (z @ downhill < 0).all(), "every chosen direction points up the last step"
 
 

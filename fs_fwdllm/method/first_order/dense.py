@@ -137,7 +137,7 @@ class _DenseServer(RoundServer):
         total = np.zeros(self.trainables.count, dtype=np.float32)
         for update, weight in zip(accepted, weights, strict=True):
             total += update.values * np.float32(weight)
-        return [piece.to(self.trainables.device) for piece in self.trainables.split_flat(total)]
+        return self.trainables.split_flat(total)
 
 
 class AverageServer(_DenseServer):
