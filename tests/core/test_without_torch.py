@@ -31,12 +31,13 @@ sys.meta_path.insert(0, Refuse())
 
 _WORK = """
 import importlib, json
+sys.path.insert(0, {helpers!r})
 for name in {modules!r}:
     importlib.import_module(name)
 from fs_fwdllm.core.direction import Rademacher
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables
-from tests.core.rounds import RUN_SEED, random_records, random_start, replayed
+from rounds import RUN_SEED, random_records, random_start, replayed
 start = Trainables(random_start(8))
 replayer = Replayer(start, RUN_SEED, Rademacher())
 print(json.dumps(list(replayed(replayer, random_records(8, 10, len(start.tensors))))))
@@ -65,10 +66,17 @@ def run_blocked(blocked: list[str], script: str) -> str:
 
 def test_without_torch_a_replica_replays_the_same_bits():
     heavy = ["torch", "transformers", "pydantic", "peft", "sklearn", "scipy", "safetensors", "yaml"]
-    printed = run_blocked(heavy, _WORK.format(modules=MODULES))
+    printed = run_blocked(heavy, _WORK.format(modules=MODULES, helpers=str(Path(__file__).parent)))
     start = Trainables({name: torch.from_numpy(values) for name, values in random_start(8).items()})
     records = random_records(8, 10, len(start.tensors))
     assert json.loads(printed) == list(replayed(Replayer(start, RUN_SEED, Rademacher()), records))
+
+
+def test_without_torch_and_transformers_every_module_of_the_data_is_imported():
+    paths = sorted((ROOT / "fs_fwdllm" / "data").rglob("*.py"))
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    assert len(modules) > 10
+    run_blocked(["torch", "transformers"], f"import importlib\nlist(map(importlib.import_module, {modules}))")
 
 
 def test_without_torch_a_batch_is_padded():
