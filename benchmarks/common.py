@@ -94,8 +94,8 @@ def random_llama(*, quick: bool, attention: str = "sdpa") -> nn.Module:
 def make_batch(rows: int, tokens: int, vocabulary: int) -> Batch:
     """Random tokens, every one of them a label."""
     generator = torch.Generator().manual_seed(2)
-    input_ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator)
-    return Batch(input_ids, torch.ones_like(input_ids), input_ids.clone(), key=("benchmark", rows, tokens))
+    input_ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator).numpy()
+    return Batch(input_ids, np.ones_like(input_ids), input_ids.copy(), key=("benchmark", rows, tokens))
 
 
 def make_parts(model: nn.Module, method: str, trained: str = "lora", **fwdllm: Any) -> Parts:

@@ -33,7 +33,7 @@ from fs_fwdllm.method.forward.cosine import cosine_between
 from fs_fwdllm.method.forward.step_control import norm_of
 from fs_fwdllm.model.objective import BatchLoss
 from fs_fwdllm.model.perturbation import ResidentPerturbation
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 
 _CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fwd_agnews.yaml"
 _RADII = [

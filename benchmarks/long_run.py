@@ -17,6 +17,7 @@ from common import arguments, print_machine, print_table
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fs_fwdllm.core.arrays import arrays_of
 from fs_fwdllm.core.direction import DirectionKey, Rademacher, direction_seed
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.replay import Replayer
@@ -47,7 +48,7 @@ def _slopes(model: nn.Module, x: torch.Tensor, y: torch.Tensor, keys: list[Direc
     gradient = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
     total = np.zeros(len(keys))
     for index, part in enumerate(gradient):
-        z = Rademacher().values(keys, index, 0, part.numel()).to(torch.float32)
+        z = Rademacher().values(keys, index, 0, part.numel(), arrays_of(part)).to(torch.float32)
         total += (z @ part.reshape(-1)).double().numpy()
     return total.astype(np.float32)
 

@@ -57,9 +57,9 @@ def make_worker(model: nn.Module, probes_per_batch: int, cache_mib: int) -> Clie
 
 def make_batch() -> Batch:
     generator = torch.Generator().manual_seed(2)
-    input_ids = torch.randint(1000, 20_000, (8, 64), generator=generator)
-    labels = torch.arange(8) % _CLASSES
-    return Batch(input_ids, torch.ones_like(input_ids), labels, key="benchmark")
+    input_ids = torch.randint(1000, 20_000, (8, 64), generator=generator).numpy()
+    labels = np.arange(8) % _CLASSES
+    return Batch(input_ids, np.ones_like(input_ids), labels, key="benchmark")
 
 
 def probing(worker: ClientWorker, batch: Batch, probes: int) -> Callable[[], np.ndarray]:

@@ -20,7 +20,7 @@ from common import print_machine, print_table
 
 from fs_fwdllm.config import load_config
 from fs_fwdllm.report.units import format_bytes, format_seconds
-from fs_fwdllm.run import local
+from fs_fwdllm.running import local
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

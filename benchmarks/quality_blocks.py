@@ -25,7 +25,7 @@ from common import print_machine, print_table
 
 from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.report.units import format_bytes, format_seconds
-from fs_fwdllm.run import local
+from fs_fwdllm.running import local
 
 _CLIENTS = 8
 _FEDAVG_CLIENTS = 4

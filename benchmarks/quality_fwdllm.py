@@ -26,9 +26,9 @@ from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.core.wire import ClientUpdate, decode, encode
 from fs_fwdllm.errors import TrainingStalledError
 from fs_fwdllm.method import ClientWorker, RoundServer, assemble_server, assemble_worker
-from fs_fwdllm.run.driver import answer
-from fs_fwdllm.run.sampling import clients_per_round, sample_clients
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.driver import answer
+from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.session import Session
 
 VALIDATION_SHARE = 0.1
 

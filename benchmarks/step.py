@@ -29,6 +29,7 @@ from torch import nn
 from fs_fwdllm.core.wire import Assignment
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.method import Parts, assemble_worker
+from fs_fwdllm.model.inputs import batch_on
 
 _LEARNING_RATE = 1e-7  # the parameters stay where they are, whatever the number of repetitions
 _RADIUS = 1e-3
@@ -38,7 +39,8 @@ def plain_forward(
     model: nn.Module, batch: Batch, passes: int = 1, *, use_cache: bool = False
 ) -> Callable[[], list[torch.Tensor]]:
     """Losses of the unmodified Hugging Face model; ``use_cache`` is its default, but a loss needs no such cache."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    given = batch_on("cpu", batch)
+    inputs = {"input_ids": given.input_ids, "attention_mask": given.attention_mask, "labels": given.labels}
 
     @torch.no_grad()
     def run() -> list[torch.Tensor]:

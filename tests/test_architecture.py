@@ -23,7 +23,7 @@ FLOORS = (
     ("estimator", "evaluation"),
     ("method",),
     ("report",),
-    ("run",),
+    ("running",),
     ("forecast",),
     ("profiler",),
     ("host",),

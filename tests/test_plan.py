@@ -17,7 +17,7 @@ from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.forecast import dry_run
 from fs_fwdllm.forecast.memory import MemoryEstimate
 from fs_fwdllm.forecast.plan import Cost, make_plan
-from fs_fwdllm.run import local
+from fs_fwdllm.running import local
 from tests.model.tiny import HIDDEN, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,8 +154,8 @@ def test_what_a_run_refuses_a_plan_refuses(tmp_path: Path) -> None:
 MEASURE = """
 import json, sys
 from fs_fwdllm.config import load_config
-from fs_fwdllm.run import local
-from fs_fwdllm.run.accounting import peak_rss_mib
+from fs_fwdllm.running import local
+from fs_fwdllm.running.accounting import peak_rss_mib
 from fs_fwdllm.forecast.plan import make_plan
 config = load_config(sys.argv[2])
 if sys.argv[1] == "plan":

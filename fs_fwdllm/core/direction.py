@@ -28,24 +28,26 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-import torch
 
-from fs_fwdllm.errors import ConfigError, nearest
+from fs_fwdllm.core.arrays import NUMPY, Array, Arrays, arrays_of
+from fs_fwdllm.core.registry import Registry
 
 __all__ = [
     "DIRECTIONS",
+    "REFERENCE_SEED",
+    "AimedDirections",
     "DirectionKey",
     "Distribution",
     "Gaussian",
     "Rademacher",
+    "candidate_seed",
     "direction_seed",
     "make_distribution",
     "raw_words",
-    "signs_from_octets",
 ]
 
 _WORDS_PER_BLOCK = 4
@@ -53,9 +55,12 @@ _BITS_PER_WORD = 64
 #: Up to this many words per direction, many directions are generated in one vectorised sweep; above it numpy's own
 #: compiled generator, one object per direction, is faster.
 _VECTORISED_WORDS = 256
-_ONE = torch.ones((), dtype=torch.int8)
 #: Packed bits of the direction in use that are kept at most (64 MiB of bits are 512 M parameters).
 _RECENT_LIMIT_BYTES = 64 << 20
+#: Owner of the candidates of a round, where a client stands in a direction's name.
+_CANDIDATES = -1
+#: Names the reference where a direction's seed is expected; outside the range of seeds.
+REFERENCE_SEED = -1
 
 
 class DirectionKey(NamedTuple):
@@ -73,6 +78,11 @@ def direction_seed(round_index: int, client: int, step: int, probe: int) -> int:
     """
     packed = struct.pack("<4q", round_index, client, step, probe)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=b"fwdllm-direction").digest(), "little")
+
+
+def candidate_seed(round_index: int, index: int) -> int:
+    """The seed of a candidate that nobody owns, ``index`` counting through all candidates of a round."""
+    return direction_seed(round_index, _CANDIDATES, 0, index)
 
 
 def raw_words(keys: Sequence[DirectionKey], tensor_id: int, first_word: int, count: int) -> np.ndarray:
@@ -132,6 +142,10 @@ def _vectorised_philox(keys: Sequence[DirectionKey], tensor_id: int, first_block
 class Distribution(ABC):
     """What turns raw words into the elements of a direction.
 
+    A distribution says its values in numpy's terms and leaves it to the :class:`~fs_fwdllm.core.arrays.Arrays` it is
+    given to place them. What others must know of it stands in it; adding one takes a class and a row in
+    :data:`DIRECTIONS` (or an entry point).
+
     Attributes:
         name: the word a configuration uses.
         portable: whether the values are the same, bit for bit, on every machine.
@@ -142,13 +156,21 @@ class Distribution(ABC):
 
     @abstractmethod
     def values(
-        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, device: torch.device | str = "cpu"
-    ) -> torch.Tensor:
+        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, arrays: Arrays = NUMPY
+    ) -> Array:
         """Elements ``start .. start + count`` of a tensor's part of several directions.
 
         Returns:
-            Tensor of shape ``[len(keys), count]`` on ``device``, int8 (signs) or float32. Multiply it only through
-            ``alpha`` of an addition: the product with a sign is exact, so the sum is rounded once.
+            int8 (signs) or float32 ``[len(keys), count]``, of ``arrays``' library and on its device. Multiply it only
+            by :meth:`~fs_fwdllm.core.arrays.Arrays.add_scaled`: the product with a sign is exact, so that the sum is
+            rounded once.
+        """
+
+    @abstractmethod
+    def spread(self, dimensions: int) -> float:
+        """``E|g z - grad|^2 / |grad|^2`` of one probe with exact slope ``g = z . grad`` in ``dimensions`` dimensions.
+
+        That is ``E|z|^2 (z . e)^2 - 1`` for any unit vector ``e``, since ``E[z z^T] = I``.
         """
 
 
@@ -179,24 +201,14 @@ class Rademacher(Distribution):
         return self._recent[place]
 
     def values(
-        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, device: torch.device | str = "cpu"
-    ) -> torch.Tensor:
+        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, arrays: Arrays = NUMPY
+    ) -> Array:
         first_word, skip = divmod(start, _BITS_PER_WORD)
         word_count = -(-(skip + count) // _BITS_PER_WORD)
-        octets = self._octets(keys, tensor_id, first_word, word_count)
-        if torch.device(device).type == "cpu":
-            # One pass over the elements: 2 b - 1 = 1 - 2 (1 - b), and inverting packed bits is almost free.
-            inverted = np.unpackbits(~octets, axis=-1, bitorder="little")[:, skip : skip + count].view(np.int8)
-            return torch.sub(_ONE, torch.from_numpy(inverted), alpha=2)
-        # Only the packed bits cross the bus: a thirty-second of what float32 values would be.
-        return signs_from_octets(torch.from_numpy(octets).to(device))[:, skip : skip + count]
+        return arrays.signs(self._octets(keys, tensor_id, first_word, word_count), skip, count)
 
-
-def signs_from_octets(octets: torch.Tensor) -> torch.Tensor:
-    """Signs ``[rows, 8 * octets]`` from packed bits (uint8, lowest bit first), with operations every device has."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=octets.device)
-    bits = octets.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).flatten(1)
-    return bits.to(torch.int8).mul_(2).sub_(1)
+    def spread(self, dimensions: int) -> float:
+        return dimensions - 1.0
 
 
 def _as_octets(words: np.ndarray) -> np.ndarray:
@@ -210,22 +222,70 @@ class Gaussian(Distribution):
     portable = False
 
     def values(
-        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, device: torch.device | str = "cpu"
-    ) -> torch.Tensor:
+        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, arrays: Arrays = NUMPY
+    ) -> Array:
         first_word, skip = divmod(start, 2)
         words = raw_words(keys, tensor_id, first_word, -(-(skip + count) // 2))
         # (0, 1] for the logarithm, [0, 1) for the angle; float64 throughout, rounded to float32 once at the end.
         radius = np.sqrt(-2.0 * np.log(((words >> _HALF).astype(np.float64) + 1.0) * 2.0**-32))
         angle = (words & _LOW_HALF).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
         pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(len(keys), -1)
-        return torch.from_numpy(pairs[:, skip : skip + count].astype(np.float32)).to(device)
+        return arrays.place(pairs[:, skip : skip + count].astype(np.float32))
+
+    def spread(self, dimensions: int) -> float:
+        return dimensions + 1.0
 
 
-DIRECTIONS: dict[str, type[Distribution]] = {member.name: member for member in (Rademacher, Gaussian)}
+class AimedDirections(Distribution):
+    """Directions of which some were chosen from candidates, or are the reference itself.
+
+    What they are chosen for, and how, is the method's: :mod:`fs_fwdllm.method.forward.directed_sampling`.
+
+    Attributes:
+        chosen: ``{seed: seed of the chosen candidate, per tensor}``; other seeds mean what they always do.
+    """
+
+    name = "aimed"
+    portable = False
+
+    def __init__(self, drawn: Distribution, chosen: Mapping[int, Sequence[int]] | None = None) -> None:
+        self.drawn = drawn
+        self.chosen: Mapping[int, Sequence[int]] = chosen or {}
+        self._reference: Sequence[Array] = ()
+        self._scale = 0.0
+
+    def look_along(self, reference: Sequence[Array], scale: float) -> None:
+        """From now on :data:`REFERENCE_SEED` is ``scale * reference``."""
+        self._reference, self._scale = reference, scale
+
+    def values(
+        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, arrays: Arrays = NUMPY
+    ) -> Array:
+        if not any(key.seed == REFERENCE_SEED for key in keys):
+            return self.drawn.values([self._candidate(key, tensor_id) for key in keys], tensor_id, start, count, arrays)
+        return arrays.stack([self._row(key, tensor_id, start, count, arrays) for key in keys])
+
+    def spread(self, dimensions: int) -> float:
+        """That of the directions as they are drawn."""
+        return self.drawn.spread(dimensions)
+
+    def _row(self, key: DirectionKey, tensor_id: int, start: int, count: int, arrays: Arrays) -> Array:
+        if key.seed != REFERENCE_SEED:
+            return self.drawn.values([self._candidate(key, tensor_id)], tensor_id, start, count, arrays)[0]
+        reference = self._reference[tensor_id]
+        return arrays.scaled(arrays_of(reference).flat(reference)[start : start + count], self._scale)
+
+    def _candidate(self, key: DirectionKey, tensor_id: int) -> DirectionKey:
+        seeds = self.chosen.get(key.seed)
+        return key if seeds is None else DirectionKey(key.run_seed, seeds[tensor_id])
+
+
+#: The distributions by the words of ``fwdllm.direction``.
+DIRECTIONS: Registry[type[Distribution]] = Registry(
+    "fwdllm.direction", "fs_fwdllm.distributions", {member.name: member for member in (Rademacher, Gaussian)}
+)
 
 
 def make_distribution(name: str) -> Distribution:
     """The distribution a configuration names. Raises :class:`~fs_fwdllm.errors.ConfigError` for an unknown word."""
-    if name not in DIRECTIONS:
-        raise ConfigError(f"fwdllm.direction {name!r}: allowed are {sorted(DIRECTIONS)}{nearest(name, DIRECTIONS)}")
     return DIRECTIONS[name]()

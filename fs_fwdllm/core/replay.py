@@ -8,10 +8,11 @@ learning rate, client weight and sign. Several contributions are added in a fixe
     2. without momentum ``p <- p * decay``, then ``p <- p + u``
        with momentum    ``m <- m * beta``, ``m <- m + u``, ``p <- p * decay``, ``p <- p - (m * rate)``
 
-Every line is a single IEEE-754 operation per element, issued as a kernel of its own so that no compiler can fuse two
-roundings into one. With Rademacher directions the result is therefore the same on any device, in any chunking, and
-summing the contributions before touching ``p`` keeps small coefficients from drowning in large parameters. The same
-argument covers dense momentum, so a momentum buffer here is exact on every machine too.
+Every line is a single IEEE-754 operation per element, issued as a call of its own to the library that holds the arrays
+(:mod:`~fs_fwdllm.core.arrays`: numpy or PyTorch), so that no compiler can fuse two roundings into one. With Rademacher
+directions the result is therefore the same in either library, on any device and in any chunking, and summing the
+contributions before touching ``p`` keeps small coefficients from drowning in large parameters. The same argument covers
+dense momentum, so a momentum buffer here is exact on every machine too.
 
 Chunks are walked on the outside and contributions on the inside, so that a chunk stays in the cache while all its
 directions are added: memory is read and written once however many contributions there are.
@@ -24,8 +25,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from fs_fwdllm.core.arrays import Array, arrays_of, count_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 
@@ -66,9 +67,8 @@ class Contributions:
         return [float(value) for value in np.asarray(values, dtype=np.float32)]
 
 
-@torch.no_grad()
 def add_contributions(
-    buffers: Sequence[torch.Tensor | None],
+    buffers: Sequence[Array | None],
     contributions: Contributions,
     run_seed: int,
     distribution: Distribution,
@@ -86,14 +86,14 @@ def add_contributions(
         if buffer is None:
             continue
         coefficients = decayed if decays is not None and decays[tensor_id] else plain
-        flat = buffer.view(-1)
-        for start in range(0, flat.numel(), chunk):
+        flat = arrays_of(buffer).flat(buffer)
+        for start in range(0, len(flat), chunk):
             part = flat[start : start + chunk]
             add_contribution_slice(part, keys, coefficients, tensor_id, start, distribution)
 
 
 def add_contribution_slice(
-    part: torch.Tensor,
+    part: Array,
     keys: Sequence[DirectionKey],
     coefficients: Sequence[float],
     tensor_id: int,
@@ -101,22 +101,21 @@ def add_contribution_slice(
     distribution: Distribution,
 ) -> None:
     """Add ``sum_i c_i z_i`` in place to ``part``, the elements from ``start`` on of tensor ``tensor_id``."""
-    count = part.numel()
+    arrays, count = arrays_of(part), count_of(part)
     # A single contribution needs no running sum: 0 + c z is c z exactly.
-    total = part if len(keys) == 1 else torch.zeros_like(part)
+    total = part if len(keys) == 1 else arrays.zeros_like(part)
     group = max(1, _SIGN_BLOCK // count)
     for first in range(0, len(keys), group):
-        block = distribution.values(keys[first : first + group], tensor_id, start, count, part.device)
+        block = distribution.values(keys[first : first + group], tensor_id, start, count, arrays)
         for row, coefficient in zip(block, coefficients[first : first + group], strict=True):
-            total.add_(row, alpha=coefficient)
+            arrays.add_scaled(total, row, coefficient, total)
     if total is not part:
-        part.add_(total)
+        arrays.add(part, total)
 
 
-@torch.no_grad()
 def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
+    source: Array,
+    target: Array,
     coefficient: float,
     key: DirectionKey,
     tensor_id: int,
@@ -124,12 +123,12 @@ def perturb(
     chunk: int = DEFAULT_CHUNK,
 ) -> None:
     """Write ``source + coefficient * z`` for one tensor into ``target`` (same size, another storage)."""
-    flat_source, flat_target = source.view(-1), target.view(-1)
-    alpha = float(np.float32(coefficient))
-    for start in range(0, flat_source.numel(), chunk):
+    arrays = arrays_of(source)
+    flat_source, flat_target = arrays.flat(source), arrays.flat(target)
+    for start in range(0, len(flat_source), chunk):
         part = flat_source[start : start + chunk]
-        values = distribution.values([key], tensor_id, start, part.numel(), part.device)[0]
-        torch.add(part, values, alpha=alpha, out=flat_target[start : start + chunk])
+        row = distribution.values([key], tensor_id, start, len(part), arrays)[0]
+        arrays.add_scaled(part, row, coefficient, flat_target[start : start + chunk])
 
 
 class Replayer:
@@ -145,8 +144,8 @@ class Replayer:
         self.run_seed = run_seed
         self.distribution = distribution
         self.chunk = chunk
-        self.momentum: list[torch.Tensor] | None = None
-        self.reference: list[torch.Tensor] | None = None
+        self.momentum: list[Array] | None = None
+        self.reference: list[Array] | None = None
 
     def digest(self) -> bytes:
         """16 bytes that name the whole state: the trainables' digest, extended by momentum and reference, if any."""
@@ -157,7 +156,6 @@ class Replayer:
                 digest = hashlib.blake2b(digest + state.digest(), digest_size=DIGEST_BYTES, person=person).digest()
         return digest
 
-    @torch.no_grad()
     def apply(
         self,
         contributions: Contributions,
@@ -177,50 +175,50 @@ class Replayer:
             rate: learning rate (float32) of the momentum form; unused without momentum.
             keep_reference: the sum of the contributions becomes the reference.
         """
-        parameters = [tensor.detach() for tensor in self.trainables.tensors]
+        arrays, parameters = self.trainables.arrays, self.trainables.tensors
         if momentum:
             if self.momentum is None:
-                self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
+                self.momentum = self.trainables.zeros_like()
             for buffer in self.momentum:
-                buffer.mul_(float(np.float32(momentum)))
+                arrays.scale(buffer, momentum)
             self._add(self.momentum, contributions, keep_reference)
         if decay != 1.0:
             for parameter, decays in zip(parameters, self.trainables.decays(), strict=True):
                 if decays:
-                    parameter.mul_(float(np.float32(decay)))
+                    arrays.scale(parameter, decay)
         if not momentum:
             self._add(parameters, contributions, keep_reference)
             return
         assert self.momentum is not None
         for parameter, buffer in zip(parameters, self.momentum, strict=True):
-            parameter.sub_(buffer * float(np.float32(rate)))
+            arrays.subtract(parameter, arrays.scaled(buffer, rate))
 
     def move(self, action: Callable[[], None]) -> None:
         """Let ``action`` change the trainables otherwise than by a replay (a dense step). A forecast leaves it out."""
         action()
 
-    @torch.no_grad()
-    def total(self, contributions: Contributions, tensor_ids: Collection[int] | None = None) -> list[torch.Tensor]:
+    def total(self, contributions: Contributions, tensor_ids: Collection[int] | None = None) -> list[Array]:
         """The sum of the contributions as tensors, zero outside ``tensor_ids`` if those are given."""
         chosen = range(len(self.trainables.tensors)) if tensor_ids is None else tensor_ids
-        total = [torch.zeros_like(tensor.detach()) for tensor in self.trainables.tensors]
+        total = self.trainables.zeros_like()
         self._add_directions([buffer if index in chosen else None for index, buffer in enumerate(total)], contributions)
         if contributions.reference and self.reference is not None:
+            arrays = self.trainables.arrays
             for index in chosen:
-                total[index].add_(self.reference[index] * float(np.float32(contributions.reference)))
+                arrays.add(total[index], arrays.scaled(self.reference[index], contributions.reference))
         return total
 
-    def _add(self, buffers: Sequence[torch.Tensor], contributions: Contributions, keep_reference: bool) -> None:
+    def _add(self, buffers: Sequence[Array], contributions: Contributions, keep_reference: bool) -> None:
         if not keep_reference and not contributions.reference:
             self._add_directions(buffers, contributions)
             return
         total = self.total(contributions)
         for buffer, part in zip(buffers, total, strict=True):
-            buffer.add_(part)
+            self.trainables.arrays.add(buffer, part)
         if keep_reference:
             self.reference = total
 
-    def _add_directions(self, buffers: Sequence[torch.Tensor | None], contributions: Contributions) -> None:
+    def _add_directions(self, buffers: Sequence[Array | None], contributions: Contributions) -> None:
         if len(contributions.seeds):
             distribution = contributions.directions or self.distribution
             decays = self.trainables.decays()

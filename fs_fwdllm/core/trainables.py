@@ -1,9 +1,10 @@
 """The tensors that may change, as one ordered, named, digestible object.
 
-Server, client, checkpoint and wire all speak of "the trainables": float32 tensors in the order in which the model
-names them, each with a stable integer id (its position), tied weights once. Everything that must agree between
-machines is defined on this order: which part of a direction belongs to which tensor, how a dense update is laid out,
-and the :meth:`Trainables.digest` that lets two replicas find out in 16 bytes whether they still hold the same bits.
+Server, client, checkpoint and wire all speak of "the trainables": float32 tensors (of PyTorch, where a model holds
+them, or numpy arrays, where none does) in the order in which the model names them, each with a stable integer id (its
+position), tied weights once. Everything that must agree between machines is defined on this order: which part of a
+direction belongs to which tensor, how a dense update is laid out, and the :meth:`Trainables.digest` that lets two
+replicas find out in 16 bytes whether they still hold the same bits.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
+from fs_fwdllm.core.arrays import Array, Arrays, arrays_of, count_of, flatten
 from fs_fwdllm.errors import DivergenceError, ModelError
 
 __all__ = ["DIGEST_BYTES", "Trainables", "digest_of", "flatten", "public_name"]
 
 DIGEST_BYTES = 16
-
+_SINGLE = ("float32", "torch.float32")
+_HALF = ("torch.bfloat16", "torch.float16")
 
 _PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original\b")
 
@@ -36,55 +38,70 @@ class Trainables:
     """Ordered float32 tensors with stable integer ids.
 
     Args:
-        named: ``{name: tensor}`` in the order that fixes the ids. The tensors are kept, not copied.
-        half: allow half-precision tensors too, for methods that keep float32 masters elsewhere.
+        named: ``{name: tensor}`` in the order that fixes the ids: numpy arrays, or PyTorch tensors on one device. They
+            are kept, not copied.
+        half: allow half-precision tensors of PyTorch too, for methods that keep float32 masters elsewhere.
 
     Raises:
         ModelError: there is nothing to train, or a tensor is not contiguous float32.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor], *, half: bool = False) -> None:
+    def __init__(self, named: Mapping[str, Array], *, half: bool = False) -> None:
         if not named:
             raise ModelError("the model has no trainable parameter: llm.adapter selects none")
+        allowed = (*_SINGLE, *_HALF) if half else _SINGLE
         for name, tensor in named.items():
-            allowed = (torch.float32, torch.bfloat16, torch.float16) if half else (torch.float32,)
-            if tensor.dtype not in allowed or not tensor.is_contiguous():
+            if str(tensor.dtype) not in allowed or not arrays_of(tensor).is_contiguous(tensor):
                 raise ModelError(f"trainable {name!r} must be contiguous float32, but is {tensor.dtype}")
         self.names: tuple[str, ...] = tuple(named)
-        self.tensors: tuple[torch.Tensor, ...] = tuple(named.values())
-        self.count = sum(tensor.numel() for tensor in self.tensors)
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        self.tensors: tuple[Array, ...] = tuple(named.values())
+        self.count = sum(count_of(tensor) for tensor in self.tensors)
+        self.bytes = sum(int(tensor.nbytes) for tensor in self.tensors)
 
     @classmethod
-    def of_model(cls, model: nn.Module, *, half: bool = False) -> Trainables:
-        """The parameters of ``model`` that require a gradient; updates to the trainables move the model."""
+    def of_model(cls, model: Any, *, half: bool = False) -> Trainables:
+        """The parameters of a PyTorch ``model`` that require a gradient; updates to the trainables move the model."""
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         return cls(named, half=half)
 
     @property
-    def device(self) -> torch.device:
-        return self.tensors[0].device
+    def arrays(self) -> Arrays:
+        """The operations for these tensors, where they are now."""
+        return arrays_of(self.tensors[0])
+
+    @property
+    def device(self) -> Any:
+        """Where the tensors are: PyTorch's device, or ``"cpu"``."""
+        return self.arrays.device
 
     def decays(self) -> list[bool]:
         """Per tensor, whether weight decay applies: biases, norms and other vectors are exempt, as is customary."""
-        return [tensor.dim() > 1 for tensor in self.tensors]
+        return [tensor.ndim > 1 for tensor in self.tensors]
 
     def clone(self, *, float32: bool = False) -> Trainables:
         """An independent replica with the same names and bits, or with the same values in float32."""
         values = self.copy_values()
         if float32:
-            values = [value.float() for value in values]
+            values = list(map(self.arrays.as_float32, values))
         return Trainables(dict(zip(self.names, values, strict=True)), half=not float32)
 
-    def copy_values(self) -> list[torch.Tensor]:
+    def copy_values(self) -> list[Array]:
         """Detached copies of the values, in order."""
-        return [tensor.detach().clone() for tensor in self.tensors]
+        return list(map(self.arrays.copy, self.tensors))
 
-    @torch.no_grad()
-    def load_values(self, values: Sequence[torch.Tensor]) -> None:
-        """Overwrite every tensor in place with ``values`` (same order and shapes)."""
+    def zeros_like(self) -> list[Array]:
+        """Zeros in the shapes of the trainables: a buffer beside them."""
+        return list(map(self.arrays.zeros_like, self.tensors))
+
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        return all(map(self.arrays.is_finite, self.tensors))
+
+    def load_values(self, values: Sequence[Array]) -> None:
+        """Overwrite every tensor in place with ``values``: same order and shapes, numpy arrays or their own kind."""
+        arrays = self.arrays
         for tensor, value in zip(self.tensors, values, strict=True):
-            tensor.copy_(value)
+            arrays.assign(tensor, value)
 
     def to_flat(self) -> np.ndarray:
         """All values as one little-endian float32 vector of length :attr:`count`."""
@@ -92,50 +109,52 @@ class Trainables:
 
     def load_flat(self, flat: np.ndarray) -> None:
         """Inverse of :meth:`to_flat`. Raises :class:`~fs_fwdllm.errors.DivergenceError` on another length."""
-        self.load_values(self.split_flat(flat))
+        self.load_values(self._pieces(flat))
 
-    def split_flat(self, flat: np.ndarray) -> list[torch.Tensor]:
-        """A flat float32 vector as tensors in the shapes of the trainables."""
+    def split_flat(self, flat: np.ndarray) -> list[Array]:
+        """A flat float32 vector as new tensors beside the trainables, in their shapes.
+
+        Raises:
+            DivergenceError: it has another length.
+        """
+        arrays = self.arrays
+        return [arrays.place(np.array(piece, dtype=np.float32)) for piece in self._pieces(flat)]
+
+    def _pieces(self, flat: np.ndarray) -> list[np.ndarray]:
+        """Views of a flat vector in the shapes of the trainables."""
         if flat.size != self.count:
             raise DivergenceError(
                 f"a dense vector of {flat.size} values does not fit {self.count} trainable parameters"
             )
-        pieces = torch.from_numpy(np.array(flat, dtype=np.float32)).split([tensor.numel() for tensor in self.tensors])
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
+        pieces = np.split(flat, np.cumsum([count_of(tensor) for tensor in self.tensors])[:-1])
+        return [piece.reshape(tuple(tensor.shape)) for piece, tensor in zip(pieces, self.tensors, strict=True)]
 
     def digest(self) -> bytes:
         """16 bytes that name the current bits: BLAKE2b over names, shapes and little-endian values."""
         return digest_of(zip(self.names, self.tensors, strict=True))
 
     @contextmanager
-    def holding(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Let the tensors *be* ``values`` for a while: storage is exchanged, so leaving restores the exact bits."""
-        originals = [tensor.data for tensor in self.tensors]
+    def holding(self, values: Sequence[Array]) -> Iterator[None]:
+        """Let a model's parameters *be* ``values`` for a while; storage is exchanged: leaving restores the exact bits.
+
+        Raises:
+            TypeError: the trainables are numpy arrays, which cannot.
+        """
+        arrays = self.arrays
+        originals: list[Array] = []
         try:
             for tensor, value in zip(self.tensors, values, strict=True):
-                tensor.data = value
+                originals.append(arrays.exchange_storage(tensor, value))
             yield
         finally:
-            for tensor, original in zip(self.tensors, originals, strict=True):
-                tensor.data = original
+            for tensor, original in zip(self.tensors, originals, strict=False):
+                arrays.exchange_storage(tensor, original)
 
 
-def digest_of(named: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+def digest_of(named: Iterable[tuple[str, Array]]) -> bytes:
     """BLAKE2b over names, shapes and little-endian values, in the tensors' own dtypes."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name, tensor in named:
         state.update(f"{public_name(name)}{tuple(tensor.shape)}".encode())
-        state.update(_little_endian(tensor))
+        state.update(arrays_of(tensor).octets(tensor))
     return state.digest()
-
-
-def flatten(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """Concatenate tensors into one float32 vector on the host."""
-    return torch.cat([tensor.detach().reshape(-1).to("cpu", torch.float32) for tensor in tensors]).numpy()
-
-
-def _little_endian(tensor: torch.Tensor) -> memoryview:
-    values = tensor.detach().to("cpu").contiguous()
-    if values.element_size() == 2:  # NumPy has no bfloat16: its bits are those of an int16
-        return values.view(torch.int16).numpy().astype("<i2", copy=False).data
-    return values.numpy().astype("<f4", copy=False).data

@@ -1,10 +1,12 @@
 """What travels: a few typed records, each one compact binary frame.
 
-    ``frame = b"FF" + version + header length + msgpack header + raw little-endian float32 payload``
+    ``frame = b"FF" + version + CRC-32 + header length + msgpack header + payload``
 
 The header is a msgpack *array* (no key strings), so a scalar upload costs 4 bytes a probe and some 50 bytes around
-them. It ends with the payload's length and CRC-32, so truncated or corrupted bytes are refused before they are used.
-Nothing is ever unpickled; whatever does not parse exactly is a :class:`~fs_fwdllm.errors.WireError`.
+them. The payload is the record's values (raw little-endian float32) and behind them the frames it carries, whose
+lengths are in the header: nothing as large as a model passes through msgpack. The checksum covers all that follows it,
+so truncated or corrupted bytes are refused before they are used. Nothing is ever unpickled; whatever does not parse
+exactly is a :class:`~fs_fwdllm.errors.WireError`.
 
 Downwards a client gets an :class:`Assignment`. It names the digest of the parameters the work must start from and
 carries what the client needs to get there: the :class:`RoundUpdate` of every round it missed, or a
@@ -19,9 +21,9 @@ import binascii
 import dataclasses
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgpack
 import numpy as np
@@ -49,8 +51,11 @@ __all__ = [
 ]
 
 _MAGIC = b"FF"
-_VERSION = 2
-_PREFIX = struct.Struct("<2sBH")
+_VERSION = 3
+_PREFIX = struct.Struct("<2sBI")
+_LENGTH = struct.Struct("<I")
+#: Where a header starts.
+_OVERHEAD_BYTES = _PREFIX.size + _LENGTH.size
 #: A frame larger than this is refused unless the caller allows more (2 GiB holds a full 500 M parameter model).
 DEFAULT_LIMIT_BYTES = 1 << 31
 
@@ -64,17 +69,20 @@ Participant = tuple[int, int, int, int]
 class Record:
     """Base of everything that is framed. ``values`` is the payload; all other fields go into the header.
 
-    A record whose payload is not float32 says so in ``payload_dtype`` (bytes: ``"|u1"``); one with header fields of
-    other types than those of this module brings their ``checks``.
+    A record whose values are not float32 says so in ``payload_dtype`` (bytes: ``"|u1"``); one that carries frames names
+    the field that holds them in ``carries``; one with header fields of other types than those of this module brings
+    their ``checks``. Values are kept as they are: a broadcast array stands for any number of equal values and occupies
+    no memory before it is encoded.
     """
 
     kind: ClassVar[int]
     payload_dtype: ClassVar[str] = "<f4"
+    carries: ClassVar[str] = ""
     checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {}
     values: np.ndarray = field(default_factory=lambda: _EMPTY, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", np.ascontiguousarray(self.values, dtype=self.payload_dtype))
+        object.__setattr__(self, "values", np.asarray(self.values, dtype=self.payload_dtype))
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Assignment(Record):
     """
 
     kind: ClassVar[int] = 1
+    carries: ClassVar[str] = "catch_up"
     round_index: int
     client: int
     digest: bytes
@@ -197,13 +206,35 @@ def register_record(record_type: type[Record]) -> type[Record]:
 
 def encode(record: Record) -> bytes:
     """The frame of a record."""
-    payload = record.values.tobytes()
-    header = [getattr(record, item.name) for item in _header_fields(type(record))]
-    packed = msgpack.packb([record.kind, *header, len(record.values), zlib.crc32(payload)], use_bin_type=True)
-    if len(packed) < 1 << 16:
-        return _PREFIX.pack(_MAGIC, _VERSION, len(packed)) + packed + payload
-    # A long header (an assignment that carries catch-up frames): length 0 announces a 32-bit length.
-    return _PREFIX.pack(_MAGIC, _VERSION, 0) + struct.pack("<I", len(packed)) + packed + payload
+    header = _header(record)
+    values = np.ascontiguousarray(record.values).view(np.uint8).data
+    parts: tuple[bytes | memoryview, ...] = (_LENGTH.pack(len(header)), header, values, *_carried(record))
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join((_PREFIX.pack(_MAGIC, _VERSION, checksum), *parts))
+
+
+def frame_bytes(record: Record) -> int:
+    """``len(encode(record))``, exactly, without a look at the values or at what is in the frames the record carries.
+
+    Of ``values`` only the size counts (``np.broadcast_to(np.float32(0), count)`` stands for any ``count`` of them), of
+    a carried frame its ``len``.
+    """
+    return _OVERHEAD_BYTES + len(_header(record)) + record.values.nbytes + sum(map(len, _carried(record)))
+
+
+def _header(record: Record) -> bytes:
+    fields = {item.name: getattr(record, item.name) for item in _header_fields(type(record))}
+    if record.carries:
+        fields[record.carries] = [len(frame) for frame in _carried(record)]
+    packed: bytes = msgpack.packb([record.kind, *fields.values()], use_bin_type=True)
+    return packed
+
+
+def _carried(record: Record) -> tuple[bytes, ...]:
+    frames: tuple[bytes, ...] = getattr(record, record.carries) if record.carries else ()
+    return frames
 
 
 def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
@@ -217,39 +248,53 @@ def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
     header, payload = _split(frame)
     try:
         fields = msgpack.unpackb(header, raw=False, use_list=False, strict_map_key=True)
-        kind, *values, count, checksum = fields
+        kind, *values = fields
         record_type = _KINDS[kind]
     except Exception as error:  # msgpack raises a dozen types; whichever it is, these bytes are not a record
         raise WireError(f"a frame's header is not one of ours ({type(error).__name__}: {error})") from error
-    width = np.dtype(record_type.payload_dtype).itemsize
-    if not isinstance(count, int) or len(payload) != width * count or zlib.crc32(payload) != checksum:
-        raise WireError(f"a {record_type.__name__} frame is truncated or corrupted ({len(payload)} payload bytes)")
     expected = _header_fields(record_type)
     if len(values) != len(expected):
         raise WireError(f"a {record_type.__name__} frame has {len(values)} header fields, not {len(expected)}")
     named = {item.name: value for item, value in zip(expected, values, strict=True)}
     _check_types(record_type, named)
+    if record_type.carries:
+        payload, named[record_type.carries] = _take_frames(record_type, named[record_type.carries], payload)
+    if len(payload) % np.dtype(record_type.payload_dtype).itemsize:
+        raise WireError(f"a {record_type.__name__} frame has {len(payload)} bytes of values")
     return record_type(**named, values=np.frombuffer(payload, dtype=record_type.payload_dtype))
 
 
 def _split(frame: bytes) -> tuple[memoryview, memoryview]:
     """Header and payload, as views: a frame may be as large as the model."""
     try:
-        magic, version, length = _PREFIX.unpack_from(frame)
-        start = _PREFIX.size
-        if magic == _MAGIC and version == _VERSION and length == 0:
-            (length,) = struct.unpack_from("<I", frame, start)
-            start += 4
+        magic, version, checksum = _PREFIX.unpack_from(frame)
+        (length,) = _LENGTH.unpack_from(frame, _PREFIX.size)
     except struct.error as error:
         raise WireError(f"{len(frame)} bytes are too few for a frame") from error
     if magic != _MAGIC:
-        raise WireError(f"these {len(frame)} bytes are not a frame of ours (they start with {frame[:4]!r})")
+        raise WireError(f"these {len(frame)} bytes are not a frame of ours (they start with {bytes(frame[:4])!r})")
     if version != _VERSION:
         raise WireError(f"frame version {version} is not supported; this package speaks version {_VERSION}")
-    if start + length > len(frame):
-        raise WireError("a frame is truncated inside its header")
     view = memoryview(frame)
-    return view[start : start + length], view[start + length :]
+    if zlib.crc32(view[_PREFIX.size :]) != checksum:
+        raise WireError(f"a frame of {len(frame)} bytes is truncated or corrupted")
+    if _OVERHEAD_BYTES + length > len(frame):
+        raise WireError("a frame is truncated inside its header")
+    return view[_OVERHEAD_BYTES : _OVERHEAD_BYTES + length], view[_OVERHEAD_BYTES + length :]
+
+
+def _take_frames(
+    record_type: type[Record], lengths: Sequence[int], payload: memoryview
+) -> tuple[memoryview, tuple[bytes, ...]]:
+    """The values' part of a payload, and the frames that stand behind it."""
+    end = len(payload) - sum(lengths)
+    if end < 0:
+        raise WireError(f"a {record_type.__name__} frame carries frames of {sum(lengths)} bytes in {len(payload)}")
+    values, frames = payload[:end], []
+    for length in lengths:
+        frames.append(bytes(payload[end : end + length]))
+        end += length
+    return values, tuple(frames)
 
 
 def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
@@ -259,14 +304,14 @@ def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
 _FLOATS = ("loss", "learning_rate", "decay", "momentum", "rate", "reference", "reference_scale")
 
 
-def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
+def _check_types(record_type: type[Record], named: dict[str, Any]) -> None:
     for name, value in named.items():
-        if name in record_type.checks:
+        if name == record_type.carries:
+            valid = isinstance(value, tuple) and all(_is_count(length) for length in value)
+        elif name in record_type.checks:
             valid = record_type.checks[name](value)
         elif name.startswith("digest"):
             valid = isinstance(value, bytes) and len(value) == DIGEST_BYTES
-        elif name == "catch_up":
-            valid = isinstance(value, tuple) and all(isinstance(part, bytes) for part in value)
         elif name == "participants":
             valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
         elif name == "step_decay":
@@ -278,9 +323,13 @@ def _check_types(record_type: type[Record], named: dict[str, object]) -> None:
         elif name in _FLOATS:
             valid = isinstance(value, float)
         else:
-            valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+            valid = _is_count(value)
         if not valid:
             raise WireError(f"a {record_type.__name__} frame has an unusable {name}: {value!r:.80}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _is_participant(part: object) -> bool:
@@ -325,8 +374,3 @@ class ByteLedger:
         rows = {client: (down, up) for client, (down, up) in sorted(self._round.items())}
         self._round = {}
         return rows
-
-
-def frame_bytes(record: Record) -> int:
-    """Length of the frame of a record."""
-    return len(encode(record))

@@ -18,24 +18,6 @@
 ======================================  ================================================================
 """
 
-from fs_fwdllm.core.seeding import seeded_generator, seeded_permutation
-from fs_fwdllm.data.batches import client_batches, collate, evaluation_batches, steps_per_epoch
-from fs_fwdllm.data.federated import load_federated_data
-from fs_fwdllm.data.types import IGNORED_LABEL, Batch, ClientData, Example, FederatedData, Reference, Task
+import lazy_loader
 
-__all__ = [
-    "IGNORED_LABEL",
-    "Batch",
-    "ClientData",
-    "Example",
-    "FederatedData",
-    "Reference",
-    "Task",
-    "client_batches",
-    "collate",
-    "evaluation_batches",
-    "load_federated_data",
-    "seeded_generator",
-    "seeded_permutation",
-    "steps_per_epoch",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

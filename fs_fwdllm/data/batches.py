@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-import torch
 
 from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
@@ -25,7 +24,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, key: Hashable | None
     """Pad examples on the right to the longest of them.
 
     Returns:
-        A :class:`Batch` on the CPU; labels are padded with ``-100`` for a language model.
+        A :class:`Batch`; labels are padded with ``-100`` for a language model.
 
     Raises:
         DataError: there is no example.
@@ -39,9 +38,9 @@ def collate(examples: Sequence[Example], pad_token_id: int, key: Hashable | None
         input_ids[row, : len(example.input_ids)] = example.input_ids
         attention_mask[row, : len(example.input_ids)] = 1
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        labels=torch.from_numpy(_padded_labels(examples, shape)),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=_padded_labels(examples, shape),
         key=key,
         token_type_ids=_padded_segments(examples, shape),
         references=tuple(example.reference for example in examples if example.reference is not None),
@@ -72,11 +71,8 @@ def client_batches(
     Raises:
         DataError: the client has no example.
     """
-    if not examples:
-        raise DataError(f"client {client} has no training example")
-    count = steps_per_epoch(len(examples), batch_size)
+    visits = _visits(len(examples), batch_size, steps, seed, client, round_index, shuffle)
     members = seeded_permutation(len(examples), "batch members", seed, client) if shuffle else np.arange(len(examples))
-    visits = _visits(count, steps, seed, client, round_index, shuffle)
     padded: dict[int, Batch] = {}
     for index in visits:
         if index not in padded:
@@ -86,11 +82,17 @@ def client_batches(
 
 
 def visited_samples(
-    examples: int, *, client: int, round_index: int, steps: int, batch_size: int, seed: int, shuffle: bool = True
+    count_of_examples: int, *, client: int, round_index: int, steps: int, batch_size: int, seed: int, shuffle: bool
 ) -> int:
-    """How many samples the batches of :func:`client_batches` hold together; ``examples`` counts the client's."""
-    sizes = [min(batch_size, examples - first) for first in range(0, examples, batch_size)]
-    return sum(sizes[index] for index in _visits(len(sizes), steps, seed, client, round_index, shuffle))
+    """Samples in the batches of one client's round, each as often as it is visited; without padding anything.
+
+    It is ``sum(map(len, client_batches(...)))`` for a client that holds ``count_of_examples``.
+
+    Raises:
+        DataError: the client has no example.
+    """
+    visits = _visits(count_of_examples, batch_size, steps, seed, client, round_index, shuffle)
+    return sum(min(batch_size, count_of_examples - index * batch_size) for index in visits)
 
 
 def evaluation_batches(
@@ -116,7 +118,13 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def _visits(count: int, steps: int, seed: int, client: int, round_index: int, shuffle: bool) -> list[int]:
+def _visits(
+    examples: int, batch_size: int, steps: int, seed: int, client: int, round_index: int, shuffle: bool
+) -> list[int]:
+    """Indices of the batches that a round visits, one per step."""
+    if not examples:
+        raise DataError(f"client {client} has no training example")
+    count = steps_per_epoch(examples, batch_size)
     if not shuffle:
         return [(round_index * steps + step) % count for step in range(steps)]
     order: list[int] = []
@@ -136,11 +144,11 @@ def _padded_labels(examples: Sequence[Example], shape: tuple[int, int]) -> np.nd
     return labels
 
 
-def _padded_segments(examples: Sequence[Example], shape: tuple[int, int]) -> torch.Tensor | None:
+def _padded_segments(examples: Sequence[Example], shape: tuple[int, int]) -> np.ndarray | None:
     if examples[0].segments is None:
         return None
     segments = np.zeros(shape, dtype=np.int64)
     for row, example in enumerate(examples):
         if example.segments is not None:
             segments[row, : len(example.input_ids)] = example.segments
-    return torch.from_numpy(segments)
+    return segments

@@ -1,7 +1,7 @@
 """The records that data passes through: examples, the clients that hold them, and the padded batch a model sees.
 
 An :class:`Example` is already tokenised, so that a run tokenises every text once. A :class:`Batch` carries a ``key``
-that names exactly which examples, in which order, it was padded from: equal keys mean equal tensors, which is what lets
+that names exactly which examples, in which order, it was padded from: equal keys mean equal arrays, which is what lets
 the prefix cache reuse activations across rounds without changing a bit of the result.
 
 What ``labels`` are depends on the task, and their number of dimensions tells which they are:
@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 
 __all__ = ["IGNORED_LABEL", "Batch", "ClientData", "Example", "FederatedData", "Reference", "Task"]
 
@@ -75,7 +74,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of some examples.
+    """Padded arrays of some examples; where a model takes them in they become tensors on its device
+    (:mod:`fs_fwdllm.model.inputs`).
 
     Attributes:
         input_ids: int64 ``[batch, tokens]``, padded on the right.
@@ -86,22 +86,15 @@ class Batch:
         references: the examples' references, in order; empty where they have none.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    labels: np.ndarray
     key: Hashable | None = None
-    token_type_ids: torch.Tensor | None = None
+    token_type_ids: np.ndarray | None = None
     references: tuple[Reference, ...] = ()
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
-        move = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
-        if self.token_type_ids is not None:
-            move["token_type_ids"] = self.token_type_ids.to(device)
-        return Batch(key=self.key, references=self.references, **move)
 
 
 @dataclass

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.core.arrays import arrays_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.model.objective import BatchLoss
 
-__all__ = ["Estimator", "Footprint", "Slopes", "stack_directions"]
+__all__ = ["Estimator", "Footprint", "Slopes", "make_estimator", "stack_directions"]
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,26 @@ class Estimator(ABC):
         """The slopes of ``batch_loss`` along the directions ``keys`` at the model's current parameters."""
 
 
+def make_estimator(
+    model: nn.Module, trainables: Trainables, distribution: Distribution, config: FwdllmConfig, *, full: bool
+) -> Estimator:
+    """The estimator a configuration asks for.
+
+    Args:
+        distribution: the one the updates are replayed with, so that a direction's bits are generated once per step.
+        full: whether the model's own weights are trained.
+    """
+    made: Estimator = ESTIMATORS[config.estimator].of(model, trainables, distribution, config, full=full)
+    return made
+
+
 def stack_directions(
     batch_loss: BatchLoss, keys: Sequence[DirectionKey], distribution: Distribution
 ) -> list[torch.Tensor]:
     """Whole directions as float32 tensors, one ``[len(keys), *shape]`` stack per trainable (for batched passes)."""
     stacks = []
     for tensor_id, tensor in enumerate(batch_loss.trainables.tensors):
-        values = distribution.values(keys, tensor_id, 0, tensor.numel(), tensor.device)
+        values = distribution.values(keys, tensor_id, 0, tensor.numel(), arrays_of(tensor))
         stacks.append(values.to(torch.float32).view(len(keys), *tensor.shape))
     return stacks
 

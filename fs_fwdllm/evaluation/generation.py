@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
@@ -34,22 +35,23 @@ def generate_answers(
     return answers, gold
 
 
-def _prompt(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return tokens[: int((labels != IGNORED_LABEL).int().argmax())]
+def _prompt(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return tokens[: int((labels != IGNORED_LABEL).argmax())]
 
 
 @torch.no_grad()
-def _continue(model: Any, prompts: list[torch.Tensor], tokenizer: Any) -> list[str]:
+def _continue(model: Any, prompts: list[np.ndarray], tokenizer: Any) -> list[str]:
     width = max(map(len, prompts))
-    tokens = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(tokens)
+    tokens = np.full((len(prompts), width), tokenizer.pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
     written = model.generate(
-        input_ids=tokens.to(device), attention_mask=mask.to(device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-        num_beams=1, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        input_ids=torch.as_tensor(tokens, device=device), attention_mask=torch.as_tensor(mask, device=device),
+        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, num_beams=1, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
     return texts

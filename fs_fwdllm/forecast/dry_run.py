@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-import torch
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, frame_bytes
@@ -33,9 +33,9 @@ from fs_fwdllm.method.forward.pacing import DirectedSampling, Pacing
 from fs_fwdllm.method.forward.pool import Pool
 from fs_fwdllm.method.forward.server import PooledServer
 from fs_fwdllm.method.replay_server import ReplayServer
-from fs_fwdllm.run.driver import choose_clients
-from fs_fwdllm.run.sampling import clients_per_round
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.driver import choose_clients
+from fs_fwdllm.running.sampling import clients_per_round
+from fs_fwdllm.running.session import Session
 
 __all__ = ["MAX_DRY_ROUNDS", "Cost", "dry_rounds"]
 
@@ -171,12 +171,17 @@ class _WeightlessParts(Parts):
         return _CountingReplayer(self)
 
 
+def _repeated(value: float, like: Array) -> np.ndarray:
+    """One number for every element of an array of that shape."""
+    return np.broadcast_to(np.float32(value), tuple(like.shape))
+
+
 class _Weightless(Trainables):
     """Trainables of the same names, shapes and count, that take no memory: one zero for all elements of a tensor."""
 
     def __init__(self, trainables: Trainables) -> None:
         self.names = trainables.names
-        self.tensors = tuple(torch.zeros(()).expand(tensor.shape) for tensor in trainables.tensors)
+        self.tensors = tuple(_repeated(0.0, tensor) for tensor in trainables.tensors)
         self.count = trainables.count
         self.bytes = trainables.bytes
 
@@ -199,12 +204,12 @@ class _CountingReplayer(Replayer):
         if momentum:
             self.momentum = list(self.trainables.tensors)
         if keep_reference:  # not zero, so that directed sampling takes it for one
-            self.reference = [torch.ones(()).expand(tensor.shape) for tensor in self.trainables.tensors]
+            self.reference = [_repeated(1.0, tensor) for tensor in self.trainables.tensors]
 
     def move(self, action: Callable[[], None]) -> None:
         self._steps += 1
 
-    def total(self, contributions: Contributions, tensor_ids: object = None) -> list[torch.Tensor]:
+    def total(self, contributions: Contributions, tensor_ids: object = None) -> list[Array]:
         return list(self.trainables.tensors)
 
 
@@ -234,5 +239,5 @@ class _Always(GateStatistic):
 class _AnyCandidates(DirectedSampling):
     """Deals out as many candidates as are chosen, without looking which are best."""
 
-    def choose(self, round_index: int, count: int, wanted: Sequence[torch.Tensor], replayer: Replayer) -> np.ndarray:
+    def choose(self, round_index: int, count: int, wanted: Sequence[Array], replayer: Replayer) -> np.ndarray:
         return np.zeros((count, len(wanted)), dtype="<u4")

@@ -47,7 +47,7 @@ from fs_fwdllm.estimator.backprop import transformer_layers
 from fs_fwdllm.method import Parts
 from fs_fwdllm.method.cybgd.forecast import visit_bytes
 from fs_fwdllm.model.source import model_task
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 
 __all__ = ["MemoryEstimate", "estimate_memory", "resident_bytes"]
 

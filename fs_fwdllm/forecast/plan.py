@@ -24,7 +24,7 @@ from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
 from fs_fwdllm.forecast.memory import MemoryEstimate, estimate_memory, resident_bytes
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.report.units import format_bytes, format_count
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 
 __all__ = ["Cost", "Plan", "make_plan"]
 

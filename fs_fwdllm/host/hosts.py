@@ -71,7 +71,7 @@ class Host:
         return self.framework() if self.framework is not None else ""
 
 
-_LOCAL = Host("local", "fs_fwdllm.run.local")
+_LOCAL = Host("local", "fs_fwdllm.running.local")
 
 HOSTS: Registry[Host] = Registry(
     "--host",

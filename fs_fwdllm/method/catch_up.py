@@ -7,9 +7,10 @@ dropped, so the log never grows beyond the size of the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-import torch
+import numpy as np
 
 from fs_fwdllm.core.wire import RoundUpdate, decode
 
@@ -66,9 +67,10 @@ class CatchUpLog:
         self._frames.clear()
         self._complete_from = round_index + 1
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_arrays(self) -> dict[str, np.ndarray]:
+        """The records as uint8 arrays, by names that :meth:`load_state` understands."""
         return {
-            f"catch_up.{round_index}": torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+            f"catch_up.{round_index}": np.frombuffer(frame, dtype=np.uint8)
             for round_index, frame in self._frames.items()
         }
 
@@ -78,10 +80,10 @@ class CatchUpLog:
             "known_round": [[client, known] for client, known in self._known_round.items()],
         }
 
-    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
-        """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
-        rounds = sorted(int(name.removeprefix("catch_up.")) for name in tensors if name.startswith("catch_up."))
-        self._frames = {index: tensors[f"catch_up.{index}"].numpy().tobytes() for index in rounds}
+    def load_state(self, arrays: Mapping[str, Any], numbers: dict[str, object]) -> None:
+        """Inverse of :meth:`state_arrays` and :meth:`state_numbers`; ``arrays`` are numpy's, or tensors on the CPU."""
+        rounds = sorted(int(name.removeprefix("catch_up.")) for name in arrays if name.startswith("catch_up."))
+        self._frames = {index: np.asarray(arrays[f"catch_up.{index}"]).tobytes() for index in rounds}
         self._complete_from = int(str(numbers["complete_from"]))
         known = numbers["known_round"]
         assert isinstance(known, list)

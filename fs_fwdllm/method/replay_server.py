@@ -180,7 +180,8 @@ class ReplayServer(RoundServer):
             tensors[f"momentum.{index}"] = buffer
         for index, buffer in enumerate(self.replayer.reference or ()):
             tensors[f"reference.{index}"] = buffer
-        return tensors | self._catch_up.state_tensors()
+        kept = self._catch_up.state_arrays()
+        return tensors | {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
 
     def state_numbers(self) -> dict[str, object]:
         return {"failed_rounds": self.failed_rounds} | self._rates.state_numbers() | self._catch_up.state_numbers()

@@ -12,12 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from fs_fwdllm.core.direction import direction_seed
+from fs_fwdllm.core.direction import AimedDirections, candidate_seed, direction_seed
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import DenseState, Participant, RoundUpdate, decode
 from fs_fwdllm.errors import DivergenceError, WireError
-from fs_fwdllm.method.forward.directed_sampling import AimedDirections, candidate_seed
 
 __all__ = ["Replica", "apply_round_update", "chosen_seeds", "contributions_of", "later_decay", "seeds_of"]
 
@@ -152,8 +151,7 @@ class Replica:
 
     def _load(self, state: DenseState) -> None:
         vectors = np.split(np.asarray(state.values), 1 + state.has_momentum + state.has_reference)
-        device = self.trainables.device
-        buffers = [[buffer.to(device) for buffer in self.trainables.split_flat(flat)] for flat in vectors[1:]]
+        buffers = [self.trainables.split_flat(flat) for flat in vectors[1:]]
         self.replayer.reference = buffers.pop() if state.has_reference else None
         self.replayer.momentum = buffers.pop() if state.has_momentum else None
         self.trainables.load_flat(vectors[0])

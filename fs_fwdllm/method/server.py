@@ -230,7 +230,7 @@ class RoundServer(ABC):
 
     def _require_finite(self) -> None:
         """Raises :class:`~fs_fwdllm.errors.TrainingStalledError` if a step has left the range of float32."""
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trainables.tensors):
+        if not self.trainables.is_finite():
             raise TrainingStalledError(
                 f"round {self.round_index}: the step left the range of float32; lower train.optimizer.lr. The last "
                 "checkpoint is intact"

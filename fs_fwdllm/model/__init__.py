@@ -1,8 +1,5 @@
 """Models: loading them, choosing what is trained, and writing what was trained."""
 
-from fs_fwdllm.core.trainables import public_name
-from fs_fwdllm.model.bottleneck import load_bottleneck
-from fs_fwdllm.model.loading import LoadedModel, load_model, load_tokenizer
-from fs_fwdllm.model.saving import save_trained
+import lazy_loader
 
-__all__ = ["LoadedModel", "load_bottleneck", "load_model", "load_tokenizer", "public_name", "save_trained"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -27,6 +27,7 @@ from torch.func import functional_call, vmap
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import DataError
+from fs_fwdllm.model.inputs import batch_on
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
 from fs_fwdllm.model.readout import make_readout
 
@@ -66,7 +67,7 @@ class Objective:
 
     def on(self, batch: Batch) -> BatchLoss:
         """The loss of ``batch``. Raises :class:`~fs_fwdllm.errors.DataError` if no position has a label."""
-        return BatchLoss(self, batch.to(self.trainables.device))
+        return BatchLoss(self, batch)
 
     def _select_positions(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._positions is None:
@@ -90,11 +91,11 @@ class BatchLoss:
 
     def __init__(self, objective: Objective, batch: Batch) -> None:
         self._objective = objective
-        self.batch = batch
-        self._inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.token_type_ids is not None and _knows_segments(objective.model):
-            self._inputs["token_type_ids"] = batch.token_type_ids
-        self._positions, self.targets = objective.readout.labelled(batch)
+        self._batch = on_device = batch_on(objective.trainables.device, batch)
+        self._inputs = {"input_ids": on_device.input_ids, "attention_mask": on_device.attention_mask}
+        if on_device.token_type_ids is not None and _knows_segments(objective.model):
+            self._inputs["token_type_ids"] = on_device.token_type_ids
+        self._positions, self.targets = objective.readout.labelled(on_device)
         if not len(self.targets):
             raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
         self.size = len(batch)
@@ -167,7 +168,7 @@ class BatchLoss:
         with objective.selecting(self._positions):
             output = call(**self._inputs)
             if self._positions is None:
-                return objective.readout.logits(output, self.batch).float()
+                return objective.readout.logits(output, self._batch).float()
             tokens = output.logits
             if not objective._selected:
                 tokens = tokens.flatten(0, -2).index_select(0, self._positions)

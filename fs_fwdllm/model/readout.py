@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
+from fs_fwdllm.data.types import IGNORED_LABEL, Task
+from fs_fwdllm.model.inputs import DeviceBatch
 
 __all__ = ["Readout", "make_readout"]
 
@@ -36,11 +37,11 @@ class Readout:
 
     reads_tokens = False
 
-    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def labelled(self, batch: DeviceBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Flat positions to read (``None`` for a model that has one row per label anyway), and the targets."""
         return None, batch.labels
 
-    def logits(self, output: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, output: Any, batch: DeviceBatch) -> torch.Tensor:
         """``[targets, classes]`` of a model's output."""
         logits: torch.Tensor = output.logits
         return logits
@@ -55,7 +56,7 @@ class _TokenReadout(Readout):
 
     reads_tokens = True
 
-    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def labelled(self, batch: DeviceBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         shifted = torch.full_like(batch.labels, IGNORED_LABEL)
         shifted[:, :-1] = batch.labels[:, 1:]
         flat = shifted.flatten()
@@ -71,7 +72,7 @@ class _LabelWordReadout(Readout):
     def __init__(self, label_tokens: Sequence[int]) -> None:
         self._label_tokens = list(label_tokens)
 
-    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def labelled(self, batch: DeviceBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         rows, tokens = batch.input_ids.shape
         ends = batch.attention_mask.sum(dim=1) - 1
         return torch.arange(rows, device=ends.device) * tokens + ends, batch.labels
@@ -83,10 +84,10 @@ class _LabelWordReadout(Readout):
 class _SpanReadout(Readout):
     """The first and the last token of an answer, each among the tokens of the window."""
 
-    def labelled(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def labelled(self, batch: DeviceBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         return None, batch.labels.T.flatten()
 
-    def logits(self, output: Any, batch: Batch) -> torch.Tensor:
+    def logits(self, output: Any, batch: DeviceBatch) -> torch.Tensor:
         ends = torch.cat([output.start_logits, output.end_logits]).float()
         padding = torch.cat([batch.attention_mask, batch.attention_mask]) == 0
         return ends.masked_fill(padding, torch.finfo(ends.dtype).min)

@@ -28,9 +28,9 @@ from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
 from fs_fwdllm.method import assemble_server, assemble_worker
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
-from fs_fwdllm.run.driver import answer
-from fs_fwdllm.run.sampling import clients_per_round, sample_clients
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.driver import answer
+from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.session import Session
 
 __all__ = ["Budget", "Measured", "measure", "rank"]
 

@@ -11,7 +11,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.profiler.candidates import candidates_for
 from fs_fwdllm.profiler.measure import Budget, measure, rank
 from fs_fwdllm.profiler.report import profile_table, write_profile
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 
 __all__ = ["run_profile"]
 

@@ -13,24 +13,6 @@
 The files are the truth: the picture and the tables are drawn from them, never from the state of a living run.
 """
 
-from fs_fwdllm.report.compare import compare_runs, summary_table
-from fs_fwdllm.report.cost import analyse_costs
-from fs_fwdllm.report.device_model import DEVICES_FILE, read_device_model
-from fs_fwdllm.report.folder import RunFolder
-from fs_fwdllm.report.plot import plot_run
-from fs_fwdllm.report.record import RunRecord
-from fs_fwdllm.report.reporter import RunReporter
-from fs_fwdllm.report.traffic import TrafficRow
+import lazy_loader
 
-__all__ = [
-    "DEVICES_FILE",
-    "RunFolder",
-    "RunRecord",
-    "RunReporter",
-    "TrafficRow",
-    "analyse_costs",
-    "compare_runs",
-    "plot_run",
-    "read_device_model",
-    "summary_table",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fs_fwdllm.config import load_config
 from fs_fwdllm.method import check_combination
-from fs_fwdllm.run import local
+from fs_fwdllm.running import local
 from tests.host.fixtures import models, world
 from tests.host.small import World, read_jsonl
 

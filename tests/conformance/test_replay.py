@@ -18,8 +18,8 @@ from fs_fwdllm.core.replay import DEFAULT_CHUNK, Replayer
 from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, decode
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.method import Replica
-from fs_fwdllm.run.local import run
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.local import run
+from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, Federation, World, bits_of
 
 ROUNDS = 4

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from dataclasses import replace
+
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,6 +21,7 @@ from fs_fwdllm.core.wire import (
     ScalarUpdate,
     decode,
     encode,
+    frame_bytes,
     from_text,
     to_text,
 )
@@ -86,16 +91,61 @@ def test_every_truncation_is_refused(record):
         decode(frame + b"\0\0\0\0")
 
 
-@given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_a_flipped_bit_never_passes_as_other_scalars(position, bit):
-    record = an_update([1.0, 2.0, 3.0])
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
+def test_every_single_flipped_bit_is_refused(record):
+    """In the prefix, the header, the values and the carried frames alike."""
     frame = bytearray(encode(record))
-    frame[position % len(frame)] ^= 1 << bit
-    try:
-        received = decode(bytes(frame))
-    except WireError:
-        return
-    assert received.values.tobytes() == record.values.tobytes()
+    for position in range(8 * len(frame)):
+        frame[position // 8] ^= 1 << position % 8
+        with pytest.raises(WireError):
+            decode(bytes(frame))
+        frame[position // 8] ^= 1 << position % 8
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
+def test_the_length_of_a_frame_is_known_without_building_it(record):
+    assert frame_bytes(record) == len(encode(record))
+
+
+def test_equal_values_may_stand_for_any_number_of_them():
+    """A broadcast array is neither copied nor looked at before it is encoded, and then its bytes are all there."""
+    zeros = np.broadcast_to(np.float32(0.5), 300_000_000)
+    huge = DenseState(1, DIGEST, False, values=zeros)
+    assert huge.values.strides == (0,) and np.shares_memory(huge.values, zeros)
+    assert frame_bytes(huge) == 1_200_000_000 + frame_bytes(replace(huge, values=zeros[:0]))
+    assert decode(encode(replace(huge, values=zeros[:5]))).values.tolist() == [0.5] * 5
+    assert decode(encode(replace(huge, values=np.arange(9)[::2]))).values.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_a_scalar_upload_of_one_probe_takes_no_more_than_in_the_second_version():
+    """There it was 5 bytes of prefix, and a count (1) and a checksum (5) in the header; here 11 bytes of prefix."""
+    header = msgpack.packb([2, 2**40, 2**40, DIGEST, 2**40, -1e300, 2**40, 0], use_bin_type=True)
+    assert frame_bytes(an_update([1.0])) == 4 + len(header) + 5 + 1 + 5
+
+
+def framed(*header, payload=b""):
+    """A frame with a right checksum around whatever is given."""
+    packed = msgpack.packb(header, use_bin_type=True)
+    covered = len(packed).to_bytes(4, "little") + packed + payload
+    return b"FF\x03" + zlib.crc32(covered).to_bytes(4, "little") + covered
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (framed(99), "not one of ours"),
+        (framed(), "not one of ours"),
+        (framed([]), "not one of ours"),
+        (framed(2, 1, 1), "2 header fields, not 7"),
+        (framed(5, 1, DIGEST, False, False, payload=b"12345"), "5 bytes of values"),
+        (framed(1, 1, 1, DIGEST, 0.1, 1, 1, [b"frame"], 0, 0.0, b""), "unusable catch_up"),
+        (framed(1, 1, 1, DIGEST, 0.1, 1, 1, [-1], 0, 0.0, b""), "unusable catch_up"),
+        (framed(1, 1, 1, DIGEST, 0.1, 1, 1, [3, 4], 0, 0.0, b"", payload=b"123456"), "frames of 7 bytes in 6"),
+    ],
+)
+def test_frames_with_a_right_checksum_around_something_else_are_refused(frame, message):
+    with pytest.raises(WireError, match=message):
+        decode(frame)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fs_fwdllm.data import client_batches, collate, evaluation_batches, steps_per_epoch
+from fs_fwdllm.data.batches import visited_samples
 from fs_fwdllm.data.types import Batch, Example
 from fs_fwdllm.errors import DataError
 
@@ -39,7 +40,7 @@ def draw(count: int = 23, **changes) -> list[Batch]:
 
 def same(first: Batch, second: Batch) -> bool:
     names = ("input_ids", "attention_mask", "labels")
-    return first.key == second.key and all(torch.equal(getattr(first, n), getattr(second, n)) for n in names)
+    return first.key == second.key and all(np.array_equal(getattr(first, n), getattr(second, n)) for n in names)
 
 
 def test_collate_pads_on_the_right() -> None:
@@ -47,14 +48,14 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.input_ids.tolist() == [[100, 100, PAD, PAD], [101, 101, 101, 101]]
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch.labels.tolist() == [[-100, 100, -100, -100], [-100, -100, 101, 101]]
-    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.labels.dtype} == {torch.int64}
+    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.labels.dtype} == {np.dtype(np.int64)}
     assert batch.key == "k" and len(batch) == 2
 
 
 def test_collate_of_classes() -> None:
     examples = [Example(np.array([5, 6], dtype=np.int32), np.array(label, dtype=np.int32)) for label in (2, 0)]
     batch = collate(examples, PAD)
-    assert batch.labels.tolist() == [2, 0] and batch.labels.dtype == torch.int64 and batch.key is None
+    assert batch.labels.tolist() == [2, 0] and batch.labels.dtype == np.int64 and batch.key is None
 
 
 def test_collate_of_nothing_is_refused() -> None:
@@ -80,6 +81,7 @@ def test_laws_of_a_round(count, steps, batch_size, round_index, client, shuffle)
         assert batch.key[0] == client and 0 <= batch.key[1] < per_lap
         assert len(batch) == (batch_size if batch.key[1] < per_lap - 1 else count - batch_size * (per_lap - 1))
     assert all(map(same, batches, draw(count, **arguments)))
+    assert visited_samples(count, seed=1, **arguments) == sum(map(len, batches))
 
 
 def test_equal_keys_mean_equal_tensors_over_rounds() -> None:
@@ -127,6 +129,8 @@ def test_fewer_examples_than_a_batch_is_one_batch_of_all() -> None:
 def test_an_empty_client_is_refused_by_its_number() -> None:
     with pytest.raises(DataError, match="client 4"):
         draw(count=0)
+    with pytest.raises(DataError, match="client 4"):
+        visited_samples(0, client=4, round_index=0, steps=1, batch_size=2, seed=1, shuffle=True)
 
 
 def test_evaluation_sees_everything_once_with_little_padding() -> None:
@@ -137,7 +141,7 @@ def test_evaluation_sees_everything_once_with_little_padding() -> None:
     widths = [batch.input_ids.shape[1] for batch in batches]
     assert widths == sorted(widths)
     in_order = [collate(examples[first : first + 4], PAD) for first in range(0, 23, 4)]
-    assert sum(b.input_ids.numel() for b in batches) < sum(b.input_ids.numel() for b in in_order)
+    assert sum(b.input_ids.size for b in batches) < sum(b.input_ids.size for b in in_order)
     assert evaluation_batches([], 4, PAD) == []
 
 

@@ -23,7 +23,7 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.method import ClientWorker, RoundReport, assemble_server, assemble_worker
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 from tests.model.tiny import save_tiny_model
 
 __all__ = ["CLASSES", "METHODS", "SCALAR_METHODS", "Federation", "World", "bits_of", "read_jsonl"]

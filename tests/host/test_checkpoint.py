@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.sinks import JsonLinesSink
-from fs_fwdllm.run.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
-from fs_fwdllm.run.local import resume, run
+from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
+from fs_fwdllm.running.local import resume, run
 from tests.host.small import METHODS, World, read_jsonl
 
 STATE = "state.safetensors"

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fs_fwdllm.errors import TrainingStalledError
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.checkpoint import read_checkpoint
-from fs_fwdllm.run.local import run
-from fs_fwdllm.run.sampling import clients_per_round, sample_clients
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.checkpoint import read_checkpoint
+from fs_fwdllm.running.local import run
+from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.session import Session
 from tests.host.small import CLASSES, METHODS, SCALAR_METHODS, World, read_jsonl
 from tests.model.tiny import save_tiny_model
 

@@ -13,9 +13,9 @@ import pytest
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import CheckpointError
 from fs_fwdllm.method import ClientWorker
-from fs_fwdllm.run import driver
-from fs_fwdllm.run.local import resume, run
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running import driver
+from fs_fwdllm.running.local import resume, run
+from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, World, bits_of, read_jsonl
 
 #: Every state a server can have: none, momentum over scalars, a dense optimiser's moments, PyTorch's momentum.

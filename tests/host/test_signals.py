@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fs_fwdllm.config import dump_config
-from fs_fwdllm.run.local import resume, run
+from fs_fwdllm.running.local import resume, run
 from tests.host.small import METHODS, World, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

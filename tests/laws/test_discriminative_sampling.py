@@ -12,16 +12,16 @@ import pytest
 import torch
 from scipy import stats
 
-from fs_fwdllm.core.direction import DirectionKey, Gaussian, Rademacher
-from fs_fwdllm.estimator import CentralDifference
-from fs_fwdllm.method.forward.directed_sampling import (
+from fs_fwdllm.core.direction import (
     REFERENCE_SEED,
     AimedDirections,
+    DirectionKey,
+    Gaussian,
+    Rademacher,
     candidate_seed,
-    choose_candidates,
-    reference_scale,
-    residual_slopes,
 )
+from fs_fwdllm.estimator import CentralDifference
+from fs_fwdllm.method.forward.directed_sampling import choose_candidates, reference_scale, residual_slopes
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
 from fs_fwdllm.method.replica import seeds_of
 from fs_fwdllm.model.perturbation import ResidentPerturbation
@@ -89,7 +89,7 @@ def test_published_choice_is_the_best_of_all_candidates_whatever_the_blocks(
     assert chosen.shape == (count, 2)
     keys = [DirectionKey(RUN_SEED, candidate_seed(3, index)) for index in range(count * candidates)]
     for tensor_id, part in enumerate(reference):
-        z = distribution.values(keys, tensor_id, 0, part.numel()).double().numpy()
+        z = distribution.values(keys, tensor_id, 0, part.numel()).astype(np.float64)
         cosines = z @ part.double().numpy() / np.linalg.norm(z, axis=1)
         best = np.sort(cosines)[::-1][:count]
         np.testing.assert_allclose(cosines[chosen[:, tensor_id].astype(int)], best, rtol=0, atol=1e-4)
@@ -106,7 +106,7 @@ def test_published_choice_lengthens_the_estimate_along_the_reference() -> None:
     reference = torch.randn(size, generator=torch.Generator().manual_seed(2))
     chosen = choose_candidates(0, count, 10, [reference], RUN_SEED, Rademacher())
     keys = [DirectionKey(RUN_SEED, candidate_seed(0, int(index))) for index in chosen[:, 0]]
-    z = Rademacher().values(keys, 0, 0, size).double().numpy()
+    z = Rademacher().values(keys, 0, 0, size).astype(np.float64)
     scores = z @ (reference / reference.norm()).double().numpy()
     lowest = stats.norm.isf(0.1)
     mean = stats.norm.pdf(lowest) / 0.1

@@ -28,7 +28,7 @@ def dense_directions(replayer: Replayer, round_index: int, client: int, probes: 
     """float64 ``[probes, d]`` of one step."""
     keys = [DirectionKey(RUN_SEED, direction_seed(round_index, client, 0, probe)) for probe in range(probes)]
     parts = [
-        replayer.distribution.values(keys, index, 0, tensor.numel()).double().numpy()
+        replayer.distribution.values(keys, index, 0, tensor.numel()).astype(np.float64)
         for index, tensor in enumerate(replayer.trainables.tensors)
     ]
     return np.concatenate(parts, axis=1)

@@ -63,7 +63,8 @@ def standing_at(model: nn.Module, point: Point) -> Iterator[None]:
 
 def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The loss as the model itself computes it from labels."""
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    named = {name: torch.as_tensor(getattr(batch, name)) for name in ("input_ids", "attention_mask", "labels")}
+    return model(**named).loss
 
 
 def central_slopes(model: nn.Module, point: Point, batch: Batch, signs: Sequence[Point], radius: float) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, Federation, World
 from tests.method.reference import loss_of, to_flat, trained
 

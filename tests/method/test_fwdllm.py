@@ -15,7 +15,7 @@ from fs_fwdllm.errors import ConfigError, TrainingStalledError
 from fs_fwdllm.method.forward.client import LookingWorker
 from fs_fwdllm.method.forward.server import PooledServer
 from fs_fwdllm.method.replica import seeds_of
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 from tests.host.small import Federation, World
 
 _BASE = {"federate.method": "fwdllm", "fwdllm.probes": 4, "federate.total_round_num": 12}
@@ -182,7 +182,7 @@ def test_sampling_looks_where_the_last_estimate_points(world: World, momentum: f
     worker.aim(work)
     keys = [DirectionKey(federation.config.seed, seed) for seed in seeds_of([(1, 1, 1, 20)])]
     tensors = server.trainables.tensors
-    z = np.concatenate([worker.directions.values(keys, i, 0, t.numel()).numpy() for i, t in enumerate(tensors)], 1)
+    z = np.concatenate([worker.directions.values(keys, i, 0, t.numel()) for i, t in enumerate(tensors)], 1)
     assert (z @ downhill < 0).all(), "every chosen direction points up the last step"
 
 

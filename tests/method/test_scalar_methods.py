@@ -11,7 +11,7 @@ import torch
 
 from fs_fwdllm.core.learning_rate import decay_factor
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, Federation, World
 from tests.method.reference import Point, central_slopes, direction, to_flat, trained
 

@@ -33,7 +33,7 @@ from fs_fwdllm.method.mezo.recipe import coefficients
 from fs_fwdllm.method.mezo.server import SteppingServer
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.server import ServerSettings, WorkPlan
-from fs_fwdllm.run.local import run
+from fs_fwdllm.running.local import run
 from tests.host.small import METHODS, Federation, World, read_jsonl
 from tests.method.reference import direction
 

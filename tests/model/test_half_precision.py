@@ -8,8 +8,9 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
+from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.model import load_model, load_tokenizer, public_name
+from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.half_precision import CastTo, make_float32_masters
 from tests.model.test_trainable_parts import cases, impossible
 from tests.model.tiny import save_tiny_model, tiny_batch, tiny_config

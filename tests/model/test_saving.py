@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.model import load_bottleneck, load_model, load_tokenizer, public_name, save_trained
+from fs_fwdllm.model import load_bottleneck, load_model, load_tokenizer, save_trained
 from fs_fwdllm.model.trainable_parts import PARTS
 from tests.model.test_bottleneck import logits, shake
 from tests.model.test_trainable_parts import cases, impossible

@@ -19,6 +19,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
 from fs_fwdllm.estimator.base import stack_directions
 from fs_fwdllm.model import load_model, load_tokenizer
+from fs_fwdllm.model.inputs import batch_on
 from fs_fwdllm.model.objective import Objective
 from tests.estimator.models import KEYS
 from tests.model.tiny import DISENTANGLED, ENCODERS, VOCABULARY, save_tiny_model, tiny_batch, tiny_config
@@ -201,7 +202,7 @@ def test_a_batch_without_any_answer_does_not_spoil_the_prefix_cache(tmp_path):
 
 def test_only_a_batch_with_segments_has_them_moved():
     batch = Batch(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long), torch.zeros(1))
-    assert batch.to("cpu").token_type_ids is None
+    assert batch_on("cpu", batch).token_type_ids is None
     assert max(LABEL_TOKENS) < VOCABULARY
 
 

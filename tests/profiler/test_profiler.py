@@ -14,7 +14,7 @@ from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.profiler import Budget, Candidate, Measured, candidates_for, measure, rank
 from fs_fwdllm.profiler.report import write_profile
 from fs_fwdllm.profiler.run import run_profile
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 from tests.host.small import World
 
 FORWARD = {"federate.method": "fedfwd", "trainer.type": "fwdtrainer", "fwdllm.probes": 4, "fwdllm.prefix_cache_mib": 0}

@@ -2,8 +2,8 @@
 
 FederatedScope reads the YAML, loads and splits the data, owns the processes and the messages, evaluates, logs, stops
 early and saves. What a round computes is the same as everywhere: the server's worker holds a
-:class:`~fs_fwdllm.run.driver.RunDriver`, a client's worker calls :func:`~fs_fwdllm.run.driver.answer`, and the two
-exchange our frames as one text field of the host's messages.
+:class:`~fs_fwdllm.running.driver.RunDriver`, a client's worker calls :func:`~fs_fwdllm.running.driver.answer`, and the
+two exchange our frames as one text field of the host's messages.
 
 There are two ways in. ``fs-fwdllm hook install PATH`` adds one guarded file (:mod:`.hook_file`) to a checkout, after
 which the host's own ``python federatedscope/main.py --cfg FILE`` knows us. ``python -m fs_fwdllm.host.federatedscope

@@ -21,7 +21,7 @@ from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, dispatch, frame_in, next_message, reachable
-from fs_fwdllm.run.driver import answer, follow
+from fs_fwdllm.running.driver import answer, follow
 
 __all__ = ["FwdLLMClient"]
 

@@ -27,8 +27,8 @@ from fs_fwdllm.host.federatedscope import HOST, RUN_FOLDER
 from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
-from fs_fwdllm.run.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
+from fs_fwdllm.running.session import Session
 
 __all__ = [
     "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",

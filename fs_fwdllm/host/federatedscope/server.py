@@ -1,4 +1,4 @@
-"""The host's server worker: its messages, evaluation and files around a :class:`~fs_fwdllm.run.driver.RunDriver`.
+"""The host's server worker: its messages, evaluation and files around a :class:`~fs_fwdllm.running.driver.RunDriver`.
 
 A round is opened by sending every drawn client its frame as text, and closed when all have answered or its deadline is
 over. Evaluation is the host's: clients (or the server, with ``federate.make_global_eval``) evaluate, the host merges,
@@ -28,7 +28,7 @@ from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
 from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.transport import dispatch, frame_in, next_message
-from fs_fwdllm.run.driver import RunDriver
+from fs_fwdllm.running.driver import RunDriver
 
 __all__ = ["FwdLLMServer"]
 

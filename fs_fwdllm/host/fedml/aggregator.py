@@ -16,9 +16,9 @@ from fs_fwdllm.host.fedml.payload import Orders, pack_orders, unpack_answers
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.checkpoint import Checkpoint
-from fs_fwdllm.run.driver import RunDriver
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.checkpoint import Checkpoint
+from fs_fwdllm.running.driver import RunDriver
+from fs_fwdllm.running.session import Session
 
 __all__ = ["FwdLLMAggregator", "RunStart"]
 
@@ -103,7 +103,7 @@ class FwdLLMAggregator(ServerAggregator):
         """Close the round with one payload of every silo, in order of silos; the payloads of the next round.
 
         Raises:
-            FwdLLMError: as :meth:`fs_fwdllm.run.driver.RunDriver.close_round`.
+            FwdLLMError: as :meth:`fs_fwdllm.running.driver.RunDriver.close_round`.
         """
         return self.close_round({silo: payload for silo, (_, payload) in enumerate(raw_client_model_or_grad_list)})
 

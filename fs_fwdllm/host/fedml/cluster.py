@@ -32,7 +32,7 @@ from fs_fwdllm.host.supervise import Processes, wait_until
 from fs_fwdllm.method import check_combination
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
-from fs_fwdllm.run.driver import read_own_checkpoint
+from fs_fwdllm.running.driver import read_own_checkpoint
 
 __all__ = ["explain_failure", "resume", "run", "write_addresses"]
 
@@ -51,7 +51,7 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     Raises:
         ConfigError: the file, or an override, is not usable.
         HostError: FedML is not usable here, or a process failed; the message has its name and traceback.
-        FwdLLMError: as :func:`fs_fwdllm.run.local.run`; the last checkpoint stays valid whatever happens.
+        FwdLLMError: as :func:`fs_fwdllm.running.local.run`; the last checkpoint stays valid whatever happens.
     """
     settings = read_settings(Path(path), overrides)
     check_combination(settings.config)

@@ -13,7 +13,7 @@ from typing import Any
 from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import DataError
 from fs_fwdllm.host.placement import Placement
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 
 __all__ = ["SiloData", "make_dataset"]
 

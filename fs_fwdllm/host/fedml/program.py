@@ -22,9 +22,9 @@ from fs_fwdllm.host.fedml.trainer import FwdLLMTrainer
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.driver import read_own_checkpoint
-from fs_fwdllm.run.sampling import clients_per_round
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.driver import read_own_checkpoint
+from fs_fwdllm.running.sampling import clients_per_round
+from fs_fwdllm.running.session import Session
 
 __all__ = ["Program", "build", "init"]
 

@@ -10,8 +10,8 @@ from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, unpack_orders
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.method import assemble_worker
-from fs_fwdllm.run.driver import answer, follow
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.driver import answer, follow
+from fs_fwdllm.running.session import Session
 
 __all__ = ["FwdLLMTrainer"]
 

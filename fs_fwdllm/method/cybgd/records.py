@@ -25,10 +25,6 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _are_frames(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(frame, bytes) for frame in value)
-
-
 def _are_numbers(value: object) -> bool:
     return isinstance(value, tuple) and all(type(number) is int and 0 <= number < 1 << 32 for number in value)
 
@@ -106,7 +102,7 @@ class BlockModel(Record):
     """Server to client: every block that has changed since the start, as frames of :class:`BlockValues`."""
 
     kind: ClassVar[int] = 19
-    checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {"frames": _are_frames}
+    carries: ClassVar[str] = "frames"
     round_index: int
     digest: bytes
     frames: tuple[bytes, ...]
@@ -128,8 +124,9 @@ class BlockDelta(ClientUpdate):
     kind: ClassVar[int] = 20
     payload_dtype: ClassVar[str] = "|u1"
     checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {
-        "versions": _are_numbers, "form": _is_text, "compressed": _is_flag, "states": _are_frames
+        "versions": _are_numbers, "form": _is_text, "compressed": _is_flag
     }  # fmt: skip
+    carries: ClassVar[str] = "states"
     block: int
     versions: tuple[int, ...]
     digest_start: bytes

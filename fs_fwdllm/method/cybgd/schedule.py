@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fs_fwdllm.data import seeded_permutation
+from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.errors import ConfigError
 
 __all__ = ["CycleSchedule", "Order", "Visit"]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode
-from fs_fwdllm.data import seeded_permutation
 from fs_fwdllm.errors import UpdateRejected, WireError
 from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors

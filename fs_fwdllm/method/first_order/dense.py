@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class _DenseServer(ReplayServer):
         total = np.zeros(self.trainables.count, dtype=np.float32)
         for update, weight in zip(accepted, weights, strict=True):
             total += update.values * np.float32(weight)
-        return [piece.to(self.trainables.device) for piece in self.trainables.split_flat(total)]
+        return self.trainables.split_flat(total)
 
     def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> None:
         self.replayer.move(lambda: self._apply(self._weighted_sum(accepted, weights)))
@@ -164,7 +165,12 @@ class GradientServer(_DenseServer):
 
     def __init__(self, replayer: Replayer, settings: ServerSettings, make_optimizer: OptimizerFactory) -> None:
         super().__init__(replayer, settings)
-        self._optimizer = make_optimizer(self.trainables, settings.schedule(0))
+        self._make_optimizer = make_optimizer
+
+    @cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Made for the first step."""
+        return self._make_optimizer(self.trainables, self.settings.schedule(0))
 
     def _apply(self, mean: Sequence[torch.Tensor]) -> None:
         for tensor, gradient in zip(self.trainables.tensors, mean, strict=True):

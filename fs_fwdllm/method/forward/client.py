@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.core.arrays import Array
+from fs_fwdllm.core.direction import REFERENCE_SEED, AimedDirections, DirectionKey
 from fs_fwdllm.core.replay import Contributions, add_contributions
 from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
@@ -16,7 +16,7 @@ from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.estimator import Estimator, Slopes
 from fs_fwdllm.method.client import BatchSettings
-from fs_fwdllm.method.forward.directed_sampling import REFERENCE_SEED, AimedDirections, residual_slopes
+from fs_fwdllm.method.forward.directed_sampling import residual_slopes
 from fs_fwdllm.method.probing import ProbingWorker
 from fs_fwdllm.method.replica import Replica, chosen_seeds
 from fs_fwdllm.model.objective import Objective
@@ -78,7 +78,7 @@ class LookingWorker(ProbingWorker):
         distribution = self.replica.replayer.distribution
         return replace(slopes, values=residual_slopes(slopes.values, drawn, self._reference(), scale, distribution))
 
-    def _reference(self) -> list[torch.Tensor]:
+    def _reference(self) -> list[Array]:
         reference = self.replica.replayer.reference
         if reference is None:
             raise DivergenceError("the server asks for a look along a reference that this client does not have")
@@ -87,7 +87,7 @@ class LookingWorker(ProbingWorker):
     def _dense_estimate(self, assignment: Assignment, measured: Sequence[Slopes]) -> np.ndarray:
         """The pooled gradient estimate as one vector."""
         replayer = self.replica.replayer
-        estimate = [torch.zeros_like(tensor.detach()) for tensor in self.trainables.tensors]
+        estimate = self.trainables.zeros_like()
         for step, slopes in enumerate(measured):
             coefficients = slopes.values.astype(np.float64) / (len(slopes.values) * len(measured))
             contributions = Contributions(self.seeds(assignment, step), coefficients.astype(np.float32))

@@ -35,18 +35,16 @@ reference the step contains, one more scalar, and replay stays exact: products `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
-from fs_fwdllm.core.direction import DirectionKey, Distribution, direction_seed
+from fs_fwdllm.core.arrays import Array, arrays_of, count_of, squared_norm
+from fs_fwdllm.core.direction import DirectionKey, Distribution, candidate_seed
 from fs_fwdllm.core.replay import DEFAULT_CHUNK
 from fs_fwdllm.core.seeding import seeded_permutation
 
 __all__ = [
-    "AimedDirections",
-    "candidate_seed",
     "choose_candidates",
     "deal",
     "projections",
@@ -54,94 +52,34 @@ __all__ = [
     "residual_slopes",
 ]
 
-#: Names the reference where a direction's seed is expected; outside the range of seeds.
-REFERENCE_SEED = -1
-#: Owner of the candidates of a round, where a client stands in a direction's name.
-_POOL = -1
 #: Elements of the block of directions that is held at once.
 _BLOCK_ELEMENTS = 1 << 21
 
 
-class AimedDirections(Distribution):
-    """Directions of which some were chosen from candidates, or are the reference itself.
-
-    Attributes:
-        chosen: ``{seed: seed of the chosen candidate, per tensor}``; other seeds mean what they always do.
-    """
-
-    name = "aimed"
-    portable = False
-
-    def __init__(self, drawn: Distribution, chosen: Mapping[int, Sequence[int]] | None = None) -> None:
-        self.drawn = drawn
-        self.chosen: Mapping[int, Sequence[int]] = chosen or {}
-        self._reference: Sequence[torch.Tensor] = ()
-        self._scale = 0.0
-
-    def look_along(self, reference: Sequence[torch.Tensor], scale: float) -> None:
-        """From now on :data:`REFERENCE_SEED` is ``scale * reference``."""
-        self._reference, self._scale = reference, scale
-
-    def values(
-        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, device: torch.device | str = "cpu"
-    ) -> torch.Tensor:
-        if not any(key.seed == REFERENCE_SEED for key in keys):
-            return self.drawn.values([self._candidate(key, tensor_id) for key in keys], tensor_id, start, count, device)
-        rows = [self._row(key, tensor_id, start, count, device) for key in keys]
-        return torch.stack(rows)
-
-    def _row(
-        self, key: DirectionKey, tensor_id: int, start: int, count: int, device: torch.device | str
-    ) -> torch.Tensor:
-        if key.seed != REFERENCE_SEED:
-            key = self._candidate(key, tensor_id)
-            return self.drawn.values([key], tensor_id, start, count, device)[0].to(torch.float32)
-        part = self._reference[tensor_id].view(-1)[start : start + count]
-        return (part * float(np.float32(self._scale))).to(device)
-
-    def _candidate(self, key: DirectionKey, tensor_id: int) -> DirectionKey:
-        seeds = self.chosen.get(key.seed)
-        return key if seeds is None else DirectionKey(key.run_seed, seeds[tensor_id])
-
-
-def candidate_seed(round_index: int, index: int) -> int:
-    """The seed of a candidate, ``index`` counting through all candidates of a round."""
-    return direction_seed(round_index, _POOL, 0, index)
-
-
-def squared_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """``|v|^2`` of a vector in pieces, in float64."""
-    return math.fsum(float(tensor.detach().double().square().sum()) for tensor in tensors)
-
-
-def reference_scale(reference: Sequence[torch.Tensor]) -> float:
+def reference_scale(reference: Sequence[Array]) -> float:
     """``sqrt(d) / |r|``: along the reference one looks as far as along any other direction. Zero for ``r = 0``."""
     squared = squared_norm(reference)
-    return math.sqrt(sum(tensor.numel() for tensor in reference) / squared) if squared else 0.0
+    return math.sqrt(sum(map(count_of, reference)) / squared) if squared else 0.0
 
 
-@torch.no_grad()
-def projections(
-    keys: Sequence[DirectionKey], vector: torch.Tensor, tensor_id: int, distribution: Distribution
-) -> np.ndarray:
+def projections(keys: Sequence[DirectionKey], vector: Array, tensor_id: int, distribution: Distribution) -> np.ndarray:
     """``z . v`` and ``z . z`` for one tensor's part of every direction, float64 ``[2, len(keys)]``; chunked."""
-    flat = vector.reshape(-1)
+    arrays = arrays_of(vector)
+    flat = arrays.flat(vector)
     sums = np.zeros((2, len(keys)))
-    for start in range(0, flat.numel(), DEFAULT_CHUNK):
-        part = flat[start : start + DEFAULT_CHUNK].to(torch.float32)
-        rows = max(1, _BLOCK_ELEMENTS // part.numel())
+    for start in range(0, len(flat), DEFAULT_CHUNK):
+        part = arrays.as_float32(flat[start : start + DEFAULT_CHUNK])
+        rows = max(1, _BLOCK_ELEMENTS // len(part))
         for first in range(0, len(keys), rows):
-            block = distribution.values(keys[first : first + rows], tensor_id, start, part.numel(), part.device)
-            block = block.to(torch.float32)
-            sums[0, first : first + rows] += (block @ part).double().cpu().numpy()
-            sums[1, first : first + rows] += block.square().sum(1).double().cpu().numpy()
+            block = distribution.values(keys[first : first + rows], tensor_id, start, len(part), arrays)
+            sums[:, first : first + rows] += arrays.products(block, part)
     return sums
 
 
 def residual_slopes(
     slopes: np.ndarray,
     keys: Sequence[DirectionKey],
-    reference: Sequence[torch.Tensor],
+    reference: Sequence[Array],
     scale: float,
     distribution: Distribution,
 ) -> np.ndarray:
@@ -154,7 +92,7 @@ def residual_slopes(
         float32 ``[probes]``: ``g_k - b . z_k``, and the last slope as it was.
     """
     along = sum(projections(keys, part, index, distribution)[0] for index, part in enumerate(reference))
-    count = sum(part.numel() for part in reference)
+    count = sum(map(count_of, reference))
     explained = float(slopes[-1]) * scale / count * np.asarray(along)
     return np.append(slopes[:-1].astype(np.float64) - explained, slopes[-1]).astype(np.float32)
 
@@ -163,14 +101,14 @@ def choose_candidates(
     round_index: int,
     count: int,
     candidates: int,
-    reference: Sequence[torch.Tensor],
+    reference: Sequence[Array],
     run_seed: int,
     distribution: Distribution,
 ) -> np.ndarray:
     """The best ``count`` of ``count * candidates`` directions by signed cosine, tensor by tensor.
 
     Returns:
-        uint32 ``[count, tensors]``: indices of candidates (see :func:`candidate_seed`), best first.
+        uint32 ``[count, tensors]``: the ``index`` of candidates in :func:`candidate_seed`, best first.
     """
     keys = [DirectionKey(run_seed, candidate_seed(round_index, index)) for index in range(count * candidates)]
     columns = []

@@ -40,11 +40,10 @@ from typing import Literal
 
 import numpy as np
 
-from fs_fwdllm.core.direction import Rademacher
+from fs_fwdllm.core.arrays import squared_norm
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables, public_name
 from fs_fwdllm.errors import ConfigError, nearest
-from fs_fwdllm.method.forward.directed_sampling import squared_norm
 from fs_fwdllm.method.forward.pool import Pool
 
 __all__ = [
@@ -100,9 +99,8 @@ class RelativeVariance(GateStatistic):
 
 
 def probe_spread(replayer: Replayer) -> float:
-    """``E|g z - grad|^2 / |grad|^2`` of one probe: ``d - 1`` for signs, ``d + 1`` for normal directions."""
-    signs = isinstance(replayer.distribution, Rademacher)
-    return replayer.trainables.count + (-1.0 if signs else 1.0)
+    """``E|g z - grad|^2 / |grad|^2`` of one probe, which the distribution knows."""
+    return replayer.distribution.spread(replayer.trainables.count)
 
 
 def tensor_ids(trainables: Trainables, name: str) -> list[int] | None:

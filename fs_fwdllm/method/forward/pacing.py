@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from fs_fwdllm.config.schema import FwdllmConfig, GateConfig
+from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import Assignment
@@ -74,7 +74,7 @@ class DirectedSampling:
         dealt = deal(choices, shares, replayer.run_seed, round_index)
         return {client: replace(work, choices=dealt[client]) for client, work in assigned.items()}
 
-    def choose(self, round_index: int, count: int, wanted: Sequence[torch.Tensor], replayer: Replayer) -> np.ndarray:
+    def choose(self, round_index: int, count: int, wanted: Sequence[Array], replayer: Replayer) -> np.ndarray:
         """The candidates that look most along ``wanted``, uint32 ``[count, tensors]``."""
         return choose_candidates(round_index, count, self.candidates, wanted, replayer.run_seed, replayer.distribution)
 

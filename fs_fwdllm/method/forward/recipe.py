@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fs_fwdllm.config.schema import Config
+from fs_fwdllm.core.direction import AimedDirections
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.client import ClientWorker
 from fs_fwdllm.method.first_order.dense import GradientServer, optimizer_factory
 from fs_fwdllm.method.forward.client import LookingWorker
-from fs_fwdllm.method.forward.directed_sampling import AimedDirections
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.server import PooledServer
 from fs_fwdllm.method.parts import Parts, Recipe

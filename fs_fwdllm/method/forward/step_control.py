@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from fs_fwdllm.core.arrays import squared_norm
 from fs_fwdllm.core.replay import Replayer
-from fs_fwdllm.method.forward.directed_sampling import squared_norm
 from fs_fwdllm.method.forward.pool import Pool
 
 __all__ = ["STEP_CONTROLS", "StepControl", "norm_of", "normalised", "plain", "trust_ratio"]

@@ -11,7 +11,7 @@ from fs_fwdllm.config import load_config
 from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.host.supervise import free_ports
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run import local
+from fs_fwdllm.running import local
 from tests.host.federatedscope.participants import Participant, Starter
 from tests.host.small import World, read_jsonl
 

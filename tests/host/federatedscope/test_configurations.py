@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fs_fwdllm.run.local import run_file
+from fs_fwdllm.running.local import run_file
 from tests.host.federatedscope.participants import Starter
 from tests.host.small import read_jsonl
 from tests.model.tiny import save_tiny_model

@@ -162,7 +162,7 @@ def test_optional_packages_of_the_host_may_be_missing(world: World, launcher: St
 #: Counts models, and every attempt to pickle one.
 _SPY = """
 import atexit, pickle
-import fs_fwdllm.run.session as session
+from fs_fwdllm.running import session
 import torch
 made, pickled = [], []
 load, real = session.load_model, pickle.dumps

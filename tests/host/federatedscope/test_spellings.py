@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fs_fwdllm.config import load_config
-from fs_fwdllm.run import local
+from fs_fwdllm.running import local
 from tests.host.federatedscope.federation import Federation, Outcome, outcome_of, write_config
 from tests.host.federatedscope.participants import Starter
 from tests.host.fixtures import models, world

@@ -23,7 +23,7 @@ _HEAVY = (
     "federatedscope.core.cmd_args", "federatedscope.core.auxiliaries.data_builder",
     "federatedscope.core.auxiliaries.worker_builder", "federatedscope.core.auxiliaries.runner_builder",
     "federatedscope.llm.dataloader", "federatedscope.llm.trainer.trainer", "pympler.asizeof",
-    "fs_fwdllm.run.driver", "fs_fwdllm.report",
+    "fs_fwdllm.running.driver", "fs_fwdllm.report",
 )  # fmt: skip
 
 

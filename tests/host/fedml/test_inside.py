@@ -21,8 +21,8 @@ from fs_fwdllm.host.fedml.payload import pack_answers, unpack_answers, unpack_or
 from fs_fwdllm.host.fedml.settings import read_settings
 from fs_fwdllm.method import ClientWorker
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.local import resume as resume_locally
-from fs_fwdllm.run.local import run as run_locally
+from fs_fwdllm.running.local import resume as resume_locally
+from fs_fwdllm.running.local import run as run_locally
 from tests.host.fedml.federation import CASES, FedMLWorld, comparable
 from tests.host.small import read_jsonl
 

@@ -24,7 +24,7 @@ from fs_fwdllm.host.fedml.payload import Orders, pack_answers, pack_orders, unpa
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.session import Session
 from tests.host.fedml.federation import FedMLWorld
 
 FRAMES = st.dictionaries(st.integers(1, 1000), st.binary(max_size=40), max_size=5)

@@ -25,7 +25,7 @@ from fs_fwdllm.host.fedml import resume, run
 from fs_fwdllm.host.fedml.guard import is_running
 from fs_fwdllm.host.supervise import wait_until
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.local import run as run_locally
+from fs_fwdllm.running.local import run as run_locally
 from tests.host.fedml.federation import FedMLWorld, comparable, digests, inject
 
 pytestmark = pytest.mark.fedml

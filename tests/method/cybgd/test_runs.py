@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run import local
-from fs_fwdllm.run.checkpoint import read_checkpoint
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running import local
+from fs_fwdllm.running.checkpoint import read_checkpoint
+from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, Federation, World, read_jsonl
 from tests.method.cybgd.settings import blocks
 

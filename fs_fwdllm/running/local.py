@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from fs_fwdllm.config import Config, load_config
 from fs_fwdllm.method import assemble_worker
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.run.driver import RunDriver, answer, read_own_checkpoint
-from fs_fwdllm.run.sampling import clients_per_round
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
+from fs_fwdllm.running.sampling import clients_per_round
+from fs_fwdllm.running.session import Session
 
 if TYPE_CHECKING:
-    from fs_fwdllm.run.checkpoint import Checkpoint
+    from fs_fwdllm.running.checkpoint import Checkpoint
 
 __all__ = ["resume", "run", "run_file"]
 

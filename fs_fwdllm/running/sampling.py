@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.data import seeded_permutation
+from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.errors import ConfigError
 
 __all__ = ["clients_per_round", "sample_clients"]

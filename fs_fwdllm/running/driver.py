@@ -24,10 +24,10 @@ from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import CheckpointError, WireError
 from fs_fwdllm.method import ClientWorker, RoundReport, RoundServer, assemble_server
 from fs_fwdllm.report import RunFolder, RunReporter
-from fs_fwdllm.run.accounting import Accounting
-from fs_fwdllm.run.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
-from fs_fwdllm.run.sampling import clients_per_round, sample_clients
-from fs_fwdllm.run.session import Session
+from fs_fwdllm.running.accounting import Accounting
+from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
+from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.session import Session
 
 __all__ = ["RunDriver", "answer", "choose_clients", "follow", "read_own_checkpoint"]
 
