@@ -139,3 +139,31 @@ def test_the_core_and_the_configuration_load_without_torch(module: str) -> None:
     names = {alias.name for node in loaded if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in loaded if isinstance(node, ast.ImportFrom)}
     assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "peft"}
+
+
+def private_names(path: Path) -> list[str]:
+    """Names with an underscore that a file takes from somebody else."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fs_fwdllm"):
+            found += [alias.name for alias in node.names if _is_private(alias.name)]
+        elif isinstance(node, ast.Attribute) and _is_private(node.attr):
+            owner = node.value
+            if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls", "os", "sys")):
+                found.append(f"{ast.unparse(node)} (line {node.lineno})")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += re.findall(r"^fs_fwdllm[\w.]*\._(?!_)\w+$", node.value)
+    return found
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in ("_replace", "_asdict")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in ("tests", "benchmarks", "examples", "docs") for path in (PACKAGE.parent / folder).rglob("*.py")],
+    ids=lambda path: str(path.relative_to(PACKAGE.parent)),
+)
+def test_nobody_outside_calls_a_private_name(path: Path) -> None:
+    assert private_names(path) == []
