@@ -162,7 +162,11 @@ def _is_private(name: str) -> bool:
 
 @pytest.mark.parametrize(
     "path",
-    [path for folder in ("tests", "benchmarks", "examples", "docs") for path in (PACKAGE.parent / folder).rglob("*.py")],
+    [
+        path
+        for folder in ("tests", "benchmarks", "examples", "docs")
+        for path in (PACKAGE.parent / folder).rglob("*.py")
+    ],
     ids=lambda path: str(path.relative_to(PACKAGE.parent)),
 )
 def test_nobody_outside_calls_a_private_name(path: Path) -> None:
