@@ -138,7 +138,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("comparison.png"),
 ) -> None:
-    """Lay several runs over each other: one picture, one table."""
+    """Compare several runs: one picture, one table."""
     from fs_fwdllm.report import compare_runs
 
     picture, table = compare_runs(runs, output)
