@@ -63,7 +63,7 @@ class Shell:
 
 def config_of(command: list[str]) -> Config:
     assert command[:2] == ["run", "--cfg"]
-    config = load_config(ROOT / command[2], command[3:])
+    config = load_config(command[2], command[3:])
     check_combination(config)
     return config
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fs_fwdllm.config.load import apply_overrides, read_tree
+from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.report.files import write_text_atomically
@@ -216,7 +216,7 @@ def _prepare(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> Clu
     """
     if not arguments:
         raise ConfigError("usage: CONFIG [key value ...]")
-    cfg = Path(arguments[0])
+    cfg = find_config(arguments[0])
     tree = read_tree(cfg)
     apply_overrides(tree, arguments[1:])
     clients = (tree.get("federate") or {}).get("client_num", 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
+from fs_fwdllm.config.load import find_config
 from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
 from fs_fwdllm.host.fedml.guard import begin_guarded, name_of
 from fs_fwdllm.host.fedml.installation import import_fedml
@@ -146,7 +147,7 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
     from fs_fwdllm.host.fedml.program import build, init
 
     role = "server" if rank == 0 else "client"
-    own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": given.cf}
+    own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": str(find_config(given.cf, "--cf"))}
     args = SimpleNamespace(**{**settings.args, **own})
     if settings.args["backend"] == "GRPC":
         address = server_address(settings)
