@@ -21,7 +21,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgpack
 import numpy as np
@@ -198,7 +198,7 @@ def encode(record: Record) -> bytes:
     """The frame of a record."""
     payload = record.values.tobytes()
     header = [getattr(record, item.name) for item in _header_fields(type(record))]
-    packed = msgpack.packb([record.kind, *header, len(record.values), zlib.crc32(payload)], use_bin_type=True)
+    packed: bytes = msgpack.packb([record.kind, *header, len(record.values), zlib.crc32(payload)], use_bin_type=True)
     if len(packed) < 1 << 16:
         return _PREFIX.pack(_MAGIC, _VERSION, len(packed)) + packed + payload
     # A long header (an assignment that carries catch-up frames): length 0 announces a 32-bit length.
@@ -251,7 +251,7 @@ def _split(frame: bytes) -> tuple[memoryview, memoryview]:
     return view[start : start + length], view[start + length :]
 
 
-def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
+def _header_fields(record_type: type[Record]) -> list[dataclasses.Field[Any]]:
     return [item for item in dataclasses.fields(record_type) if item.name != "values"]
 
 

@@ -66,7 +66,7 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         """The predicted peak."""
-        total = sum(getattr(self, item.name) for item in fields(self))
+        total: int = sum(getattr(self, item.name) for item in fields(self))
         return total - min(self.work_bytes, self.evaluation_bytes)
 
 

@@ -301,7 +301,8 @@ class RoundServer(ABC):
         samples = np.array([update.samples for update in accepted], dtype=np.float64)
         if self.settings.equal_weights:
             samples = np.ones_like(samples)
-        return samples / samples.sum()
+        weights: np.ndarray = samples / samples.sum()
+        return weights
 
     def _report(self, accepted: list[ClientUpdate], rejected: dict[int, str]) -> RoundReport:
         samples = sum(update.samples for update in accepted)
