@@ -64,6 +64,7 @@ def test_what_only_resembles_a_name_is_refused(given: str) -> None:
         find_config(given)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_name() -> None:
     result = CliRunner().invoke(app, ["plan", "--cfg", "demo", "federate.total_round_num", "2"])
     assert result.exit_code == 0, result.output

@@ -18,6 +18,8 @@ from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.host.federatedscope import cluster as clusters
 from fs_fwdllm.host.federatedscope.cluster import Cluster, process_trees, run_cluster
 
+pytestmark = pytest.mark.slow
+
 #: Reads its configuration, listens if it is the server, then does what ``behaviour`` says of its role.
 _STAND_IN = """
 import json, os, socket, sys, time, yaml
