@@ -143,6 +143,11 @@ class Federation:
             self._own[client] = assemble_worker(Session.open(self.config).parts)
         return self._own[client]
 
+    def restart(self, client: int) -> None:
+        """Let the worker that ``client`` has of its own die; its next one starts from the base model."""
+        assert self._own is not None
+        del self._own[client]
+
     def batches(self, client: int, round_index: int = 0) -> list[Batch]:
         """What the client works on in a round."""
         parts = self.session.parts
