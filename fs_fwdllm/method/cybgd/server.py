@@ -11,7 +11,7 @@ round.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,14 +198,9 @@ class BlockServer(RoundServer):
         assert isinstance(assignment, BlockAssignment)
         return assignment.block
 
-    def judge(self, update: ClientUpdate, accepted: Mapping[int, ClientUpdate]) -> None:
-        assignment = self.assigned.get(update.client)
-        if isinstance(update, BlockDelta) and isinstance(assignment, BlockAssignment):
-            _require_visit(update, assignment)
-        super().judge(update, accepted)
-
     def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
-        assert isinstance(update, BlockDelta)
+        assert isinstance(update, BlockDelta) and isinstance(assignment, BlockAssignment)
+        _require_visit(update, assignment)
         active = self.plan.active(update.block)
         client = update.client
         if update.digest_start != self.store.digest_of_values(active, [self.store.values(part) for part in active]):
