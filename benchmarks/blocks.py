@@ -31,13 +31,15 @@ from step import backprop_step
 from torch import nn
 
 from fs_fwdllm.config import parse_config
+from fs_fwdllm.core.wire import frame_bytes
 from fs_fwdllm.estimator import Backprop
-from fs_fwdllm.method import Parts, assemble_worker
+from fs_fwdllm.method import Parts, assemble_server, assemble_worker
 from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import encode_tensors
-from fs_fwdllm.method.cybgd.forecast import active_parameters, dry_rounds
+from fs_fwdllm.method.cybgd.forecast import BlockAnswers, active_parameters
 from fs_fwdllm.method.cybgd.optimiser import BlockOptimizer, OptimizerSettings
 from fs_fwdllm.method.cybgd.records import BlockAssignment
+from fs_fwdllm.method.cybgd.server import BlockServer
 
 _LLAMA = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 _MIDDLE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -110,7 +112,7 @@ def prepare(kind: str, *, small: bool, rows: int, tokens: int) -> Callable[[], o
             digest_base=digest,
         )
         worker.replica.follow((), digest)
-        return lambda: worker._train(assignment, [batch, batch])
+        return lambda: worker.train(assignment, [batch, batch])
     parts = make_parts(model, method, trained)
     parts.config.train.optimizer.type = "AdamW"
     return backprop_step(parts, batch)
@@ -167,6 +169,18 @@ def print_memory(options: Any) -> None:
     print_table(f"Peak resident memory, batch {options.rows} x {options.tokens} tokens", header, rows)
 
 
+def last_download(parts: Parts) -> int:
+    """Bytes for a client the server has not seen, after two cycles in which every block has changed (by zeros)."""
+    samples = dict.fromkeys(range(1, 65), 16)
+    server = assemble_server(parts, samples)
+    assert isinstance(server, BlockServer)
+    visits = BlockAnswers(server, parts.config)
+    for round_index in range(visits.rounds):
+        assigned = server.assign(round_index, server.wanted_clients(sorted(samples)))
+        server.absorb([visits.answer(given) for given in assigned.values()])
+    return frame_bytes(next(iter(assigned.values())))
+
+
 def print_bytes(options: Any) -> None:
     shape, vocabulary = (_SMALL, 128) if options.quick else (_LLAMA, 16000)
     model = random_model(shape, "bfloat16", vocabulary)
@@ -175,8 +189,7 @@ def print_bytes(options: Any) -> None:
     rows = []
     for name, download in DOWNLOADS.items():
         parts = block_parts(model, schedule="ascending", download=download)
-        *_, last = dry_rounds(parts, dict.fromkeys(range(1, 65), 16))
-        down = last[0][1]
+        down = last_download(parts)
         rows.append((f"down: {name}", f"{down:,}", f"{down / count:.3f}", f"{down / (4 * count):.4f}"))
     block = [parameter.detach() for parameter in model.model.layers[0].parameters()]
     generator = torch.Generator().manual_seed(1)

@@ -21,7 +21,8 @@ from fs_fwdllm.config import parse_config
 from fs_fwdllm.core.wire import Assignment
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.method import ClientWorker, Parts, assemble_worker
+from fs_fwdllm.method import Parts, assemble_worker
+from fs_fwdllm.method.forward.client import LookingWorker
 from fs_fwdllm.model.source import model_source
 from fs_fwdllm.model.trainable_parts import Request, attach
 
@@ -49,10 +50,12 @@ def make_encoder(quick: bool) -> tuple[str, nn.Module]:
         return "random BERT", transformers.BertForSequenceClassification(settings).eval()
 
 
-def make_worker(model: nn.Module, probes_per_batch: int, cache_mib: int) -> ClientWorker:
+def make_worker(model: nn.Module, probes_per_batch: int, cache_mib: int) -> LookingWorker:
     own = {"probes": 1000, "probes_per_batch": probes_per_batch, "prefix_cache_mib": cache_mib, "radius": 0.01}
     config = parse_config({"federate": {"method": "fedfwd"}, "fwdllm": own})
-    return assemble_worker(Parts.build(config, model, "classification", 0, full=False))
+    worker = assemble_worker(Parts.build(config, model, "classification", 0, full=False))
+    assert isinstance(worker, LookingWorker)
+    return worker
 
 
 def make_batch() -> Batch:
@@ -62,10 +65,10 @@ def make_batch() -> Batch:
     return Batch(input_ids, np.ones_like(input_ids), labels, key="benchmark")
 
 
-def probing(worker: ClientWorker, batch: Batch, probes: int) -> Callable[[], np.ndarray]:
+def probing(worker: LookingWorker, batch: Batch, probes: int) -> Callable[[], np.ndarray]:
     """Measure ``probes`` slopes, the same ones every time."""
     assignment = Assignment(0, 1, worker.replica.digest, 0.0, 1, probes, batch_index=0)
-    return lambda: worker._measure(assignment, [batch], last_move=False)[0].values
+    return lambda: worker.measure(assignment, [batch])[0].values
 
 
 def main() -> None:

@@ -29,6 +29,9 @@ from torch import nn
 from fs_fwdllm.core.wire import Assignment
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.method import Parts, assemble_worker
+from fs_fwdllm.method.first_order.dense import BackpropWorker
+from fs_fwdllm.method.forward.client import LookingWorker
+from fs_fwdllm.method.mezo.client import SteppingWorker
 from fs_fwdllm.model.inputs import batch_on
 
 _LEARNING_RATE = 1e-7  # the parameters stay where they are, whatever the number of repetitions
@@ -57,7 +60,10 @@ def worker_step(parts: Parts, batch: Batch, probes: int = 1) -> Callable[[], obj
     def run() -> object:
         index = next(rounds)
         assignment = Assignment(index, 1, worker.replica.digest, _LEARNING_RATE, 1, probes, batch_index=index)
-        return worker._measure(assignment, [batch], last_move=True)
+        if isinstance(worker, SteppingWorker):
+            return worker.descend(assignment, [batch], last_move=True)
+        assert isinstance(worker, LookingWorker)
+        return worker.measure(assignment, [batch])
 
     return run
 
@@ -65,7 +71,8 @@ def worker_step(parts: Parts, batch: Batch, probes: int = 1) -> Callable[[], obj
 def backprop_step(parts: Parts, batch: Batch) -> Callable[[], object]:
     """Forward, backward and an SGD step."""
     worker = assemble_worker(parts)
-    return lambda: worker._descend(_LEARNING_RATE, [batch], worker._make_optimizer)
+    assert isinstance(worker, BackpropWorker)
+    return lambda: worker.descend(_LEARNING_RATE, [batch])
 
 
 def published_step(model: nn.Module, batch: Batch) -> Callable[[], object]:

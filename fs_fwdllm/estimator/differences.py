@@ -76,10 +76,15 @@ class _PerturbedLosses:
 
 
 class _Difference(Estimator):
-    """What both differences share: a radius, and losses at perturbed points."""
+    """What both differences share: a radius, and losses at perturbed points.
+
+    Attributes:
+        perturbation: how a perturbed point is reached.
+    """
 
     def __init__(self, perturbation: Perturbation, radius: float | Radius, probes_per_batch: int = 1) -> None:
         self._radius = radius if isinstance(radius, Radius) else Radius(radius)
+        self.perturbation = perturbation
         self._losses = _PerturbedLosses(perturbation, probes_per_batch)
 
     @classmethod
@@ -121,7 +126,7 @@ class CentralDifference(_Difference):
         return max(probes, 2)  # 2 batches both points of a single probe
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
-        radius = self._radius.at(self._losses.perturbation.trainables)
+        radius = self._radius.at(self.perturbation.trainables)
         losses = _to_host(self._losses.evaluate(batch_loss, keys, (radius, -radius)))
         values = (losses[0] - losses[1]) / (2.0 * radius)
         passes = self.passes(len(keys), self._losses.probes_per_batch)
@@ -138,7 +143,7 @@ class OneSidedDifference(_Difference):
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
         with torch.no_grad():
             clean = batch_loss.here()
-        radius = self._radius.at(self._losses.perturbation.trainables)
+        radius = self._radius.at(self.perturbation.trainables)
         perturbed = self._losses.evaluate(batch_loss, keys, (radius,))[0]
         losses = _to_host(torch.cat([clean.reshape(1), perturbed]))
         values = (losses[1:] - losses[0]) / radius

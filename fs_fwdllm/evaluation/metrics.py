@@ -24,7 +24,7 @@ from fs_fwdllm.evaluation.answers import BestSpans, judge
 from fs_fwdllm.evaluation.generation import generate_answers
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate"]
+__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "of_classes"]
 
 _OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
 
@@ -98,7 +98,7 @@ def evaluate(
         if {"exact_match", "f1"} & set(metrics):
             known |= _of_generated(objective, batches, tokenizer)
     else:
-        known |= _of_classes(predicted, actual, metrics, label_names)
+        known |= of_classes(predicted, actual, metrics, label_names)
     return {name: known[name] for name in ("loss", *metrics)}
 
 
@@ -114,9 +114,16 @@ def _of_generated(objective: Objective, batches: Sequence[Batch], tokenizer: Any
     return judge(answers, gold)
 
 
-def _of_classes(
+def of_classes(
     predicted: np.ndarray, actual: np.ndarray, wanted: Sequence[str], label_names: Sequence[str]
 ) -> dict[str, Any]:
+    """The metrics of a classification.
+
+    Args:
+        predicted, actual: classes, int ``[rows]``.
+        wanted: the metrics that are computed; others that take time are NaN or empty.
+        label_names: the classes in index order, for ``per_class``.
+    """
     return {
         "accuracy": float(accuracy_score(actual, predicted)),
         "majority_accuracy": float(np.bincount(actual).max() / len(actual)),

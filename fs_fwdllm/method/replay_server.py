@@ -51,8 +51,8 @@ class ReplayServer(RoundServer):
         self.round_index = self._next_round = round_index
         rates = self._rates.rates(self.settings.schedule(round_index), round_index, clients)
         given = {client: self._assignment(client, rates[client]) for client in sorted(clients)}
-        self._assigned = self._equip(given)
-        return dict(self._assigned)
+        self.assigned = self._equip(given)
+        return dict(self.assigned)
 
     def _assignment(self, client: int, learning_rate: float) -> Assignment:
         plan = self.settings.plans[client]
@@ -72,9 +72,9 @@ class ReplayServer(RoundServer):
         return assigned
 
     def reassign(self, client: int) -> Assignment:
-        given = self._assigned[client]
-        self._assigned[client] = replace(given, catch_up=self._catch_up.frames_for(client, self.dense_frame))
-        return self._assigned[client]
+        given = self.assigned[client]
+        self.assigned[client] = replace(given, catch_up=self._catch_up.frames_for(client, self.dense_frame))
+        return self.assigned[client]
 
     def current_state_for(self, client: int) -> Assignment:
         return Assignment(

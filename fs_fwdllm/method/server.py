@@ -91,6 +91,7 @@ class RoundServer(ABC):
         trainables: the server's own.
         round_index: the round that is open, or was closed last.
         failed_rounds: rounds in a row without a usable update.
+        assigned: the assignments of that round, by client.
     """
 
     #: The record a client of this method answers with.
@@ -103,7 +104,7 @@ class RoundServer(ABC):
         self.settings = settings
         self.round_index = 0
         self.failed_rounds = 0
-        self._assigned: dict[int, Assignment] = {}
+        self.assigned: dict[int, Assignment] = {}
 
     @property
     @abstractmethod
@@ -192,7 +193,7 @@ class RoundServer(ABC):
                 rejected.setdefault(update.client, refusal.reason)
             else:
                 accepted[update.client] = update
-        for client in self._assigned:
+        for client in self.assigned:
             if client not in accepted:
                 rejected.setdefault(client, "no_answer")
         return [accepted[client] for client in sorted(accepted)], rejected
@@ -204,7 +205,7 @@ class RoundServer(ABC):
             UpdateRejected: not; its ``reason`` is a word for reports.
         """
         client = update.client
-        assignment = self._assigned.get(client)
+        assignment = self.assigned.get(client)
         if assignment is None:
             raise UpdateRejected("not_assigned", f"client {client} has no work in round {self.round_index}")
         if client in accepted:
@@ -248,7 +249,7 @@ class RoundServer(ABC):
             digest=self.digest,
             train_loss=train_loss,
             losses={update.client: update.loss for update in accepted},
-            learning_rates={update.client: self._assigned[update.client].learning_rate for update in accepted},
+            learning_rates={update.client: self.assigned[update.client].learning_rate for update in accepted},
             rejected=rejected,
             zero_share=float(np.mean(zeros)) if zeros else 0.0,
             forward_passes=sum(update.forward_passes for update in accepted),

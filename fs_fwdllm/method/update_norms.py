@@ -29,9 +29,9 @@ from fs_fwdllm.core.replay import DEFAULT_CHUNK, Contributions, Replayer, add_co
 __all__ = ["ScalarChange", "dense_distances", "scalar_distances"]
 
 #: Numbers of all clients together in one block (in float32 and float64, with what a replay needs: some 60 MiB).
-_BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 21
 #: Shorter slices would make the calls cost more than the numbers.
-_SHORTEST_SLICE = 1 << 12
+SHORTEST_SLICE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def dense_distances(sizes: Sequence[int], changes: Sequence[np.ndarray]) -> list
 
 def _slices(sizes: Sequence[int], clients: int) -> Iterator[tuple[int, int, int]]:
     """``(tensor id, first element, count)`` of slices whose blocks hold a bounded number of elements."""
-    longest = min(DEFAULT_CHUNK, max(_SHORTEST_SLICE, _BLOCK_ELEMENTS // clients))
+    longest = min(DEFAULT_CHUNK, max(SHORTEST_SLICE, BLOCK_ELEMENTS // clients))
     for tensor_id, size in enumerate(sizes):
         for start in range(0, size, longest):
             yield tensor_id, start, min(longest, size - start)

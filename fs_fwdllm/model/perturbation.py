@@ -69,6 +69,9 @@ class StreamedPerturbation(Perturbation):
     Tensors that no module's own forward pass reads (their owner is only a container) are found in a first pass and
     perturbed for the whole pass instead. Leaving a pass puts every tensor back however the pass ended, by an interrupt
     from the keyboard too.
+
+    Attributes:
+        scratch: where perturbed tensors stand, one flat buffer for each depth of modules that call one another.
     """
 
     def __init__(self, model: nn.Module, trainables: Trainables, distribution: Distribution) -> None:
@@ -77,7 +80,7 @@ class StreamedPerturbation(Perturbation):
         self._active: tuple[DirectionKey, float] | None = None
         self._reached: set[int] = set()
         self._held: list[torch.Tensor] | None = None
-        self._scratch: list[torch.Tensor] = []
+        self.scratch: list[torch.Tensor] = []
         self._open: list[_Moved] = []
         for module in model.modules():
             if any(id(parameter) in self._ids for parameter in module.parameters(recurse=False)):
@@ -135,11 +138,11 @@ class StreamedPerturbation(Perturbation):
 
     def _scratch_for(self, depth: int, count: int) -> torch.Tensor:
         """A buffer per nesting depth, because a module may call another one while its own parameters are in use."""
-        while len(self._scratch) <= depth:
-            self._scratch.append(torch.empty(0, device=self.trainables.device))
-        if self._scratch[depth].numel() < count:
-            self._scratch[depth] = torch.empty(count, device=self.trainables.device)
-        return self._scratch[depth][:count]
+        while len(self.scratch) <= depth:
+            self.scratch.append(torch.empty(0, device=self.trainables.device))
+        if self.scratch[depth].numel() < count:
+            self.scratch[depth] = torch.empty(count, device=self.trainables.device)
+        return self.scratch[depth][:count]
 
 
 def make_perturbation(

@@ -36,6 +36,10 @@ class RunReporter:
         start_round: number of the first round this process will report.
         console: where progress is shown; standard output unless told.
 
+    Attributes:
+        folder: the run folder.
+        sinks: where lines go, ``metrics.jsonl`` first.
+
     Raises:
         ConfigError: a sink the configuration asks for is not installed or refuses.
         CheckpointError: a file of the run cannot be written.
@@ -55,8 +59,8 @@ class RunReporter:
         self._start_round = start_round
         self._last_round = max(start_round - 1, 0)
         with ExitStack() as opened:
-            self._sinks = open_sinks(folder, config, start_round)
-            for sink in self._sinks:
+            self.sinks = open_sinks(folder, config, start_round)
+            for sink in self.sinks:
                 opened.callback(sink.close)
             self._traffic = TrafficLog(folder.traffic_path, start_round)
             opened.callback(self._traffic.close)
@@ -92,7 +96,7 @@ class RunReporter:
         """
         written = plain(line)
         self._traffic.write(traffic)
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(written)
         self._last_round = written["round"]
         self._console.round(written)
@@ -104,7 +108,7 @@ class RunReporter:
             CheckpointError: a file cannot be written.
         """
         written = {"final": True, **plain(line)}
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(written)
         self._console.stop_bar()
         picture = plot_run(self.folder.path)

@@ -50,6 +50,9 @@ class JsonLinesSink(MetricSink):
     Opening it drops the lines of ``start_round`` and later ones, a final line and a half-written one: what a resumed
     run will write again.
 
+    Attributes:
+        file: the open file.
+
     Raises:
         CheckpointError: the file cannot be written.
     """
@@ -59,16 +62,16 @@ class JsonLinesSink(MetricSink):
         kept = [line for line in read_lines(folder) if not line.get("final") and _round(line) < start_round]
         write_text_atomically(self._path, "".join(map(_as_json, kept)))
         with disk_errors_named(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
+            self.file = self._path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         with disk_errors_named(self._path):
-            self._file.write(_as_json(line))
-            self._file.flush()
+            self.file.write(_as_json(line))
+            self.file.flush()
 
     def close(self) -> None:
         with disk_errors_named(self._path):
-            self._file.close()
+            self.file.close()
 
 
 class TensorBoardSink(MetricSink):

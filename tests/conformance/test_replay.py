@@ -17,10 +17,11 @@ from fs_fwdllm.core.direction import make_distribution
 from fs_fwdllm.core.replay import DEFAULT_CHUNK, Replayer
 from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, decode
 from fs_fwdllm.errors import DivergenceError
-from fs_fwdllm.method import Replica
+from fs_fwdllm.method import ClientWorker, Replica
+from fs_fwdllm.method.cybgd.store import BlockReplica
 from fs_fwdllm.running.local import run
 from fs_fwdllm.running.session import Session
-from tests.host.small import METHODS, Federation, World, bits_of
+from tests.host.small import METHODS, Federation, World, bits_of, methods_where
 
 ROUNDS = 4
 
@@ -85,6 +86,18 @@ def follow(federation: Federation, assignment: Assignment) -> Replica:
     return replica
 
 
+def bits_held(worker: ClientWorker) -> tuple[object, ...]:
+    """Everything a client's model is: parameters, frozen or not, and momentum; and their digest, taken now."""
+    model, replica = worker.objective.model, worker.replica
+    if isinstance(replica, Replica):
+        held: tuple[object, ...] = (momentum_bits(replica.replayer), replica.replayer.digest())
+    else:
+        assert isinstance(replica, BlockReplica)
+        replica.store.forget_digests()
+        held = ([], replica.store.digest())
+    return bits_of(model, trained=True), bits_of(model, trained=False), *held
+
+
 def check_every_round(federation: Federation) -> None:
     """Clients 1 and 2 work in every round; client 4 joins in round 2. After each round all hold the server's bits."""
     seen = {federation.server.digest}
@@ -124,7 +137,7 @@ def test_the_order_of_arrival_changes_nothing(world: World, case: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nor_does_it_for_the_baselines(world: World, method: str) -> None:
+def test_nor_does_it_for_any_method(world: World, method: str) -> None:
     config = world.config(METHODS[method])
     in_order, reversed_order = Federation(config), Federation(config)
     for round_index in range(2):
@@ -247,21 +260,19 @@ def test_a_replica_elsewhere_says_that_it_is_lost(world: World) -> None:
         replica.follow(assignment.catch_up, assignment.digest)
 
 
-@pytest.mark.parametrize("case", [*SCALAR_CASES, "fedavg", "fedsgd"])
+@pytest.mark.parametrize("case", [*SCALAR_CASES, *methods_where(lambda facts: not facts.forward_only)])
 def test_work_leaves_the_clients_parameters_as_they_were(world: World, case: str) -> None:
     federation = Federation(world.config(SCALAR_CASES.get(case) or METHODS[case]))
     federation.round(0)
     worker, server = federation.worker(1), federation.server
     for assignment in server.assign(1, [1, 2]).values():
         follow(federation, assignment)
-        model = worker.objective.model
-        before = bits_of(model, trained=True), bits_of(model, trained=False), momentum_bits(worker.replica.replayer)
+        before = bits_held(worker)
         federation.work(assignment)
-        after = bits_of(model, trained=True), bits_of(model, trained=False), momentum_bits(worker.replica.replayer)
-        assert after == before
-        assert worker.replica.replayer.digest() == worker.replica.digest == server.digest
+        assert bits_held(worker) == before
+        assert before[-1] == worker.replica.digest == server.digest
         assert all(tensor.grad is None for tensor in worker.trainables.tensors)
-        assert not model.training
+        assert not worker.objective.model.training
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -271,7 +282,7 @@ def test_so_does_work_that_fails_half_way(world: World, method: str, monkeypatch
     worker = federation.worker(1)
     (assignment,) = federation.server.assign(0, [1]).values()
     follow(federation, assignment)
-    before, original, calls = worker.trainables.digest(), worker.objective.on, []
+    before, original, calls = bits_held(worker), worker.objective.on, []
 
     def fail_at_the_third(batch: Any) -> Any:
         calls.append(batch)
@@ -282,7 +293,7 @@ def test_so_does_work_that_fails_half_way(world: World, method: str, monkeypatch
     monkeypatch.setattr(worker.objective, "on", fail_at_the_third)
     with pytest.raises(MemoryError):
         federation.work(assignment)
-    assert worker.trainables.digest() == before
+    assert bits_held(worker) == before
     monkeypatch.setattr(worker.objective, "on", original)
     untouched = Federation(federation.config)
     expected = untouched.work(untouched.server.assign(0, [1])[1])
@@ -290,7 +301,7 @@ def test_so_does_work_that_fails_half_way(world: World, method: str, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods_where(lambda facts: not facts.trains_blocks))
 def test_a_run_never_writes_to_the_base(world: World, method: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash of everything frozen, before and after a whole run with evaluations and saving."""
     opened: list[Session] = []

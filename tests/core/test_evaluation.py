@@ -164,9 +164,9 @@ def test_an_unknown_metric_names_the_key_the_value_and_the_choices(name, task, w
 
 
 def test_binary_f1_is_that_of_the_second_class_and_only_on_request():
-    from fs_fwdllm.evaluation.metrics import METRICS, _of_classes
+    from fs_fwdllm.evaluation.metrics import METRICS, of_classes
 
     predicted, actual = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
-    assert _of_classes(predicted, actual, ["binary_f1"], [])["binary_f1"] == pytest.approx(2 / 3)
+    assert of_classes(predicted, actual, ["binary_f1"], [])["binary_f1"] == pytest.approx(2 / 3)
     assert check_metrics(["binary_f1"], "classification") == ["binary_f1"]
     assert "binary_f1" not in METRICS["classification"] and "binary_f1" not in check_metrics([], "classification")

@@ -210,7 +210,7 @@ def test_the_configuration_chooses(tmp_path, settings, full, kind, perturbation)
     estimator = make_estimator(it.model, it.trainables, make_distribution(config.direction), config, full=full)
     assert type(estimator) is kind
     if perturbation is not None:
-        assert type(estimator._losses.perturbation) is perturbation
+        assert type(estimator.perturbation) is perturbation
 
 
 def test_an_unknown_direction_names_the_key():

@@ -19,25 +19,40 @@ import torch
 from torch import nn
 
 from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config.methods import METHODS as FACTS
+from fs_fwdllm.config.methods import MethodFacts
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.method import ClientWorker, RoundReport, assemble_server, assemble_worker
+from fs_fwdllm.running.driver import choose_clients
 from fs_fwdllm.running.session import Session
 from tests.model.tiny import save_tiny_model
 
-__all__ = ["CLASSES", "METHODS", "SCALAR_METHODS", "Federation", "World", "bits_of", "read_jsonl"]
+__all__ = ["CLASSES", "METHODS", "SCALAR_METHODS", "Federation", "World", "bits_of", "methods_where", "read_jsonl"]
 
 CLASSES = ("animal", "plant", "stone")
 
-#: One configuration of every method.
+#: One configuration of every method; each of them asks all four clients in every round.
 METHODS: dict[str, dict[str, Any]] = {
     "mezo": {"federate.method": "fedmezo", "train.local_update_steps": 2, "fwdllm.probes": 2},
     "forward_gradient": {"federate.method": "fedfwd", "fwdllm.probes": 4},
     "fedavg": {"federate.method": "FedAvg", "train.local_update_steps": 2},
     "fedsgd": {"federate.method": "FedSGD", "train.local_update_steps": 2},
-}
-SCALAR_METHODS = ("mezo", "forward_gradient")
+    "cybgd": {
+        "federate.method": "fedcybgd", "train.local_update_steps": 2, "train.optimizer.type": "AdamW",
+        "llm.adapter.use": False, "llm.adapter.args": [{}],
+        "fwdllm.blocks.parallel_blocks": 2, "fwdllm.blocks.clients_per_block": 2,
+    },
+}  # fmt: skip
+
+
+def methods_where(wanted: Callable[[MethodFacts], bool]) -> list[str]:
+    """The methods with a property, for tests of what does not hold for every method."""
+    return [name for name in METHODS if wanted(FACTS[name])]
+
+
+SCALAR_METHODS = methods_where(lambda facts: facts.forward_only)
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,11 @@ class Federation:
             self._own[client] = assemble_worker(Session.open(self.config).parts)
         return self._own[client]
 
+    def restart(self, client: int) -> None:
+        """Let the worker that ``client`` has of its own die; its next one starts from the base model."""
+        assert self._own is not None
+        del self._own[client]
+
     def batches(self, client: int, round_index: int = 0) -> list[Batch]:
         """What the client works on in a round."""
         parts = self.session.parts
@@ -166,8 +186,10 @@ class Federation:
         return answer
 
     def answers(self, round_index: int, clients: Sequence[int] | None = None) -> list[ClientUpdate]:
-        """Open a round and let its clients work."""
-        assigned = self.server.assign(round_index, self.clients if clients is None else clients)
+        """Open a round and let its clients work: those named, or whom a run would ask."""
+        if clients is None:
+            clients = choose_clients(self.server, self.config, round_index, self.clients)
+        assigned = self.server.assign(round_index, clients)
         return [self.work(assignment) for assignment in assigned.values()]
 
     def round(

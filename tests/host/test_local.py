@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fs_fwdllm.config.methods import METHODS as FACTS
 from fs_fwdllm.errors import TrainingStalledError
+from fs_fwdllm.method import assemble_server
 from fs_fwdllm.model.inputs import batch_on
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.report import RunFolder
@@ -23,13 +25,15 @@ from fs_fwdllm.running.checkpoint import read_checkpoint
 from fs_fwdllm.running.local import run
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
 from fs_fwdllm.running.session import Session
-from tests.host.small import CLASSES, METHODS, SCALAR_METHODS, World, read_jsonl
+from tests.host.small import CLASSES, METHODS, World, methods_where, read_jsonl
 from tests.model.tiny import save_tiny_model
 
 CUMULATIVE = ("seconds", "upload_bytes", "download_bytes", "forward_passes", "backward_passes", "peak_rss_mib")
 COLUMNS = {*CUMULATIVE, "round", "digest", "peak_device_mib"}
 TRAINED = {"train_loss", "learning_rate", "loss", "rejected"}
+OF_BLOCKS = {"blocks", "cycle", "block_visits", "reassigned_blocks"}
 every_method = pytest.mark.parametrize("method", METHODS)
+with_an_adapter = pytest.mark.parametrize("method", methods_where(lambda facts: not facts.trains_blocks))
 TASKS = pytest.mark.parametrize("language_model", [False, True], ids=["classifier", "language model"])
 
 
@@ -46,24 +50,29 @@ def final_digest(path: Path) -> str:
     return lines_of(path)[-1]["digest"]
 
 
+def test_every_method_has_a_configuration_here() -> None:
+    assert sorted(METHODS) == FACTS.names()
+
+
 @pytest.mark.usefixtures("pictures")
 @TASKS
 @every_method
 def test_a_run_leaves_what_it_promises(world: World, method: str, language_model: bool) -> None:
     path = run(world.config(METHODS[method], language_model=language_model))
+    blocks = FACTS[method].trains_blocks
+    saved = "model" if blocks else "adapter"
     names = {file.name for file in path.iterdir()}
-    expected = {"config.yaml", "metrics.jsonl", "bytes.csv", "console.log", "report.png", "checkpoint", "adapter"}
-    assert names == expected
+    assert names == {"config.yaml", "metrics.jsonl", "bytes.csv", "console.log", "report.png", "checkpoint", saved}
     start, *rounds, final = lines_of(path)
     assert set(start) == COLUMNS | {"eval"}
     assert [line["round"] for line in (start, *rounds, final)] == [0, 1, 2, 3, 4, 5, 5]
     for line in rounds:
-        assert set(line) == COLUMNS | TRAINED | {"eval"}
+        assert set(line) == COLUMNS | TRAINED | {"eval"} | (OF_BLOCKS if blocks else set())
         assert set(line["loss"]) == set(line["learning_rate"]) == {"1", "2", "3", "4"}
         assert line["rejected"] == {} and len(bytes.fromhex(line["digest"])) == 16
         assert line["train_loss"] == pytest.approx(sum(line["loss"].values()) / 4, rel=0.1)
     assert set(final) == COLUMNS | {"final", "saved"}
-    assert final["final"] is True and final["saved"] == "adapter"
+    assert final["final"] is True and final["saved"] == saved
     assert final["digest"] == rounds[-1]["digest"]
     assert len({line["digest"] for line in (start, *rounds)}) == 6
     metrics = {"loss", "token_accuracy", "perplexity"} if language_model else {
@@ -74,8 +83,9 @@ def test_a_run_leaves_what_it_promises(world: World, method: str, language_model
 
 @every_method
 def test_the_counts_of_a_run_add_up(world: World, method: str) -> None:
-    settings = {**METHODS[method], "federate.sample_client_num": 3}
-    config = world.config(settings)
+    facts, own = FACTS[method], METHODS[method]
+    asked = 4 if facts.trains_blocks else 3  # whom a visit asks is the schedule's to say
+    config = world.config(own if facts.trains_blocks else {**own, "federate.sample_client_num": asked})
     path = run(config)
     lines, rows = lines_of(path), rows_of(path)
     for earlier, later in pairwise(lines):
@@ -84,21 +94,23 @@ def test_the_counts_of_a_run_add_up(world: World, method: str) -> None:
         for line in lines[1:]:
             assert line[name] == sum(row[name] for row in rows if row["round"] <= line["round"])
     steps, probes = config.train.local_update_steps, config.fwdllm.probes
-    forward_only = method in SCALAR_METHODS
-    assert lines[-1]["forward_passes"] == 5 * 3 * steps * (2 * probes if forward_only else 1)
-    assert lines[-1]["backward_passes"] == (0 if forward_only else 5 * 3 * steps)
+    assert lines[-1]["forward_passes"] == 5 * asked * steps * (2 * probes if facts.forward_only else 1)
+    assert lines[-1]["backward_passes"] == (0 if facts.forward_only else 5 * asked * steps)
+    dense = 4 * Session.open(config).parts.trainables.count
     for row in rows:
-        if forward_only:
+        if facts.forward_only:
             assert 4 * steps * probes < row["upload_bytes"] <= 4 * steps * probes + 100
+        elif facts.trains_blocks:
+            assert 0.3 * dense < row["upload_bytes"] < 0.6 * dense, "one of two blocks, and the head"
         else:
-            assert row["upload_bytes"] > 4 * Session.open(config).parts.trainables.count
+            assert row["upload_bytes"] > dense
     for number in range(1, 6):
         clients = [row["client"] for row in rows if row["round"] == number]
-        assert clients == sample_clients(config.seed, number - 1, [1, 2, 3, 4], 3)
+        assert clients == sample_clients(config.seed, number - 1, [1, 2, 3, 4], asked)
 
 
 @TASKS
-@every_method
+@with_an_adapter
 def test_the_adapter_is_one_that_peft_loads(world: World, method: str, language_model: bool) -> None:
     """Base and adapter, loaded without this package, answer with exactly the logits of the server's parameters."""
     config = world.config(METHODS[method], language_model=language_model)
@@ -128,11 +140,11 @@ def test_what_the_last_line_reports_is_what_was_saved(world: World, method: str)
     path = run(world.config(METHODS[method]))
     checkpoint = read_checkpoint(RunFolder(path).checkpoint_path)
     session = Session.open(RunFolder(path).config())
-    trainables = session.parts.trainables
-    trainables.load_values([checkpoint.tensors[f"trainable.{i}"] for i in range(len(trainables.tensors))])
+    server = assemble_server(session.parts, session.client_samples)
+    server.load_state(checkpoint.tensors, checkpoint.numbers)
     last = lines_of(path)[-2]
-    assert trainables.digest().hex() == final_digest(path) == last["digest"]
-    assert session.evaluate(trainables) == last["eval"]
+    assert server.digest.hex() == final_digest(path) == last["digest"]
+    assert session.evaluate(server.trainables) == last["eval"]
 
 
 @every_method

@@ -85,7 +85,7 @@ def test_published_choice_is_the_best_of_all_candidates_whatever_the_blocks(
     generator = torch.Generator().manual_seed(1)
     reference = [torch.randn(size, generator=generator) for size in sizes]
     monkeypatch.setattr("fs_fwdllm.method.forward.directed_sampling.DEFAULT_CHUNK", 128)
-    monkeypatch.setattr("fs_fwdllm.method.forward.directed_sampling._BLOCK_ELEMENTS", 128 * 64)
+    monkeypatch.setattr("fs_fwdllm.method.forward.directed_sampling.BLOCK_ELEMENTS", 128 * 64)
     chosen = choose_candidates(3, count, candidates, reference, RUN_SEED, distribution)
     assert chosen.shape == (count, 2)
     keys = [DirectionKey(RUN_SEED, candidate_seed(3, index)) for index in range(count * candidates)]

@@ -152,7 +152,7 @@ def test_a_pool_holds_scalars_only(world: World) -> None:
     for round_index in range(3):
         for client in range(1000):
             entry = server.pooled
-            entry.collect([replace(answer, client=client, round_index=round_index)], {client: server._assigned[1]})
+            entry.collect([replace(answer, client=client, round_index=round_index)], {client: server.assigned[1]})
     held = sum(entry.slopes.nbytes + entry.along_reference.nbytes + len(entry.choices) for entry in pool.entries)
     assert held == 4 * pool.probes == 4 * 3000 * 4
 

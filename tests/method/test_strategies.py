@@ -175,7 +175,7 @@ def test_every_rate_is_the_references(name: str, clients: int, partial: bool, ki
         taking_part = rng.choice(np.arange(1, clients + 1), count, replace=False).tolist()
         play(server, reference, taking_part, round_index, rng)
         base = server.settings.schedule(round_index)
-        seen |= {a.learning_rate - base for a in server._assigned.values()}
+        seen |= {a.learning_rate - base for a in server.assigned.values()}
     assert len(reference.rounds) >= 6
     # Two changes are equally far from their mean.
     moves = name == "random" or (name != "frozen" and clients > (2 if name == "model-diff" else 1))
@@ -323,8 +323,8 @@ def test_distances_from_scalars_are_those_of_dense_changes(
     vectors = [replace(an_answer(dense, a, rng), values=np.concatenate(list(changes[client].values())))
                for client, a in dense.assign(0, range(1, clients + 1)).items()]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fs_fwdllm.method.update_norms._BLOCK_ELEMENTS", 1)
-        patch.setattr("fs_fwdllm.method.update_norms._SHORTEST_SLICE", longest)
+        patch.setattr("fs_fwdllm.method.update_norms.BLOCK_ELEMENTS", 1)
+        patch.setattr("fs_fwdllm.method.update_norms.SHORTEST_SLICE", longest)
         found, from_vectors = server.distances(updates), dense.distances(vectors)
     np.testing.assert_allclose(found, list(distances(changes).values()), rtol=2e-5)
     np.testing.assert_allclose(found, from_vectors, rtol=2e-5)

@@ -169,7 +169,7 @@ def test_the_extra_memory_is_the_largest_module(tmp_path):
     streamed = StreamedPerturbation(model, trainables, Rademacher())
     streamed.loss(batch_loss, KEY, RADIUS)
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-    assert sum(buffer.numel() for buffer in streamed._scratch) == largest
+    assert sum(buffer.numel() for buffer in streamed.scratch) == largest
 
 
 def test_hooks_do_nothing_outside_an_evaluation(tmp_path):

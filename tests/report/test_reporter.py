@@ -20,7 +20,7 @@ from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report import RunFolder, RunReporter, TrafficRow
 from fs_fwdllm.report.files import write_text_atomically
-from fs_fwdllm.report.sinks import TensorBoardSink, WandbSink, flatten, plain
+from fs_fwdllm.report.sinks import JsonLinesSink, TensorBoardSink, WandbSink, flatten, plain
 from fs_fwdllm.report.traffic import read_traffic
 from tests.report.conftest import make_line, make_rows
 
@@ -157,7 +157,9 @@ def test_a_disk_that_refuses_is_a_named_error(config: Config, quiet: Console, mo
             raise OSError(28, "No space left on device")
 
     with RunReporter(folder, config, total_rounds=2, start_round=1, console=quiet) as reporter:
-        monkeypatch.setattr(reporter._sinks[0], "_file", FullDisk())
+        lines = reporter.sinks[0]
+        assert isinstance(lines, JsonLinesSink)
+        monkeypatch.setattr(lines, "file", FullDisk())
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written \(No space left"):
             reporter.round(make_line(1))
 

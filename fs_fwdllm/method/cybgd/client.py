@@ -62,8 +62,23 @@ class VisitSettings:
     compress: bool
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What a visit has made: losses of the batches, and by part the float32 values it ended at and optimiser states."""
+
+    losses: list[float]
+    ends: dict[int, list[torch.Tensor]]
+    states: dict[int, list[TensorState]]
+
+
 class BlockWorker(ClientWorker):
-    """Visits blocks."""
+    """Visits blocks.
+
+    Attributes:
+        skipper: leaves layers out of the model for a while.
+        residuals: what int8 deltas have lost so far, by client and part; one tensor a parameter.
+        states: what optimisers of earlier visits kept, by client and part, where clients keep it.
+    """
 
     def __init__(
         self,
@@ -78,9 +93,9 @@ class BlockWorker(ClientWorker):
         self._backprop = backprop
         self._settings = settings
         self._store = replica.store
-        self._skipper = LayerSkipper(objective.model, self._store.plan.layer_names)
-        self._residuals: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self._states: dict[tuple[int, int], list[TensorState]] = {}
+        self.skipper = LayerSkipper(objective.model, self._store.plan.layer_names)
+        self.residuals: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.states: dict[tuple[int, int], list[TensorState]] = {}
         objective.model.requires_grad_(False)
 
     def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
@@ -90,23 +105,21 @@ class BlockWorker(ClientWorker):
         self.replica.check_held(assignment.held)
         parts = self._store.plan.active(assignment.block)
         try:
-            with self._skipper.skipping(assignment.dropped):
-                losses, states = self._visit(assignment, batches, parts)
+            with self.skipper.skipping(assignment.dropped):
+                trained = self._visit(assignment, batches, parts)
             starts = {part: self.replica.start(part) for part in parts}
-            return self._answer(assignment, batches, losses, starts, states)
+            return self._answer(assignment, batches, trained, starts)
         finally:
             for part in parts:
                 self.replica.settle(part)
 
-    def _visit(
-        self, assignment: BlockAssignment, batches: Sequence[Batch], parts: Sequence[int]
-    ) -> tuple[list[float], dict[int, list[TensorState]]]:
-        """Train; afterwards :attr:`_moved` holds the float32 changes. Optimiser and gradients are gone by then."""
+    def _visit(self, assignment: BlockAssignment, batches: Sequence[Batch], parts: Sequence[int]) -> _Trained:
+        """Train. Optimiser and gradients are gone when this returns."""
         client, policy = assignment.client, self._settings.optimizer_state
         counts = {part: len(self._store.values(part)) for part in parts}
         before: list[TensorState] = []
         for part, count in counts.items():
-            kept = {"reset": None, "server": self.replica.state(part), "client": self._states.get((client, part))}
+            kept = {"reset": None, "server": self.replica.state(part), "client": self.states.get((client, part))}
             before += kept[policy] or [{}] * count
         optimizer = BlockOptimizer(
             [tensor for part in parts for tensor in self._store.parameters(part)],
@@ -118,31 +131,30 @@ class BlockWorker(ClientWorker):
         after = iter(optimizer.state()) if policy != "reset" else iter([{}] * len(before))
         states = {part: [next(after) for _ in range(count)] for part, count in counts.items()}
         masters = iter(optimizer.masters)
-        self._moved = {part: [next(masters).detach() for _ in range(count)] for part, count in counts.items()}
-        return losses, states
+        ends = {part: [next(masters).detach() for _ in range(count)] for part, count in counts.items()}
+        return _Trained(losses, ends, states)
 
     def _answer(
         self,
         assignment: BlockAssignment,
         batches: Sequence[Batch],
-        losses: Sequence[float],
+        trained: _Trained,
         starts: dict[int, list[torch.Tensor]],
-        states: dict[int, list[TensorState]],
     ) -> BlockDelta:
         client, policy = assignment.client, self._settings.optimizer_state
-        data, compressed = self._delta(client, starts)
+        data, compressed = self.delta(client, starts, trained.ends)
         if policy == "client":
-            self._states.update({(client, part): own for part, own in states.items()})
+            self.states.update({(client, part): own for part, own in trained.states.items()})
         frames = []
         if policy == "server":
             frames = [encode(OptimizerState(part, values=pack_states(own, compress=self._settings.compress)))
-                      for part, own in states.items()]  # fmt: skip
+                      for part, own in trained.states.items()]  # fmt: skip
         return BlockDelta(
             round_index=assignment.round_index,
             client=client,
             digest=assignment.digest,
             samples=sum(len(batch) for batch in batches),
-            loss=float(np.mean(losses)),
+            loss=float(np.mean(trained.losses)),
             forward_passes=self._backprop.forward_passes * len(batches),
             backward_passes=len(batches),
             block=assignment.block,
@@ -155,12 +167,18 @@ class BlockWorker(ClientWorker):
         )
 
     @torch.no_grad()
-    def _delta(self, client: int, starts: dict[int, list[torch.Tensor]]) -> tuple[bytes, bool]:
-        """The encoded change, with what earlier int8 deltas lost, and whether it is compressed."""
+    def delta(
+        self, client: int, starts: dict[int, list[torch.Tensor]], ends: dict[int, list[torch.Tensor]]
+    ) -> tuple[bytes, bool]:
+        """The encoded change, with what earlier int8 deltas lost, and whether it is compressed.
+
+        Args:
+            starts, ends: float32 values by part; ``ends`` is emptied, so that no part is held twice.
+        """
         changes = []
         for part, start in starts.items():
-            owed = self._residuals.get((client, part), [None] * len(start))
-            for end, begin, more in zip(self._moved.pop(part), start, owed, strict=True):
+            owed = self.residuals.get((client, part), [None] * len(start))
+            for end, begin, more in zip(ends.pop(part), start, owed, strict=True):
                 change = end - begin
                 changes.append((change if more is None else change.add_(more.to(change.device))).cpu())
         encoding = delta_encoding(self._settings.upload)
@@ -169,27 +187,27 @@ class BlockWorker(ClientWorker):
             shapes = [tuple(change.shape) for change in changes]
             sent = decode_tensors(data, shapes, encoding, compressed=compressed)
             lost = iter([change - value for change, value in zip(changes, sent, strict=True)])
-            self._residuals.update({(client, part): [next(lost) for _ in start] for part, start in starts.items()})
+            self.residuals.update({(client, part): [next(lost) for _ in start] for part, start in starts.items()})
         return data, compressed
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What clients keep between visits, by names that :meth:`load_state` understands."""
         tensors = {}
-        for (client, part), owed in self._residuals.items():
+        for (client, part), owed in self.residuals.items():
             tensors.update({f"residual.{client}.{part}.{index}": value for index, value in enumerate(owed)})
-        for (client, part), states in self._states.items():
+        for (client, part), states in self.states.items():
             for index, state in enumerate(states):
                 tensors.update({f"moment.{client}.{part}.{index}.{name}": value for name, value in state.items()})
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of :meth:`state_tensors`."""
-        self._residuals.clear()
-        self._states.clear()
+        self.residuals.clear()
+        self.states.clear()
         for key, value in tensors.items():
             kind, client, part, index, *name = key.split(".", 4)
             place, count = (int(client), int(part)), len(self._store.values(int(part)))
             if kind == "residual":
-                self._residuals.setdefault(place, [torch.zeros(0)] * count)[int(index)] = value
+                self.residuals.setdefault(place, [torch.zeros(0)] * count)[int(index)] = value
             else:
-                self._states.setdefault(place, [{} for _ in range(count)])[int(index)][name[0]] = value
+                self.states.setdefault(place, [{} for _ in range(count)])[int(index)][name[0]] = value

@@ -150,7 +150,9 @@ def _decompress(data: bytes, expected: int) -> memoryview:
     try:
         if zstandard.frame_content_size(data) != expected:
             raise WireError(f"a compressed block announces another length than its {expected} bytes")
-        return memoryview(zstandard.ZstdDecompressor().decompress(data, max_output_size=expected))
+        # Bytes behind the frame would be ignored: a block would have many valid lengths.
+        plain = zstandard.ZstdDecompressor().decompress(data, max_output_size=expected, allow_extra_data=False)
+        return memoryview(plain)
     except zstandard.ZstdError as error:
         raise WireError(f"a compressed block does not decompress: {error}") from error
 

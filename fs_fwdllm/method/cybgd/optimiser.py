@@ -88,6 +88,11 @@ class BlockOptimizer:
         start: float32 values to start from (kept, not changed).
         settings: see :class:`OptimizerSettings`.
         state: what the optimiser kept of an earlier visit, per parameter.
+
+    Attributes:
+        masters: the float32 values that the optimiser steps on.
+        loss_scale: what losses are multiplied with before backpropagation; 1 except in float16.
+        steps: optimiser steps taken.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class BlockOptimizer:
             ]
         self._optimizer = settings.make(self.masters)
         self._load_state(state)
-        self._scale = _FIRST_SCALE if any(p.dtype == torch.float16 for p in parameters) else 1.0
+        self.loss_scale = _FIRST_SCALE if any(p.dtype == torch.float16 for p in parameters) else 1.0
         self.steps = 0
 
     def state(self) -> list[TensorState]:
@@ -144,20 +149,20 @@ class BlockOptimizer:
     def _gradients(self, objective: Objective, backprop: Backprop, batches: Sequence[Batch]) -> list[float]:
         """Leave the mean gradient of ``batches`` in the masters."""
         while True:
-            scale = self._scale / len(batches)
+            scale = self.loss_scale / len(batches)
             losses = [backprop.gradient(objective.on(batch), scale) for batch in batches]
             gradients = [master.grad for master in self.masters if master.grad is not None]
-            if self._scale == 1.0 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            if self.loss_scale == 1.0 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
                 break
-            if self._scale <= _SMALLEST_SCALE or not all(math.isfinite(loss) for loss in losses):
+            if self.loss_scale <= _SMALLEST_SCALE or not all(math.isfinite(loss) for loss in losses):
                 raise EstimatorError(
                     "a float16 gradient is not finite at any loss scale; use fwdllm.base_dtype: bfloat16 or float32"
                 )
-            self._scale /= 2
+            self.loss_scale /= 2
             self._forget()
-        if self._scale != 1.0:
+        if self.loss_scale != 1.0:
             for gradient in gradients:
-                gradient.mul_(1.0 / self._scale)
+                gradient.mul_(1.0 / self.loss_scale)
         return losses
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ round.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,18 +99,18 @@ class BlockServer(RoundServer):
         self.round_index = round_index
         rate = self.settings.schedule(round_index)
         self._decoded.clear()
-        self._assigned = {
+        self.assigned = {
             client: self._assignment(visit, client, rate)
             for visit in self.queue.begin(clients)
             for client in visit.clients
         }
-        return dict(sorted(self._assigned.items()))
+        return dict(sorted(self.assigned.items()))
 
     def reassign(self, client: int) -> Assignment:
         """The open round's visit anew, with what ``client`` lacks by now (see :meth:`note_holds`)."""
-        rate = self._assigned[client].learning_rate
-        self._assigned[client] = self._assignment(self.queue.visit_of(client), client, rate)
-        return self._assigned[client]
+        rate = self.assigned[client].learning_rate
+        self.assigned[client] = self._assignment(self.queue.visit_of(client), client, rate)
+        return self.assigned[client]
 
     def _assignment(self, visit: OpenVisit, client: int, rate: float) -> BlockAssignment:
         cycle = self.queue.schedule.cycle(visit.visit.number)
@@ -194,18 +194,13 @@ class BlockServer(RoundServer):
         }
 
     def _block_of(self, client: int) -> int:
-        assignment = self._assigned[client]
+        assignment = self.assigned[client]
         assert isinstance(assignment, BlockAssignment)
         return assignment.block
 
-    def judge(self, update: ClientUpdate, accepted: Mapping[int, ClientUpdate]) -> None:
-        assignment = self._assigned.get(update.client)
-        if isinstance(update, BlockDelta) and isinstance(assignment, BlockAssignment):
-            _require_visit(update, assignment)
-        super().judge(update, accepted)
-
     def _judge_values(self, update: ClientUpdate, assignment: Assignment) -> None:
-        assert isinstance(update, BlockDelta)
+        assert isinstance(update, BlockDelta) and isinstance(assignment, BlockAssignment)
+        _require_visit(update, assignment)
         active = self.plan.active(update.block)
         client = update.client
         if update.digest_start != self.store.digest_of_values(active, [self.store.values(part) for part in active]):

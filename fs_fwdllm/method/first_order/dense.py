@@ -108,12 +108,17 @@ class BackpropWorker(ClientWorker):
             losses = [self._backprop.gradient(self.objective.on(batch)) for batch in batches]
             return losses, self._gradient() / np.float32(len(batches))
         with self._excursion() as start:
-            losses = self.descend(assignment.learning_rate, batches, self._make_optimizer)
+            losses = self.descend(assignment.learning_rate, batches)
             return losses, self._change_since(start)
 
-    def descend(self, learning_rate: float, batches: Sequence[Batch], make: OptimizerFactory) -> list[float]:
-        """An optimiser step on every batch; the trainables stay where they end. Returns the losses."""
-        optimizer = make(self.trainables, learning_rate)
+    def descend(self, learning_rate: float, batches: Sequence[Batch]) -> list[float]:
+        """An optimiser step on every batch, of a worker that steps; the trainables stay where they end.
+
+        Returns:
+            The losses of the batches.
+        """
+        assert self._make_optimizer is not None
+        optimizer = self._make_optimizer(self.trainables, learning_rate)
         losses = []
         for batch in batches:
             losses.append(self._backprop.gradient(self.objective.on(batch)))

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 #: Elements of the block of directions that is held at once.
-_BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 21
 
 
 def reference_scale(reference: Sequence[Array]) -> float:
@@ -69,7 +69,7 @@ def projections(keys: Sequence[DirectionKey], vector: Array, tensor_id: int, dis
     sums = np.zeros((2, len(keys)))
     for start in range(0, len(flat), DEFAULT_CHUNK):
         part = arrays.as_float32(flat[start : start + DEFAULT_CHUNK])
-        rows = max(1, _BLOCK_ELEMENTS // len(part))
+        rows = max(1, BLOCK_ELEMENTS // len(part))
         for first in range(0, len(keys), rows):
             block = distribution.values(keys[first : first + rows], tensor_id, start, len(part), arrays)
             sums[:, first : first + rows] += arrays.products(block, part)

@@ -66,7 +66,7 @@ class PooledServer(ReplayServer):
         return self.pooled.equip(assigned)
 
     def _step_is_due(self, accepted: list[ClientUpdate]) -> bool:
-        self.pooled.collect(accepted, self._assigned)
+        self.pooled.collect(accepted, self.assigned)
         self._decision = self.pooled.decide(self.round_index, answered=bool(accepted))
         return self._decision is not None and self._decision.steps
 

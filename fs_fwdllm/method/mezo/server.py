@@ -70,7 +70,7 @@ class SteppingServer(ReplayServer):
 
     def _own_rate(self, update: ClientUpdate) -> float:
         """The rate of the client's local steps."""
-        return self._assigned[update.client].learning_rate
+        return self.assigned[update.client].learning_rate
 
     def _own_factor(self, update: ClientUpdate) -> float:
         return decay_factor(self._own_rate(update), self.settings.weight_decay)

@@ -97,7 +97,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_opened() -> None:
         decode_tensors(bomb, [[4, 4]], Encoding("float32", "float32"), compressed=True)
 
 
-def test_every_truncation_is_refused() -> None:
+def test_every_truncation_and_every_addition_is_refused() -> None:
     tensors = draw([[9, 9], [5]])
     for encoding in (Encoding("int4", "float32"), Encoding("int8", "bfloat16", 0.3), Encoding("float32", "float32")):
         for compress in (False, True):
@@ -105,6 +105,9 @@ def test_every_truncation_is_refused() -> None:
             for length in range(len(data)):
                 with pytest.raises(WireError):
                     decode_tensors(data[:length], [[9, 9], [5]], encoding, compressed=compressed)
+            for more in (b"\0", bytes(9), data):
+                with pytest.raises(WireError):
+                    decode_tensors(data + more, [[9, 9], [5]], encoding, compressed=compressed)
 
 
 def test_optimiser_states_survive_and_malformed_ones_are_refused() -> None:
@@ -113,7 +116,13 @@ def test_optimiser_states_survive_and_malformed_ones_are_refused() -> None:
     packed = pack_states(states, compress=True)
     for back, state in zip(unpack_states(packed, shapes), states, strict=True):
         assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    for wrong in (packed[:-1], packed[3:], np.zeros(9, np.uint8), np.frombuffer(b"\x02\0\0\0\x92\xc3", np.uint8)):
+    for wrong in (
+        packed[:-1],
+        packed[3:],
+        np.append(packed, packed),
+        np.zeros(9, np.uint8),
+        np.frombuffer(b"\x02\0\0\0\x92\xc3", np.uint8),
+    ):
         with pytest.raises(WireError):
             unpack_states(wrong, shapes)
     with pytest.raises(WireError):

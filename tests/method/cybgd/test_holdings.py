@@ -38,8 +38,7 @@ def test_a_client_that_was_started_anew_is_sent_its_visit_again(world: World, ca
         brought_back(federation, 4)
     (given,) = opened(federation, 3).values()
     federation.worker(4).work(given, federation.session.data.clients[4].train)
-    assert federation._own is not None
-    del federation._own[4]
+    federation.restart(4)
     brought_back(federation, 4)
     again = federation.server.reassign(4)
     assert (again.learning_rate, again.batch_index) == (given.learning_rate, given.batch_index)

@@ -170,7 +170,7 @@ def test_float16_lowers_its_loss_scale_until_nothing_overflows_and_loses_no_step
     with torch.no_grad():
         visit.model.lm_head.weight.mul_(2000)
     optimizer = visit.train(some_batches(3), kind="SGD", rate=1e-6)
-    assert optimizer.steps == 3 and optimizer._scale < 2.0**15
+    assert optimizer.steps == 3 and optimizer.loss_scale < 2.0**15
     assert all(bool(torch.isfinite(master).all()) for master in optimizer.masters)
 
 

@@ -85,9 +85,9 @@ def test_every_visit_takes_exactly_k_steps_the_first_too(world: World) -> None:
     federation = Federation(world.config(blocks(optimizer_state="client", schedule="ascending")))
     for round_index in range(3):
         federation.round(round_index, federation.server.wanted_clients(federation.clients))
-        for states in list(federation.worker(1)._states.values())[-2:]:
+        for states in list(federation.worker(1).states.values())[-2:]:
             assert {float(state["step"]) for state in states} <= {3.0, 6.0}
-    steps = {key: float(states[0]["step"]) for key, states in federation.worker(1)._states.items()}
+    steps = {key: float(states[0]["step"]) for key, states in federation.worker(1).states.items()}
     assert steps == {(1, 0): 3, (1, 2): 3, (2, 1): 3, (2, 2): 3, (3, 0): 3, (3, 2): 3}
 
 

@@ -125,7 +125,7 @@ def test_a_skipped_layer_hands_its_input_on(world: World, language_model: bool) 
     objective, batch = federation.session.parts.objective, federation.batches(1)[0]
     with torch.no_grad():
         whole = objective.on(batch).here()
-        with worker._skipper.skipping([0, 1]):
+        with worker.skipper.skipping([0, 1]):
             first, again = objective.on(batch).here(), objective.on(batch).here()
         assert torch.equal(first, again) and not torch.equal(first, whole)
         assert torch.equal(objective.on(batch).here(), whole)
@@ -151,23 +151,22 @@ def test_int8_error_feedback_loses_nothing_but_the_last_remainder(world: World) 
     federation = Federation(world.config({**blocks(upload="int8", schedule="fixed"), "federate.client_num": 1}))
     worker, server = federation.worker(1), federation.server
     true, received = [], []
-    original = worker._delta
+    original = worker.delta
 
-    def spy(client: int, starts: dict[int, list[torch.Tensor]]) -> Any:
-        ends = {part: [value.clone() for value in own] for part, own in worker._moved.items()}
+    def spy(client: int, starts: dict[int, list[torch.Tensor]], ends: dict[int, list[torch.Tensor]]) -> Any:
         true.append(
             [end - begin for part, start in starts.items() for end, begin in zip(ends[part], start, strict=True)]
         )
-        return original(client, starts)
+        return original(client, starts, ends)
 
-    worker._delta = spy  # type: ignore[method-assign]
+    worker.delta = spy  # type: ignore[method-assign]
     for round_index in range(12):
         (assignment,) = opened(federation, round_index).values()
         update = federation.work(assignment)
         shapes = [shape for part in server.plan.active(0) for shape in server.store.shapes(part)]
         received.append(decode_tensors(update.values, shapes, delta_encoding("int8"), compressed=update.compressed))
         server.absorb([update])
-    owed = [value for part in server.plan.active(0) for value in worker._residuals[1, part]]
+    owed = [value for part in server.plan.active(0) for value in worker.residuals[1, part]]
     one_visit = max(float((t - r).abs().max()) for t, r in zip(true[0], received[0], strict=True))
     assert one_visit > 0
     for index, remainder in enumerate(owed):
@@ -297,7 +296,7 @@ def test_work_that_fails_leaves_the_model_as_it_was(world: World) -> None:
     worker.objective.on = None  # type: ignore[assignment, method-assign]
     with pytest.raises(TypeError):
         federation.work(assignment)
-    worker.replica.store._digests.clear()
+    worker.replica.store.forget_digests()
     assert worker.replica.store.digest() == before
 
 
