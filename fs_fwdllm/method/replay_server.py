@@ -64,7 +64,7 @@ class ReplayServer(RoundServer):
             steps=plan.steps,
             probes=plan.probes,
             batch_index=self.sampling_index_for(self.round_index),
-            catch_up=self._catch_up.frames_for(client, self.dense_frame),
+            catch_up=self._lacking(client),
         )
 
     def _equip(self, assigned: dict[int, Assignment]) -> dict[int, Assignment]:
@@ -73,20 +73,11 @@ class ReplayServer(RoundServer):
 
     def reassign(self, client: int) -> Assignment:
         given = self.assigned[client]
-        self.assigned[client] = replace(given, catch_up=self._catch_up.frames_for(client, self.dense_frame))
+        self.assigned[client] = replace(given, catch_up=self._lacking(client))
         return self.assigned[client]
 
-    def current_state_for(self, client: int) -> Assignment:
-        return Assignment(
-            round_index=self.round_index,
-            client=client,
-            digest=self._digest,
-            learning_rate=0.0,
-            steps=0,
-            probes=0,
-            batch_index=self.round_index,
-            catch_up=self._catch_up.frames_for(client, self.dense_frame),
-        )
+    def _lacking(self, client: int) -> tuple[bytes, ...]:
+        return self._catch_up.frames_for(client, self.dense_frame)
 
     def note_holds(self, client: int, digest: bytes) -> None:
         self._catch_up.note_holds(client, digest, self._digest, self._next_round)

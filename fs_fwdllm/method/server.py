@@ -130,9 +130,22 @@ class RoundServer(ABC):
     def reassign(self, client: int) -> Assignment:
         """The open round's assignment anew, for a client that asks again (it may have been restarted)."""
 
-    @abstractmethod
     def current_state_for(self, client: int) -> Assignment:
         """An assignment of no work: what ``client`` needs to hold the server's present parameters."""
+        return Assignment(
+            round_index=self.round_index,
+            client=client,
+            digest=self.digest,
+            learning_rate=0.0,
+            steps=0,
+            probes=0,
+            batch_index=self.round_index,
+            catch_up=self._lacking(client),
+        )
+
+    @abstractmethod
+    def _lacking(self, client: int) -> tuple[bytes, ...]:
+        """The frames that bring ``client`` to the present parameters, given what it is known to hold."""
 
     @abstractmethod
     def dense_frame(self) -> bytes:

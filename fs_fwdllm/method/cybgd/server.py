@@ -144,20 +144,11 @@ class BlockServer(RoundServer):
         order = seeded_permutation(len(others), "dropped layers", self.queue.schedule.seed, cycle, client)
         return tuple(sorted(others[index] for index in order[:count]))
 
-    def current_state_for(self, client: int) -> Assignment:
-        """An assignment of no work with every block that ``client`` lacks, in the form of inactive blocks."""
+    def _lacking(self, client: int) -> tuple[bytes, ...]:
+        """Every block that ``client`` lacks, in the form of inactive blocks."""
         frames = self.blocks.missing(self._holdings.of(client))
         self._holdings.note_told(client, self._digest, self.versions)
-        return Assignment(
-            round_index=self.round_index,
-            client=client,
-            digest=self._digest,
-            learning_rate=0.0,
-            steps=0,
-            probes=0,
-            batch_index=self.round_index,
-            catch_up=tuple(frames),
-        )
+        return tuple(frames)
 
     def note_holds(self, client: int, digest: bytes) -> None:
         """``client`` says that it is at ``digest`` (see :mod:`.holdings`)."""
