@@ -4,10 +4,10 @@ The decision everything rests on: a perturbation is never a tensor that travels,
 the slope ``g`` of its loss along the direction ``z(seed)`` uploads the scalar; whoever knows ``(seed, g)`` rebuilds the
 update, bit for bit, on any machine.
 
-Start with ``fs-fwdllm run --cfg configs/demo.yaml``, or from Python::
+Start with ``fs-fwdllm run --cfg demo``, or from Python::
 
     from fs_fwdllm import load_config, run
-    folder = run(load_config("configs/demo.yaml"))
+    folder = run(load_config("demo"))
 
 The parts, from the bottom up: :mod:`~fs_fwdllm.core` (seeded directions, replay from scalars to updates, what travels),
 :mod:`~fs_fwdllm.data` and :mod:`~fs_fwdllm.model`, :mod:`~fs_fwdllm.estimator` (slopes), :mod:`~fs_fwdllm.method`

@@ -9,12 +9,34 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.host.federatedscope.checkouts import MissingCheckouts
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Shared machines are noisy: a slow example is not a failing one. Examples are derived from the code, not from chance.
 settings.register_profile("fs_fwdllm", deadline=None, derandomize=True)
 settings.load_profile("fs_fwdllm")
+
+# Workers of pytest-xdist share the cores; a thread pool in each would only make them wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+#: Who asks for one of these needs real data, or starts processes of a framework.
+_SLOW_FIXTURES = {"shared_data", "host_home", "peer_home"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(MissingCheckouts())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What cannot be fast is marked slow; single tests that took long when they were measured say so themselves."""
+    for item in items:
+        if _SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())) or item.get_closest_marker("fedml"):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

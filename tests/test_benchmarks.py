@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+pytestmark = pytest.mark.slow
+
 
 def output_of(script: str, *arguments: object) -> str:
     done = subprocess.run(

@@ -90,6 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_traffic_and_passes_are_those_of_the_run(tmp_path: Path, case: str) -> None:
     method, adapter, sections = CASES[case]
@@ -180,6 +181,7 @@ def in_a_process(what: str, config: Config) -> Any:
     ("method", "train"),
     [("fedmezo", {"local_update_steps": 2}), ("fedavg", {"optimizer": {"type": "AdamW", "lr": 1e-4}})],
 )
+@pytest.mark.slow
 def test_predicted_memory_is_within_a_factor_of_two(tmp_path: Path, method: str, train: dict[str, Any]) -> None:
     """Of the whole process, libraries included. The run's own part alone has been seen at 2.6 times its estimate."""
     save_tiny_model(tmp_path / "model", "bert", vocab_size=200_000)

@@ -57,7 +57,9 @@ app.add_typer(data_app)
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
-ConfigFile = Annotated[Path, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")]
+_CFG_HELP = "Configuration, YAML: a file, or the name of a packaged one (demo, fwdllm/agnews_fwd)."
+_CF_HELP = "FedML's file, or the name of a packaged one (fedml/fwd_agnews_sp), with --host fedml."
+ConfigFile = Annotated[Path, typer.Option("--cfg", metavar="FILE", help=_CFG_HELP)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY VALUE ...", help="Replace values of the file, e.g. seed 7.")
 ]
@@ -81,12 +83,10 @@ def _options(
 
 @app.command(context_settings=_WITH_OVERRIDES)
 def run(
-    cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration file, YAML.")] = None,
+    cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help=_CFG_HELP)] = None,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
-    cf: Annotated[
-        Path | None, typer.Option("--cf", metavar="FILE", help="The host's own file, if it reads one.")
-    ] = None,
+    cf: Annotated[Path | None, typer.Option("--cf", metavar="FILE", help=_CF_HELP)] = None,
 ) -> None:
     """Train: run a configuration from the first round to the last."""
     chosen = HOSTS[host]
@@ -138,7 +138,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("comparison.png"),
 ) -> None:
-    """Lay several runs over each other: one picture, one table."""
+    """Compare several runs: one picture, one table."""
     from fs_fwdllm.report import compare_runs
 
     picture, table = compare_runs(runs, output)

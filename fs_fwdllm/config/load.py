@@ -1,4 +1,7 @@
-"""Reading a configuration: YAML file, then ``key value`` overrides, then validation with useful messages."""
+"""Reading a configuration: YAML file, then ``key value`` overrides, then validation with useful messages.
+
+The file is one of the user's or one that comes with the package and is known by its name: :func:`find_config`.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,52 @@ from fs_fwdllm.config.schema import Config, is_host_only
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest
 
-__all__ = ["apply_overrides", "dump_config", "load_config", "parse_config", "read_tree"]
+__all__ = ["CONFIGS", "apply_overrides", "dump_config", "find_config", "load_config", "parse_config", "read_tree"]
+
+#: The configurations that come with the package. The name of one is its path in here, without the ending: ``demo``,
+#: ``fwdllm/agnews_fwd``. Those below ``fedml/`` are in FedML's form and belong to its option ``--cf``.
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config(given: str | Path, option: str = "--cfg", folder: Path = Path()) -> Path:
+    """The file a user means: a path that exists, else a packaged configuration's name.
+
+    The name may end in ``.yaml`` and may start with ``configs/``, as the same file is called in a checkout.
+
+    Args:
+        option: what the user gave it to, for the message.
+        folder: where a relative path starts.
+
+    Raises:
+        ConfigError: it is neither; the message has the nearest file or name.
+    """
+    path = folder / given
+    if path.exists() and not path.is_dir():
+        return path
+    name = Path(given).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    names = {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in sorted(CONFIGS.rglob("*.yaml"))}
+    if name in names:
+        return names[name]
+    reason = "is a folder" if path.is_dir() else "No such file"
+    beside = sorted(str(near) for near in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    suited = [known for known in names if known.startswith("fedml/") == (option == "--cf")]
+    hint = nearest(path, beside) or nearest(name, suited)
+    raise ConfigError(
+        f"{option} {given}: cannot be read ({reason}), and is no name of a packaged configuration{hint} "
+        f"(the packaged ones are in {CONFIGS})"
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply ``overrides`` (``key value key value``, as FederatedScope's command line has them).
+    """Read a file, given by path or name (:func:`find_config`), and apply ``overrides``.
+
+    Args:
+        overrides: ``key value key value``, as FederatedScope's command line has them.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is out of range.
     """
-    file = Path(path)
+    file = find_config(path)
     tree = read_tree(file)
     apply_overrides(tree, overrides)
     config = parse_config(tree)
@@ -42,8 +81,7 @@ def read_tree(path: Path, option: str = "--cfg") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        known = sorted(str(near) for near in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror}){nearest(path, known)}") from error
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{option} {path}: is not UTF-8 text (byte {error.start}: {error.reason})") from error
     try:

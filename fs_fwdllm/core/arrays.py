@@ -185,7 +185,8 @@ class NumpyArrays(Arrays):
         np.multiply(target, np.float32(factor), out=target, dtype=np.float32)
 
     def scaled(self, array: np.ndarray, factor: float) -> np.ndarray:
-        return np.multiply(array, np.float32(factor), out=np.empty_like(array), dtype=np.float32)
+        product: np.ndarray = np.multiply(array, np.float32(factor), out=np.empty_like(array), dtype=np.float32)
+        return product
 
     def add_scaled(self, source: np.ndarray, row: np.ndarray, factor: float, target: np.ndarray) -> None:
         np.add(source, np.multiply(row, np.float32(factor), dtype=np.float32), out=target)

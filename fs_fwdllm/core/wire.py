@@ -297,7 +297,7 @@ def _take_frames(
     return values, tuple(frames)
 
 
-def _header_fields(record_type: type[Record]) -> list[dataclasses.Field]:
+def _header_fields(record_type: type[Record]) -> list[dataclasses.Field[Any]]:
     return [item for item in dataclasses.fields(record_type) if item.name != "values"]
 
 

@@ -43,6 +43,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
+from fs_fwdllm.estimator import Footprint
 from fs_fwdllm.estimator.backprop import transformer_layers
 from fs_fwdllm.method import Parts
 from fs_fwdllm.method.cybgd.forecast import visit_bytes
@@ -67,7 +68,7 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         """The predicted peak."""
-        total = sum(getattr(self, item.name) for item in fields(self))
+        total: int = sum(getattr(self, item.name) for item in fields(self))
         return total - min(self.work_bytes, self.evaluation_bytes)
 
 
@@ -201,12 +202,12 @@ def _messages(config: Config, trainable_bytes: int, clients_per_round: int) -> i
 
 def _forward_only(session: Session, shape: _Shape, work: _Pass, steps: int) -> int:
     own, trainable_bytes = session.config.fwdllm, session.parts.trainables.bytes
-    held = ESTIMATORS[own.estimator].footprint(own.probes, own.probes_per_batch)
+    held: Footprint = ESTIMATORS[own.estimator].footprint(own.probes, own.probes_per_batch)
     layer_by_layer = session.parts.full and held.by_layer
     copies_bytes = _largest_module(session.loaded.model) if layer_by_layer else held.copies * trainable_bytes
     moves = session.config.method.clients_step and (steps > 1 or own.upload == "dense")
     layer_points = held.points if shape.trained_layers else 1
-    activations = layer_points * shape.layer(work) + held.points * shape.logits(work)
+    activations: int = layer_points * shape.layer(work) + held.points * shape.logits(work)
     return copies_bytes + moves * trainable_bytes + activations
 
 

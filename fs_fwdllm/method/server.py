@@ -261,7 +261,8 @@ class RoundServer(ABC):
 def sample_weights(updates: Sequence[ClientUpdate], *, equal: bool) -> np.ndarray:
     """Every update's share of the samples (or an equal one), float64, in order; they sum to one."""
     samples = np.array([1 if equal else update.samples for update in updates], dtype=np.float64)
-    return samples / samples.sum()
+    shares: np.ndarray = samples / samples.sum()
+    return shares
 
 
 def numbered(tensors: dict[str, torch.Tensor], prefix: str) -> list[torch.Tensor]:

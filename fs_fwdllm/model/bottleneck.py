@@ -65,7 +65,8 @@ class Bottleneck(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden``: ``[..., hidden_size]``, any floating dtype."""
         wide = hidden.float()
-        return (wide + self.up(torch.relu(self.down(wide)))).to(hidden.dtype)
+        moved: torch.Tensor = wide + self.up(torch.relu(self.down(wide)))
+        return moved.to(hidden.dtype)
 
 
 def attach_bottleneck(

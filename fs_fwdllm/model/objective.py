@@ -185,6 +185,7 @@ def _vocabulary_projection(model: nn.Module) -> nn.Module | None:
     if finder is None:
         return None
     try:
-        return finder()
+        found: nn.Module | None = finder()
+        return found
     except (AttributeError, NotImplementedError):
         return None

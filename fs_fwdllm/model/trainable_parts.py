@@ -120,7 +120,8 @@ def _language_model_head(model: Any) -> str:
             f"{type(model).__name__}: its head is tied to the input embeddings, so adapter_method 'head' would train "
             "the embeddings too; use lora, ia3, layernorm or bottleneck"
         )
-    return next(name for name, module in model.named_modules() if module is head)
+    name: str = next(name for name, module in model.named_modules() if module is head)
+    return name
 
 
 def _train_biases(request: Request) -> nn.Module:

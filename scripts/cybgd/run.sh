@@ -45,6 +45,6 @@ run_cybgd() {
     done
     ensure_environment demo demo,dev,federatedscope
     cd "$project_root"
-    exec "$environment/bin/fs-fwdllm" run --cfg "configs/cybgd/$config.yaml" federate.client_num "$clients" \
+    exec "$environment/bin/fs-fwdllm" run --cfg "cybgd/$config" federate.client_num "$clients" \
         federate.total_round_num "$((clients * cycles))" "${given[@]}"
 }

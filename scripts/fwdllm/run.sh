@@ -43,7 +43,7 @@ published_keys() {
 train() {
     local config="$1"
     shift
-    "$environment/bin/fs-fwdllm" run --cfg "configs/fwdllm/$config.yaml" "$@"
+    "$environment/bin/fs-fwdllm" run --cfg "fwdllm/$config" "$@"
 }
 
 # ablate NAME, with the variants in the array $variants ("NAME KEY VALUE KEY VALUE ..."), and KEY VALUE ... for all:

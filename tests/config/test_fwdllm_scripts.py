@@ -63,7 +63,7 @@ class Shell:
 
 def config_of(command: list[str]) -> Config:
     assert command[:2] == ["run", "--cfg"]
-    config = load_config(ROOT / command[2], command[3:])
+    config = load_config(command[2], command[3:])
     check_combination(config)
     return config
 
@@ -124,6 +124,7 @@ def test_an_ablation_changes_one_thing_and_draws_all(tmp_path: Path, script: str
 
 
 @pytest.mark.parametrize("algorithm", ["FedFwd", "FedAvg", "FedSgd"])
+@pytest.mark.slow
 def test_the_published_experiment_runs(world: World, algorithm: str) -> None:
     """To the end, on text files and a tiny model, with the documented keys."""
     shell = Shell(world.root, f'exec "{sys.executable}" -m fs_fwdllm "$@"')

@@ -108,6 +108,7 @@ def test_the_parameters_travel_with_momentum_and_reference(world: World, case: s
     federation.server.absorb([federation.work(assignment)])
 
 
+@pytest.mark.slow
 @cases
 def test_resuming_in_the_middle_of_a_pool_is_exact(world: World, case: str) -> None:
     """A new server and a new client take over after every round; nothing differs from the run that went on."""

@@ -272,6 +272,7 @@ def test_a_file_that_is_cut_off_is_refused_wherever_it_ends(agnews, share):
         read_h5_data(agnews)
 
 
+@pytest.mark.slow
 def test_damage_in_the_middle_never_escapes_as_another_error(agnews):
     """Bytes overwritten anywhere: the file is read (only text was hit) or refused, by one of our errors."""
     whole = agnews.read_bytes()

@@ -26,6 +26,8 @@ from fs_fwdllm.host.federatedscope.cluster import (
     run_cluster,
 )
 
+pytestmark = pytest.mark.slow
+
 #: Reads its configuration, listens if it is the server, then does what ``behaviour`` says of its role.
 _STAND_IN = """
 import json, os, socket, sys, time, yaml

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fs_fwdllm.config.methods import METHODS as FACTS
 from fs_fwdllm.errors import TrainingStalledError
 from fs_fwdllm.method import assemble_server
+from fs_fwdllm.model.inputs import batch_on
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.running.checkpoint import read_checkpoint
@@ -124,7 +125,7 @@ def test_the_adapter_is_one_that_peft_loads(world: World, method: str, language_
     with quiet_transformers():
         base = loader.from_pretrained(config.model.type.rpartition("@")[0], **options)
         loaded: nn.Module = PeftModel.from_pretrained(base, path / "adapter").eval()
-    batch = session.evaluation_batches[0]
+    batch = batch_on("cpu", session.evaluation_batches[0])
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         untrained = session.loaded.model(**inputs).logits

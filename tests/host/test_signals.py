@@ -24,7 +24,7 @@ ROUNDS = 30
 STOP_AFTER = 5
 DEADLINE_S = 120
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mezo": METHODS["mezo"],

@@ -61,6 +61,7 @@ def corrected_estimates(cosine: float) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(rows), gradient.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cosine", [0.0, 0.6, -0.9])
 def test_corrected_sampling_is_unbiased_and_has_the_variance_of_the_theory(cosine: float) -> None:
     sample, gradient = corrected_estimates(cosine)

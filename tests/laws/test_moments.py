@@ -58,6 +58,7 @@ def estimator_named(name, surface, distribution):
     return {"central": CentralDifference, "one_sided": OneSidedDifference}[name](perturbation, 1.0, 2000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", [Rademacher(), Gaussian()], ids=lambda d: d.name)
 @pytest.mark.parametrize("name", ["forward_mode", "central"])
 def test_the_estimate_is_unbiased_with_the_covariance_of_the_theory(name, distribution):
@@ -93,6 +94,7 @@ def test_a_biased_estimate_is_noticed():
         assert_mean_is(1.1 * estimates(surface, 1, PROBES), gradient.numpy(), covariance(gradient.numpy(), False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", [Rademacher(), Gaussian()], ids=lambda d: d.name)
 @pytest.mark.parametrize(("dimensions", "probes"), [(4, 1), (4, 3), (4, 8), (30, 1), (30, 7)])
 def test_mean_squared_length(distribution, dimensions, probes):

@@ -18,6 +18,8 @@ from fs_fwdllm.method.forward.gate import PublishedStatistic, RelativeVariance
 from tests.laws.surface import quadratic
 from tests.method.pools import dense_estimate, pool_of, replayer_for
 
+pytestmark = pytest.mark.slow
+
 DIMENSIONS = 200
 REPETITIONS = 60
 

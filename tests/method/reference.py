@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fs_fwdllm.data.types import Batch
+from fs_fwdllm.model.inputs import batch_on
 
 __all__ = ["Point", "central_slopes", "direction", "loss_of", "standing_at", "to_flat", "trained"]
 
@@ -63,8 +64,8 @@ def standing_at(model: nn.Module, point: Point) -> Iterator[None]:
 
 def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The loss as the model itself computes it from labels."""
-    named = {name: torch.as_tensor(getattr(batch, name)) for name in ("input_ids", "attention_mask", "labels")}
-    return model(**named).loss
+    given = batch_on("cpu", batch)
+    return model(input_ids=given.input_ids, attention_mask=given.attention_mask, labels=given.labels).loss
 
 
 def central_slopes(model: nn.Module, point: Point, batch: Batch, signs: Sequence[Point], radius: float) -> list[float]:

@@ -157,6 +157,7 @@ def test_a_pool_holds_scalars_only(world: World) -> None:
     assert held == 4 * pool.probes == 4 * 3000 * 4
 
 
+@pytest.mark.slow
 def test_uploads_stay_at_four_bytes_a_probe(world: World) -> None:
     for kind in ("none", "published", "corrected"):
         federation, server = opened(world, {**_BASE, "fwdllm.probes": 50, "fwdllm.sampling.kind": kind})

@@ -381,6 +381,7 @@ def test_a_restored_server_assigns_the_same_rates(name: str) -> None:
 _OWN_RATES = {"fwdllm.strategy_span": 0.04, "federate.sample_client_num": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mezo", "fedavg"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_rate_is_in_the_metrics(world: World, name: str, method: str) -> None:

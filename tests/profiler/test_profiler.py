@@ -17,6 +17,8 @@ from fs_fwdllm.profiler.run import run_profile
 from fs_fwdllm.running.session import Session
 from tests.host.small import World
 
+pytestmark = pytest.mark.slow
+
 FORWARD = {"federate.method": "fedfwd", "trainer.type": "fwdtrainer", "fwdllm.probes": 4, "fwdllm.prefix_cache_mib": 0}
 HEAD = Candidate("head", {"adapter_package": "fs_fwdllm", "adapter_method": "head"})
 LORA = Candidate("lora r=1", {"adapter_package": "peft", "adapter_method": "lora", "r": 1, "lora_alpha": 2})

@@ -70,7 +70,10 @@ def opened(path: Path) -> Iterator[Any]:
     h5py = import_h5py()
     if not path.is_file():
         present = sorted(file.name for file in path.parent.glob("*.h5")) if path.parent.is_dir() else []
-        raise DataError(f"{path}: does not exist; put it there, or set data.root{nearest(path.name, present)}")
+        raise DataError(
+            f"{path}: does not exist; put it there (fs-fwdllm data build makes such files), or set data.root"
+            f"{nearest(path.name, present)}"
+        )
     try:
         with h5py.File(path, "r") as file:
             yield file

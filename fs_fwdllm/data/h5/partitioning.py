@@ -121,7 +121,7 @@ def _proportions(concentration: np.ndarray, seed: int, client: int) -> np.ndarra
 
 def _take(wanted: np.ndarray, left: np.ndarray, length: int) -> np.ndarray:
     """``length`` rows as near to ``wanted`` as ``left`` allows; gaps are filled in proportion to what is left."""
-    taken = np.minimum(_whole(wanted, length), left)
+    taken: np.ndarray = np.minimum(_whole(wanted, length), left)
     while (missing := length - taken.sum()) > 0:
         rest = left - taken
         taken = taken + np.minimum(_whole(rest / rest.sum() * missing, missing), rest)
@@ -130,7 +130,7 @@ def _take(wanted: np.ndarray, left: np.ndarray, length: int) -> np.ndarray:
 
 def _whole(amounts: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers near ``amounts`` that sum to ``total``: the largest remainders are rounded up."""
-    floors = np.floor(amounts).astype(np.int64)
+    floors: np.ndarray = np.floor(amounts).astype(np.int64)
     order = np.argsort(floors - amounts, kind="stable")
     floors[order[: total - floors.sum()]] += 1
     return floors

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fs_fwdllm.config.load import apply_overrides, read_tree
+from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.host import supervise
@@ -153,7 +153,7 @@ def prepare(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> Clus
     """
     if not arguments:
         raise ConfigError("usage: CONFIG [key value ...]")
-    cfg = Path(arguments[0])
+    cfg = find_config(arguments[0])
     tree = read_tree(cfg)
     apply_overrides(tree, arguments[1:])
     clients = (tree.get("federate") or {}).get("client_num", 0)

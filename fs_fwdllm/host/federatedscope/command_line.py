@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from fs_fwdllm.config import Config, parse_config
-from fs_fwdllm.config.load import apply_overrides, read_tree
+from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.methods import is_ours
 from fs_fwdllm.config.schema import Section, is_host_only
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.federatedscope.settings import section_of
 
-__all__ = ["check_command_line"]
+__all__ = ["check_command_line", "with_found_file"]
+
+_OPTION = "--cfg"
 
 
 def check_command_line(arguments: Sequence[str], host: Any) -> None:
@@ -32,7 +34,7 @@ def check_command_line(arguments: Sequence[str], host: Any) -> None:
         ConfigError: a key that nobody knows, or a value that is not what it should be.
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--cfg")
+    parser.add_argument(_OPTION)
     try:
         known, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError:
@@ -44,6 +46,21 @@ def check_command_line(arguments: Sequence[str], host: Any) -> None:
     apply_overrides(tree, overrides)
     if _is_ours(tree):
         parse_config(_ours(tree, Config, host))
+
+
+def with_found_file(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with the path after ``--cfg`` where the name of a packaged configuration may stand.
+
+    Raises:
+        ConfigError: there is no such file and no such name.
+    """
+    words = list(arguments)
+    for index, word in enumerate(words):
+        if word == _OPTION and index + 1 < len(words):
+            words[index + 1] = str(find_config(words[index + 1]))
+        elif word.startswith(f"{_OPTION}="):
+            words[index] = f"{_OPTION}={find_config(word.removeprefix(f'{_OPTION}='))}"
+    return words
 
 
 def _without_options(words: list[str]) -> list[str]:

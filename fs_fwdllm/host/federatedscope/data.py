@@ -38,7 +38,7 @@ _SPLITS = ("train", "val", "test")
 _reading_for_us = False
 
 
-class ExampleSplits(dict):
+class ExampleSplits(dict[str, Any]):
     """A participant's examples, in the shape the host expects of data.
 
     The host looks into the mapping for one array to learn an input shape from, and takes the samples from attributes.

@@ -48,6 +48,8 @@ def describe_home() -> str:
 def launch(arguments: Sequence[str]) -> None:
     """Run the host's ``main`` in this process with ``arguments`` (``--cfg FILE key value ...``).
 
+    The file may be the name of a packaged configuration, as everywhere in this package.
+
     Raises:
         ConfigError: FederatedScope is not found, or the file or an override is wrong.
         FwdLLMError: whatever stops a run of ours.
@@ -55,7 +57,7 @@ def launch(arguments: Sequence[str]) -> None:
     home = find_host()
     if home is not None:
         sys.path.insert(0, str(home))
-    _register(arguments)
+    arguments = _register(arguments)
     before = sys.argv
     sys.argv = ["federatedscope/main.py", *arguments]
     try:
@@ -64,13 +66,18 @@ def launch(arguments: Sequence[str]) -> None:
         sys.argv = before
 
 
-def _register(arguments: Sequence[str]) -> None:
-    """Fill the registries, and the configuration once more after the host: registered first, we were overwritten."""
+def _register(arguments: Sequence[str]) -> list[str]:
+    """Fill the registries, and the configuration once more after the host: registered first, we were overwritten.
+
+    Returns the arguments as the host understands them.
+    """
     importlib.import_module("fs_fwdllm.host.federatedscope.plugin")  # it prepares the process, so it goes first
     from federatedscope.core.configs.config import global_cfg
 
-    from fs_fwdllm.host.federatedscope.command_line import check_command_line
+    from fs_fwdllm.host.federatedscope.command_line import check_command_line, with_found_file
     from fs_fwdllm.host.federatedscope.settings import extend_host_config
 
     extend_host_config(global_cfg)
-    check_command_line(arguments, global_cfg)
+    found = with_found_file(arguments)
+    check_command_line(found, global_cfg)
+    return found

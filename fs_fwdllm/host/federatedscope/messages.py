@@ -12,7 +12,6 @@ import sys
 import types
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 __all__ = ["provide_messages"]
 
@@ -47,8 +46,9 @@ def _build(described: bytes) -> types.ModuleType:
     from google.protobuf import descriptor_pool
     from google.protobuf.internal import builder
 
-    module: Any = types.ModuleType(_MODULE)
-    module.DESCRIPTOR = descriptor_pool.Default().AddSerializedFile(described)
-    builder.BuildMessageAndEnumDescriptors(module.DESCRIPTOR, module.__dict__)
-    builder.BuildTopDescriptorsAndMessages(module.DESCRIPTOR, _MODULE, module.__dict__)
+    module = types.ModuleType(_MODULE)
+    descriptor = descriptor_pool.Default().AddSerializedFile(described)
+    module.__dict__["DESCRIPTOR"] = descriptor
+    builder.BuildMessageAndEnumDescriptors(descriptor, module.__dict__)
+    builder.BuildTopDescriptorsAndMessages(descriptor, _MODULE, module.__dict__)
     return module

@@ -264,8 +264,8 @@ class FwdLLMServer(MemberServer):
         answered = self.driver.answered
         if answered < minimum:
             raise TrainingStalledError(
-                f"round {self.driver.next_round + 1}: {answered} clients answered, but {minimum} are needed "
-                f"(fwdllm.min_answers); continue with "
+                f"round {self.driver.next_round + 1}: {answered} {'client' if answered == 1 else 'clients'} answered, "
+                f"but {minimum} are needed (fwdllm.min_answers); continue with "
                 f"federate.restore_from {str(self.driver.folder.path)!r} when they are back"
             )
         self._close_round()

@@ -85,7 +85,8 @@ class EvaluationTrainer(BaseTrainer):
 
     def get_model_para(self) -> dict[str, torch.Tensor]:
         """The trained parameters by the host's names."""
-        return self.model.state_dict()
+        parameters: dict[str, torch.Tensor] = self.model.state_dict()
+        return parameters
 
     def print_trainer_meta_info(self) -> str:
         """One line on what is trained, in the host's log."""

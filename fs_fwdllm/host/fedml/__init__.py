@@ -52,7 +52,8 @@ _MODULES = {**_NEEDS_FEDML, "resume": "cluster", "run": "cluster"}
 
 def run_file(path: Path, overrides: list[str]) -> Path:
     """Run one of FedML's files with ``key value`` overrides, as every host offers it to the command."""
-    return importlib.import_module(f"{__name__}.cluster").run(path, overrides)
+    folder: Path = importlib.import_module(f"{__name__}.cluster").run(path, overrides)
+    return folder
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ _POLL_S = 0.002
 _MARK = "_fs_fwdllm_enabled"
 
 
-class PatientQueue(queue.Queue):
+class PatientQueue(queue.Queue[Any]):
     """A queue whose answer "empty" takes a moment, for a reader that never sleeps."""
 
     def qsize(self) -> int:

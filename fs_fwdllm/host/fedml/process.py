@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+from fs_fwdllm.config.load import find_config
 from fs_fwdllm.errors import ConfigError, HostError
 from fs_fwdllm.host.fedml.guard import begin_guarded
 from fs_fwdllm.host.fedml.identity import introduce, leave, processes_folder
@@ -125,7 +126,7 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
     from fs_fwdllm.host.fedml.program import build, init
 
     role = "server" if rank == 0 else "client"
-    own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": given.cf}
+    own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": str(find_config(given.cf, "--cf"))}
     args = SimpleNamespace(**{**settings.args, **own})
     if settings.args["backend"] == "GRPC":
         host, port = server_address(settings)

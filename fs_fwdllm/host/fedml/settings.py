@@ -4,7 +4,7 @@ FedML flattens its sections: every key of every section becomes an attribute of 
 its keys carry their own prefix:
 
     fwdllm_args:
-      fwdllm_config: ../fwd_agnews.yaml           # one of our files, relative to this one; may be left out
+      fwdllm_config: ../fwd_agnews.yaml           # one of our files, relative to this one, or packaged; may be left out
       fwdllm_overrides: {fwdllm: {probes: 20}}    # our keys, nested or dotted
       fwdllm_deadline_s: 600                      # how long a process waits for others in a round
 
@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from fs_fwdllm.config import Config, parse_config
-from fs_fwdllm.config.load import apply_overrides, read_tree
+from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.fedml.translation import REFUSED, TRANSLATED, translate
@@ -76,6 +76,7 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> FedMLSettings:
         ConfigError: the file is missing or not YAML, a key of ours is unknown, a value is out of range, FedML is asked
             for something that our methods cannot run under, or two keys contradict each other.
     """
+    path = find_config(path, "--cf")
     args: dict[str, Any] = {}
     for name, section in read_tree(path, "--cf").items():
         if section is not None and not isinstance(section, dict):
@@ -95,7 +96,8 @@ def resolve_settings(args: Mapping[str, Any], folder: Path, overrides: Sequence[
     flat = {**_DEFAULTS, **args, **theirs}
     _check_own_keys([key for key in flat if key.startswith("fwdllm")])
     _check_fedml(flat)
-    tree = read_tree(folder / str(flat["fwdllm_config"]), "fwdllm_config") if flat.get("fwdllm_config") else {}
+    ours_file = flat.get("fwdllm_config")
+    tree = read_tree(find_config(str(ours_file), "fwdllm_config", folder), "fwdllm_config") if ours_file else {}
     apply_overrides(tree, _as_texts(translate(args)))
     apply_overrides(tree, _as_texts(_own_overrides(args)))
     apply_overrides(tree, _as_texts(translate(theirs)))

@@ -69,7 +69,10 @@ class OptimizerSettings:
         if self.kind == "AdamW":
             arguments["weight_decay"] = 0.0  # decay is ours, and the same for all
         # One tensor at a time: the batched kernels copy the whole block.
-        return getattr(torch.optim, self.kind)(list(masters), lr=0.0, foreach=False, **arguments)
+        optimiser: torch.optim.Optimizer = getattr(torch.optim, self.kind)(
+            list(masters), lr=0.0, foreach=False, **arguments
+        )
+        return optimiser
 
 
 def visit_steps(batches: int, accumulate: int) -> int:

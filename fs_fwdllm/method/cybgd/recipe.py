@@ -79,7 +79,7 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         first_block=own.first_block,
         clients_per_block=own.clients_per_block,
     )
-    if own.learning_rate_over == "visit":  # the workers' business
+    if own.learning_rate_over == "visit":  # then the schedule runs inside a visit, on the client
         settings = replace(settings, schedule=_constant(settings.schedule))
     blocks = BlockServerSettings(
         parallel_blocks=own.parallel_blocks,

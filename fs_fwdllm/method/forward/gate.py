@@ -40,7 +40,7 @@ from typing import Literal
 
 import numpy as np
 
-from fs_fwdllm.core.arrays import squared_norm
+from fs_fwdllm.core.arrays import count_of, squared_norm
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables, public_name
 from fs_fwdllm.errors import ConfigError, nearest
@@ -80,7 +80,7 @@ class PublishedStatistic(GateStatistic):
         sides = np.concatenate([np.full(half, 1.0 / half), np.full(len(slopes) - half, -1.0 / (len(slopes) - half))])
         difference = replayer.total(pool.contributions(replayer, sides * slopes), self.tensors)
         looked_at = difference if self.tensors is None else [difference[index] for index in self.tensors]
-        return squared_norm(looked_at) / sum(tensor.numel() for tensor in looked_at) / 2.0
+        return squared_norm(looked_at) / sum(map(count_of, looked_at)) / 2.0
 
     def default_threshold(self, dimensions: int) -> float:
         return PUBLISHED_THRESHOLD

@@ -21,7 +21,8 @@ __all__ = ["RECIPE", "Coefficients", "coefficients", "local_step_recipe"]
 
 def coefficients(slopes: np.ndarray, rate: float) -> np.ndarray:
     """``-rate/P g``: a step down the mean of the ``P`` directions' estimates (MeZO, arXiv 2305.17333, algorithm 1)."""
-    return -rate / slopes.shape[-1] * slopes
+    steps: np.ndarray = -rate / slopes.shape[-1] * slopes
+    return steps
 
 
 def local_step_recipe(coefficients_of: Callable[[Config], Coefficients]) -> Recipe:

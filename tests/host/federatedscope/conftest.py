@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.host.federatedscope.checkouts import find_checkout
 from tests.host.federatedscope.participants import Starter
-
-_DEFAULT = Path("~/.cache/fs_fwdllm").expanduser()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,13 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("federatedscope")
 
 
-def _checkout(variable: str, default: Path, branch: str) -> Path:
-    home = Path(os.environ.get(variable, default))
-    if not (home / "federatedscope" / "register.py").is_file():
-        pytest.skip(
-            f"no FederatedScope checkout (branch {branch}) at {home}; set {variable}, or: git clone --branch {branch} "
-            f"https://github.com/alibaba/FederatedScope {default}"
-        )
+def _checkout(variable: str) -> Path:
+    home = find_checkout(variable)
     for module in ("grpc", "pandas", "scipy", "pympler"):
         pytest.importorskip(module, reason=f"FederatedScope needs {module}: pip install 'fs-fwdllm[federatedscope]'")
     return home
@@ -37,13 +30,13 @@ def _checkout(variable: str, default: Path, branch: str) -> Path:
 @pytest.fixture(scope="session")
 def host_home() -> Path:
     """An unmodified checkout of branch ``llm``; tests must not write into it."""
-    return _checkout("FEDERATEDSCOPE_HOME", _DEFAULT / "FederatedScope", "llm")
+    return _checkout("FEDERATEDSCOPE_HOME")
 
 
 @pytest.fixture(scope="session")
 def peer_home() -> Path:
     """A checkout of branch ``FedMeZO``, whose published files are run as they are."""
-    return _checkout("FEDMEZO_HOME", _DEFAULT / "FedMeZO", "FedMeZO")
+    return _checkout("FEDMEZO_HOME")
 
 
 @pytest.fixture(scope="session")

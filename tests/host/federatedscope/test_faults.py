@@ -97,7 +97,7 @@ def test_too_few_answers_stop_the_run_for_everybody(
     _reached(flag)
     clients[2].kill()
     assert server.wait(_BOUND_S) != 0
-    assert "error: TrainingStalledError: round 2: 1 clients answered, but 2 are needed" in server.text
+    assert "error: TrainingStalledError: round 2: 1 client answered, but 2 are needed" in server.text
     assert clients[1].wait(_BOUND_S) != 0
     assert "error: HostError: client 1: the server has stopped: TrainingStalledError" in clients[1].text
 

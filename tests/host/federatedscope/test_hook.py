@@ -1,4 +1,4 @@
-"""Our one file in a checkout: placed, taken out, refused; and what a wheel carries."""
+"""Our one file in a checkout: placed, taken out, refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,32 +94,6 @@ def test_the_documented_commands_run(world: World, hooked_tree: Path, host_home:
         assert done.returncode == 0, done.stderr[-4000:]
         outcomes.append(outcome_of(tmp_path / name / "run" / "fwdllm"))
     assert outcomes[0] == outcomes[1] == outcomes[2]
-
-
-def test_a_wheel_carries_the_file_inside_the_package_only(tmp_path: Path, checkout: Path) -> None:
-    if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
-        pytest.skip("building a wheel needs pip and setuptools")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "registry.py", "fs_fwdllm"):
-        (source / name).symlink_to(_ROOT / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*build, str(tmp_path), str(source)], check=True, timeout=200)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "installed")
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fs_fwdllm"}
-    assert "fs_fwdllm/host/federatedscope/registry.py" in names
-    place = (
-        "import pathlib; from fs_fwdllm.host.federatedscope.hook import install; "
-        f"install(pathlib.Path({str(checkout)!r}))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    subprocess.run([sys.executable, "-c", place], check=True, env=environment, cwd=tmp_path, timeout=100)
-    assert (checkout / "federatedscope" / "contrib" / "configs" / HOOK_FILE).read_bytes() == (
-        _ROOT / "registry.py"
-    ).read_bytes()
 
 
 def test_the_doctor_says_where_the_host_is(host_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

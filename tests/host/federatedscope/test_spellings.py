@@ -22,6 +22,8 @@ SPELLINGS = {
     ],
     "mezo": [("fedmezo", ""), ("FedMeZO", "MeZOTrainer"), ("fedavg", "mezotrainer")],
 }  # fmt: skip
+#: The spellings that are also run with every participant in a process of its own, which takes longest.
+APART = [("fwdllm", ""), ("FedMeZO", "MeZOTrainer")]
 CASES = [(method, *words, batch) for batch in (1, 4) for method, found in SPELLINGS.items() for words in found]
 
 
@@ -51,4 +53,5 @@ def test_every_spelling_is_one_method_on_every_host(
     federation = Federation(write_config(world, settings, language_model=False), tmp_path, launcher)
     assert federation.local() == expected
     assert federation.standalone() == expected
-    assert federation.distributed() == expected
+    if (protocol, trainer) in APART:
+        assert federation.distributed() == expected

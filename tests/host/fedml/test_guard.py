@@ -24,7 +24,10 @@ print("begun", flush=True)
 exec(sys.argv[2])
 """
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's"),
+]
 
 
 def start(folder: Path, does: str) -> subprocess.Popen[str]:

@@ -113,6 +113,7 @@ def test_the_saved_model_is_the_server_s_bit_for_bit(world: World, dtype: str) -
     assert sum(tensor.numel() for tensor in kept) == changed < sum(p.numel() for p in saved.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = world.config({**RESUMED[case], "federate.total_round_num": 7, "eval.freq": 3})

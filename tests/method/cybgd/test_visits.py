@@ -79,6 +79,7 @@ def test_a_client_holds_the_server_s_model_before_and_after_its_visit(
     assert federation.server.digest == federation.server.store.digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*EXACT_CASES, *LOSSY_CASES])
 def test_one_worker_for_all_clients_does_what_one_for_each_does(world: World, case: str) -> None:
     """A simulation is the same run: what a client holds follows from the messages to it."""
