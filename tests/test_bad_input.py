@@ -267,7 +267,7 @@ def test_fewer_samples_than_a_batch_are_one_small_batch(call: Callable[..., Resu
 
 @pytest.mark.parametrize("eos", [True, False], ids=["end token", "no end token"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["mezo", "fedavg"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_tokenizer_without_a_pad_token_is_given_one(
     call: Callable[..., Result], world: World, method: str, architecture: str, eos: bool
 ) -> None:

@@ -16,7 +16,7 @@ from fs_fwdllm.estimator import CentralDifference, Slopes
 from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.model.objective import BatchLoss
 from tests.host.fixtures import models, world
-from tests.host.small import METHODS, World, read_jsonl
+from tests.host.small import METHODS, SCALAR_METHODS, World, read_jsonl
 
 __all__ = ["models", "world"]
 
@@ -59,7 +59,7 @@ def members() -> Iterator[None]:
     DIRECTIONS.unregister("halves")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name in ("mezo", "forward_gradient")])
+@pytest.mark.parametrize("method", SCALAR_METHODS)
 def test_an_estimator_and_a_distribution_of_another_package_train_and_plan(method: str, world: World) -> None:
     settings = {**METHODS[method], "fwdllm.estimator": "repeated", "fwdllm.direction": "halves"}
     config = world.config(settings)

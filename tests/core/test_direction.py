@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fs_fwdllm.core.direction import (
+    DIRECTIONS,
     DirectionKey,
-    Gaussian,
     Rademacher,
     direction_seed,
     make_distribution,
@@ -22,6 +22,10 @@ from fs_fwdllm.core.torch_arrays import TorchArrays, signs_from_octets
 from fs_fwdllm.errors import ConfigError
 
 U64 = st.integers(0, 2**64 - 1)
+#: A distribution joins by its row in the registry.
+every_distribution = pytest.mark.parametrize(
+    "distribution", [make_distribution(name) for name in DIRECTIONS.names()], ids=DIRECTIONS.names()
+)
 GOLDEN_SEED = 0x2E9F436DCD03ED3E
 GOLDEN_KEY = DirectionKey(2024, direction_seed(3, 7, 1, 2))
 GOLDEN_SIGNS = "----+++---+--+-+-++-++-+-++---++-+-+--+++-+---++++-+---++++---+-"
@@ -75,7 +79,7 @@ def test_an_accelerator_holds_the_same_signs():
     assert torch.equal(here, there.cpu())
 
 
-@pytest.mark.parametrize("distribution", [Rademacher(), Gaussian()], ids=lambda d: d.name)
+@every_distribution
 @given(start=st.integers(0, 5000), count=st.integers(1, 400))
 def test_any_slice_equals_the_slice_of_the_whole(distribution, start, count):
     whole = distribution.values([GOLDEN_KEY], 1, 0, start + count)[0]
@@ -85,14 +89,15 @@ def test_any_slice_equals_the_slice_of_the_whole(distribution, start, count):
         assert np.array_equal(part, whole[start:])
 
 
-@pytest.mark.parametrize("distribution", [Rademacher(), Gaussian()], ids=lambda d: d.name)
+@every_distribution
 def test_first_two_moments(distribution):
     """Mean 0 and E[z z^T] = I: every entry of the sample moments within five standard errors."""
     keys = [DirectionKey(1, seed) for seed in range(4000)]
     z = distribution.values(keys, 0, 0, 20).astype(np.float64)
     assert np.abs(z.mean(0)).max() < 5 / len(keys) ** 0.5
     second = z.T @ z / len(keys)
-    assert np.abs(second - np.eye(20)).max() < 5 * 2**0.5 / len(keys) ** 0.5
+    variance = max(1.0, distribution.spread(20) - 19)  # of a product of two elements, of the square of one
+    assert np.abs(second - np.eye(20)).max() < 5 * (variance / len(keys)) ** 0.5
 
 
 def test_tensors_seeds_and_runs_are_independent_streams():

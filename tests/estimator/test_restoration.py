@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.estimator import Backprop
 from tests.estimator.models import KEYS, base_hash, nothing_is_patched, ready
 
-ESTIMATORS = {
-    "central": {"estimator": "central"},
-    "central, batched": {"estimator": "central", "probes_per_batch": 3},
-    "one-sided": {"estimator": "one_sided"},
-    "one-sided, batched": {"estimator": "one_sided", "probes_per_batch": 3},
-    "forward mode": {"estimator": "forward_mode"},
-    "forward mode, batched": {"estimator": "forward_mode", "probes_per_batch": 3},
-    "gaussian": {"estimator": "central", "direction": "gaussian"},
+#: Every estimator there is, one probe at a time and several where it can; and every distribution.
+ALONE = {name: {"estimator": name} for name in ESTIMATORS.names()}
+BATCHED = {
+    f"{name}, batched": {"estimator": name, "probes_per_batch": 3}
+    for name in ESTIMATORS.names()
+    if ESTIMATORS[name].largest_batch(len(KEYS)) >= 3
 }
+CONFIGURATIONS = {**ALONE, **BATCHED, **{name: {"estimator": "central", "direction": name} for name in DIRECTIONS}}
 METHODS = ["lora", "full", "head", "bottleneck"]
 CASES = [
     (architecture, method, dtype)
@@ -55,7 +56,7 @@ def test_every_estimator_restores_every_bit(tmp_path, architecture, method, dtyp
     it = load(tmp_path, architecture, method, dtype)
     before, batch_loss = state(it), it.loss()
     assert before[3]
-    for name, settings in ESTIMATORS.items():
+    for name, settings in CONFIGURATIONS.items():
         slopes = it.estimator(radius=0.01, **settings).slopes(batch_loss, KEYS).values
         assert state(it) == before, name
         assert slopes.std() > 0, name
@@ -74,8 +75,8 @@ def test_an_accident_in_the_middle_restores_every_bit(tmp_path, architecture, me
     late = last_projection(it.model)
     early = it.model.get_submodule(next(n for n, _ in it.model.named_modules() if n.endswith(("dense", "o_proj"))))
     inside = [late] if cache_bytes else [early, late]
-    for name in ("central", "one-sided, batched", "forward mode, batched"):
-        estimator = it.estimator(radius=0.01, **ESTIMATORS[name])
+    for name, settings in {**ALONE, **BATCHED}.items():
+        estimator = it.estimator(radius=0.01, **settings)
         expected = estimator.slopes(batch_loss, KEYS).values
         for module in inside:
             fuse = Fuse(module, accident, calls=2)
@@ -129,7 +130,7 @@ def test_two_evaluations_at_one_point_agree_bit_for_bit(tmp_path, architecture, 
         first = batch_loss.at(elsewhere)
         assert not torch.equal(first, batch_loss.here())
         assert torch.equal(first, batch_loss.at(elsewhere))
-    for name, settings in ESTIMATORS.items():
+    for name, settings in CONFIGURATIONS.items():
         twice = [it.estimator(radius=0.01, **settings).slopes(batch_loss, KEYS) for _ in range(2)]
         assert (twice[0].values == twice[1].values).all(), name
         assert twice[0].loss == twice[1].loss, name

@@ -220,8 +220,8 @@ def test_a_full_disk_for_the_metrics_is_named_too(world: World, monkeypatch: pyt
     def fill_up(self: JsonLinesSink, line: Any) -> None:
         lines.append(line)
         if len(lines) == 4:
-            self._file.close()
-            self._file = open("/dev/full", "w")  # noqa: SIM115 - the sink closes it
+            self.file.close()
+            self.file = open("/dev/full", "w")  # noqa: SIM115 - the sink closes it
         original(self, line)
 
     if not Path("/dev/full").exists():

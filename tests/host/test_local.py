@@ -176,7 +176,7 @@ def test_without_evaluation_data_a_run_still_runs(world: World) -> None:
     assert not any(line.get("eval") for line in lines_of(path))
 
 
-@pytest.mark.parametrize("method", ["mezo", "forward_gradient", "fedavg"])
+@with_an_adapter
 def test_the_prefix_cache_does_not_change_a_bit_of_a_run(world: World, method: str) -> None:
     head = {**METHODS[method], "llm.adapter.args": [{"adapter_method": "head"}]}
     cached, plain = run(world.config(head)), run(world.config({**head, "fwdllm.prefix_cache_mib": 0}))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.learning_rate import decay_factor
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.running.session import Session
-from tests.host.small import METHODS, Federation, World
+from tests.host.small import METHODS, SCALAR_METHODS, Federation, World
 from tests.method.reference import Point, central_slopes, direction, to_flat, trained
 
 LEARNING_RATE, DECAY, RADIUS, BETA = 0.05, 0.4, 0.01, 0.8
@@ -180,7 +181,7 @@ def test_scalars_and_dense_vectors_lead_to_the_same_place(
     assert np.abs(scalars.parameters() - start).max() > 50 * TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["mezo", "forward_gradient"])
+@pytest.mark.parametrize("method", SCALAR_METHODS)
 def test_decay_folded_into_one_scalar_is_decay_at_every_step(world: World, method: str) -> None:
     """Slopes of zero leave decay alone: matrices shrink by the factor of every step, vectors keep their bits."""
     settings = {
@@ -234,8 +235,8 @@ def test_forward_passes_are_counted(world: World, estimator: str, passes: int) -
     assert (report.forward_passes, report.backward_passes) == (len(federation.clients) * passes, 0)
 
 
-@pytest.mark.parametrize("estimator", ["central", "one_sided", "forward_mode"])
-@pytest.mark.parametrize("method", ["mezo", "forward_gradient"])
+@pytest.mark.parametrize("estimator", ESTIMATORS.names())
+@pytest.mark.parametrize("method", SCALAR_METHODS)
 def test_it_learns(world: World, method: str, estimator: str) -> None:
     """Every forward-only method with every estimator lowers the loss of data that can be learned."""
     settings = {

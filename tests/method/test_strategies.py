@@ -34,7 +34,7 @@ from fs_fwdllm.method.mezo.server import SteppingServer
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.server import ServerSettings, WorkPlan
 from fs_fwdllm.running.local import run
-from tests.host.small import METHODS, Federation, World, read_jsonl
+from tests.host.small import METHODS, Federation, World, methods_where, read_jsonl
 from tests.method.reference import direction
 
 SEED, BASE, SPAN, DECAY, ROUNDS = 11, 0.02, 0.015, 0.4, 14
@@ -403,16 +403,16 @@ def test_distances_do_not_depend_on_the_upload(world: World, upload: str) -> Non
     settings = {**METHODS["mezo"], **_OWN_RATES, "train.train_strategy": "model-diff", "fwdllm.upload": upload,
                 "train.optimizer.weight_decay": DECAY}  # fmt: skip
     federation = Federation(world.config(settings))
-    federation.round(0)
+    federation.round(0, federation.clients)
     other = Federation(world.config({**settings, "fwdllm.upload": "scalars" if upload == "dense" else "dense"}))
-    other.round(0)
+    other.round(0, other.clients)
     one, two = (dict(each.server.state_numbers()["rate_reports"]) for each in (federation, other))
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     for client, (distance,) in one.items():
         assert two[client] == pytest.approx([distance], rel=1e-3) and distance > 0
 
 
-@pytest.mark.parametrize("method", ["forward_gradient", "fedsgd"])
+@pytest.mark.parametrize("method", methods_where(lambda facts: not facts.clients_step))
 @pytest.mark.parametrize("name", STRATEGIES[1:])
 def test_where_the_server_steps_a_clients_rate_is_refused(world: World, name: str, method: str) -> None:
     with pytest.raises(ConfigError, match=rf"train_strategy '{name}'.*server takes the steps.*frozen.*fedmezo"):

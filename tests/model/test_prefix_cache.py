@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator import Backprop, make_estimator
@@ -110,7 +112,7 @@ def assert_same_gradients(twin, batch, **settings):
 
 def assert_same_everything(twin, batch):
     cached, plain = assert_same_losses(twin, batch)
-    for kind, size in (("central", 1), ("one_sided", 2), ("forward_mode", 2)):  # loop, vmap, vmap of jvp
+    for kind, size in itertools.product(ESTIMATORS.names(), (1, 2)):  # loop, vmap, jvp, vmap of jvp
         estimator = twin.estimator(estimator=kind, radius=0.01, probes_per_batch=size)
         with_cache, without = estimator.slopes(cached, KEYS), estimator.slopes(plain, KEYS)
         assert (with_cache.values == without.values).all(), kind
@@ -163,7 +165,7 @@ def test_the_lowest_layer_runs_once_a_batch(tmp_path, architecture, method, argu
     runs = LAYERS if architecture == "albert" else 1
     for expected, key in ((1, "a"), (1, "a"), (2, "b"), (2, "a"), (3, None), (4, None)):
         batch_loss = twin.cached.on(twin.batch(key))
-        for kind in ("central", "forward_mode"):
+        for kind in ESTIMATORS.names():
             twin.estimator(estimator=kind).slopes(batch_loss, KEYS)
         twin.gradient(batch_loss, gradient_checkpointing=True)
         assert len(calls) == expected * runs
@@ -266,7 +268,7 @@ def test_an_accident_leaves_nothing_patched(tmp_path, accident):
     armed = False
     layers[LAST].output.dense.register_forward_pre_hook(stop)
     batch_loss = twin.cached.on(twin.batch())
-    for kind in ("central", "forward_mode"):
+    for kind in ESTIMATORS.names():
         for size in (1, 2):
             armed = True
             with pytest.raises(accident):
