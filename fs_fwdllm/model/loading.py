@@ -41,6 +41,8 @@ _AUTO_CLASSES: dict[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }
+#: Said, since transformers otherwise asks on standard input whether to run code from the model's folder.
+_NO_FOREIGN_CODE = {"trust_remote_code": False}
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -80,7 +82,7 @@ def load_tokenizer(config: Config) -> Any:
     source = model_source(config)
     with _reported(source, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
-            source.location, padding_side="right", model_max_length=config.llm.tok_len
+            source.location, padding_side="right", model_max_length=config.llm.tok_len, **_NO_FOREIGN_CODE
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is not None:
@@ -162,7 +164,7 @@ def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
 
 def _load_base(config: Config, source: ModelSource, labels: int, dtype: torch.dtype) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_attention(config)}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_NO_FOREIGN_CODE, **_attention(config)}
     auto: Any = _AUTO_CLASSES[source.task]
     if source.task == "classification":
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -288,6 +289,26 @@ def test_pickled_and_damaged_weights_are_refused(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="gives no model"):
         load(tiny_config(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_models_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch, file):
+    """transformers asks on standard input whether to run it; here even a yes changes nothing."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    settings = json.loads((folder / file).read_text())
+    settings |= {
+        "model_type": "foreign",
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "foreign.Foreign"),
+    }
+    settings["auto_map"]["AutoTokenizer"] = ["foreign.Foreign", None]
+    settings.pop("tokenizer_class", None)
+    (folder / file).write_text(json.dumps(settings))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = tiny_config(folder)
+    with contextlib.suppress(ModelError):
+        load(config)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
