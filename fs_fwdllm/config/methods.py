@@ -121,6 +121,7 @@ METHODS: Registry[MethodFacts] = Registry(
             ),
         )
     },
+    kind=MethodFacts,
 )
 
 
@@ -133,14 +134,7 @@ def register_method(facts: MethodFacts) -> None:
 
 
 def _rows() -> list[MethodFacts]:
-    rows = [METHODS[name] for name in METHODS]
-    for name, row in zip(METHODS, rows, strict=True):
-        if not isinstance(row, MethodFacts):
-            raise ConfigError(
-                f"federate.method: what is announced as method {name!r} is a {type(row).__name__}; it must be a "
-                "fs_fwdllm.config.methods.MethodFacts"
-            )
-    return rows
+    return [METHODS[name] for name in METHODS]
 
 
 def _by_spelling() -> dict[tuple[str, str], MethodFacts]:

@@ -20,7 +20,8 @@ ESTIMATORS: Registry[Any] = Registry(
         "one_sided": "fs_fwdllm.estimator.differences:OneSidedDifference",
         "forward_mode": "fs_fwdllm.estimator.forward_mode:ForwardMode",
     },
+    kind="fs_fwdllm.estimator.base:Estimator",
 )
 
 #: Sections ``fwdllm.ext.NAME`` of other packages: subclasses of :class:`fs_fwdllm.config.schema.Section`.
-EXTENSIONS: Registry[Any] = Registry("fwdllm.ext", "fs_fwdllm.settings", {})
+EXTENSIONS: Registry[Any] = Registry("fwdllm.ext", "fs_fwdllm.settings", {}, kind="fs_fwdllm.config.schema:Section")

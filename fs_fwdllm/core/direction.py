@@ -282,7 +282,10 @@ class AimedDirections(Distribution):
 
 #: The distributions by the words of ``fwdllm.direction``.
 DIRECTIONS: Registry[type[Distribution]] = Registry(
-    "fwdllm.direction", "fs_fwdllm.distributions", {member.name: member for member in (Rademacher, Gaussian)}
+    "fwdllm.direction",
+    "fs_fwdllm.distributions",
+    {member.name: member for member in (Rademacher, Gaussian)},
+    kind=Distribution,
 )
 
 

@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import metadata
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from fs_fwdllm.errors import ConfigError, nearest
 
@@ -32,11 +32,13 @@ class Registry(Generic[Member]):
         key: the configuration's key that names a member, for messages.
         group: the entry-point group in which other packages announce members.
         members: our own, each as the object itself or as ``"module:attribute"``.
+        kind: what a member of another package must be an instance or a subclass of, likewise.
     """
 
-    def __init__(self, key: str, group: str, members: Mapping[str, Member | str]) -> None:
+    def __init__(self, key: str, group: str, members: Mapping[str, Member | str], kind: type | str = object) -> None:
         self.key = key
         self.group = group
+        self.kind = kind
         self._members: dict[str, Member | str] = dict(members)
 
     def names(self) -> list[str]:
@@ -61,8 +63,7 @@ class Registry(Generic[Member]):
             self._members[name] = self._load(name)
         member = self._members[name]
         if isinstance(member, str):
-            module, _, attribute = member.partition(":")
-            member = self._members[name] = cast(Member, getattr(importlib.import_module(module), attribute))
+            member = self._members[name] = cast(Member, _imported(member))
         return member
 
     def register(self, name: str, member: Member | str) -> None:
@@ -91,13 +92,27 @@ class Registry(Generic[Member]):
 
     def _load(self, name: str) -> Member:
         point = self._announced[name]
+        announced = f"{self.key} {name!r}: {_owner(point)} announces it as {point.value!r}"
         try:
-            return cast(Member, point.load())
-        except (ImportError, AttributeError) as error:
+            member: Any = point.load()
+        except Exception as error:  # another package's module may fail in any way
             raise ConfigError(
-                f"{self.key} {name!r}: {_owner(point)} announces it as {point.value!r}, which cannot be imported "
-                f"({error}); install {_owner(point)} anew, or remove it"
+                f"{announced}, which cannot be imported ({type(error).__name__}: {error}); install {_owner(point)} "
+                "anew, or remove it"
             ) from error
+        kind = _imported(self.kind) if isinstance(self.kind, str) else self.kind
+        if not (isinstance(member, kind) or (isinstance(member, type) and issubclass(member, kind))):
+            raise ConfigError(f"{announced}, which is no {kind.__name__} (it is of type {type(member).__name__})")
+        lacking = sorted(getattr(member, "__abstractmethods__", ())) if isinstance(member, type) else []
+        if lacking:
+            raise ConfigError(f"{announced}, a {kind.__name__} that lacks {', '.join(lacking)}")
+        return cast(Member, member)
+
+
+def _imported(place: str) -> Any:
+    """What stands at ``"module:attribute"``."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _owner(point: metadata.EntryPoint) -> str:

@@ -81,6 +81,7 @@ HOSTS: Registry[Host] = Registry(
         "federatedscope": "fs_fwdllm.host.federatedscope:HOST",
         "fedml": "fs_fwdllm.host.fedml:HOST",
     },
+    kind=Host,
 )
 
 

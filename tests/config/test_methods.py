@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from fs_fwdllm.config import parse_config
 from fs_fwdllm.config.methods import METHODS, MethodFacts, default_trainer, examples_of, is_ours, register_method
+from fs_fwdllm.core.direction import Distribution
 from fs_fwdllm.core.registry import Registry
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method import Recipe, recipe_of
@@ -100,6 +102,54 @@ def test_an_unknown_word_is_answered_with_those_that_are(tree: dict[str, object]
     with pytest.raises(ConfigError) as caught:
         _ = parse_config(tree).method
     assert all(fragment in str(caught.value) for fragment in fragments)
+
+
+@pytest.fixture
+def announce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``announce(group, name=value)`` installs a distribution ``stranger`` with entry points, and its module."""
+
+    def put(group: str, source: str, **points: str) -> None:
+        about = tmp_path / "stranger-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+        module = f"stranger_{tmp_path.name.replace('-', '_')}"  # another for every test: modules are kept
+        (tmp_path / f"{module}.py").write_text(source)
+        lines = [f"{name} = {value.replace('MODULE', module)}" for name, value in points.items()]
+        (about / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("raise RuntimeError('broken')", "cannot be imported (RuntimeError: broken)"),
+        ("import no_such_module", "cannot be imported (ModuleNotFoundError"),
+        ("", "cannot be imported (AttributeError"),
+        ("THING = 7", "is no Distribution (it is of type int)"),
+        (
+            "from fs_fwdllm.core.direction import Distribution\nclass THING(Distribution): name = 'x'",
+            "that lacks spread, values",
+        ),
+    ],
+)
+def test_a_strangers_member_that_is_none_is_a_typed_error(
+    announce: Callable[..., None], source: str, words: str
+) -> None:
+    announce("fs_fwdllm.strangers", source, thing="MODULE:THING")
+    registry: Registry[object] = Registry("some.key", "fs_fwdllm.strangers", {"ours": 1}, kind=Distribution)
+    assert registry.names() == ["ours", "thing"] and registry["ours"] == 1
+    with pytest.raises(ConfigError) as caught:
+        registry["thing"]
+    assert "some.key 'thing': stranger announces it" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_name_of_ours_is_not_taken_over_in_silence(announce: Callable[..., None]) -> None:
+    announce("fs_fwdllm.strangers", "THING = 7", ours="MODULE:THING")
+    registry: Registry[object] = Registry("some.key", "fs_fwdllm.strangers", {"ours": 1})
+    with pytest.raises(ConfigError, match=r"some.key 'ours': stranger announces it .* it is fs_fwdllm's already"):
+        registry.names()
 
 
 def test_a_registry_says_what_it_has_and_loads_on_demand() -> None:
