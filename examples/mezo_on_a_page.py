@@ -21,7 +21,7 @@ def federated_mezo(config):
     """Yield the digest of the server's parameters: before the first round, and after each."""
     tokenizer, own, rate = load_tokenizer(config), config.fwdllm, config.train.optimizer.lr
     data = load_federated_data(config, tokenizer)
-    model = load_model(config, tokenizer, len(data.label_names)).model
+    model = load_model(config, tokenizer, data.label_names).model
     theta, signs = Trainables.of_model(model), make_distribution(own.direction)
     objective, replayer = Objective(model, theta, data.task), Replayer(theta, config.seed, signs)
     radius, pad = float(np.float32(own.radius)), tokenizer.pad_token_id

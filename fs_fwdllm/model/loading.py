@@ -8,7 +8,7 @@ parts, makes them float32 and hands the model over in eval mode, so that dropout
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,13 +92,14 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedModel:
+def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0) -> LoadedModel:
     """Load ``model.type``, attach the trainable parts of ``llm.adapter``, and return the model in eval mode.
 
     Args:
         config: the configuration; ``seed`` keys every new weight.
         tokenizer: what :func:`load_tokenizer` returned.
-        num_labels: classes in the data; only a classifier asks for them. 0 takes ``model.num_labels``.
+        classes: of the data, by their names in index order or only how many; only a classifier asks for them. None
+            takes ``model.num_labels``. Names go into the model's configuration, so that what is saved knows them.
 
     Raises:
         ConfigError: ``model.num_labels`` contradicts the data, ``llm.tok_len`` exceeds the model's positions,
@@ -107,12 +108,13 @@ def load_model(config: Config, tokenizer: Any, num_labels: int = 0) -> LoadedMod
     """
     source = model_source(config)
     method, arguments = adapter_request(config)
-    labels = _label_count(config, source.task, num_labels)
+    names = () if isinstance(classes, int) else tuple(map(str, classes))
+    labels = _label_count(config, source.task, classes if isinstance(classes, int) else len(classes))
     blocks = config.method.trains_blocks
     dtype = _base_dtype(config) if blocks or method != "full" else torch.float32
     _check_radius(config, method, dtype)
     with private_torch_rng(config.seed):
-        model, fresh = _load_base(config, source, labels, dtype)
+        model, fresh = _load_base(config, source, names or _numbered(labels), dtype)
         _fit_embeddings(model, tokenizer, source)
     _check_positions(config, model)
     _set_special_tokens(model, tokenizer)
@@ -162,12 +164,19 @@ def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
         )
 
 
-def _load_base(config: Config, source: ModelSource, labels: int, dtype: torch.dtype) -> tuple[Any, set[str]]:
+def _numbered(labels: int) -> tuple[str, ...]:
+    """Names of classes that have none, as Hugging Face has them."""
+    return tuple(f"LABEL_{index}" for index in range(labels))
+
+
+def _load_base(config: Config, source: ModelSource, classes: Sequence[str], dtype: torch.dtype) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_NO_FOREIGN_CODE, **_attention(config)}
     auto: Any = _AUTO_CLASSES[source.task]
     if source.task == "classification":
-        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+        by_index = dict(enumerate(classes))
+        options |= {"id2label": by_index, "label2id": {name: index for index, name in by_index.items()}}
+        options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification"
     with _reported(source, "model"), quiet_transformers():
         model, report = auto.from_pretrained(source.location, output_loading_info=True, **options)

@@ -2,9 +2,9 @@
 
 PEFT methods leave a PEFT folder (``adapter/``), the bottleneck its own small folder (``adapter/``, read by
 :func:`~fs_fwdllm.model.bottleneck.load_bottleneck`), and methods that train parameters of the base itself a whole
-Hugging Face model (``model/``) with its tokenizer. All tensors are safetensors. A folder is written beside its place
-and moved there when it is complete, so that a reader sees the old one or the new one, never half of one. The model in
-memory is only read.
+Hugging Face model (``model/``), which knows the classes by their names. Each has the tokenizer as the run used it. All
+tensors are safetensors. A folder is written beside its place and moved there when it is complete, so that a reader sees
+the old one or the new one, never half of one. The model in memory is only read.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def _state(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, to
 def _write_peft(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
     model: Any = loaded.model
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    loaded.tokenizer.save_pretrained(str(folder))
 
 
 def _write_bottleneck(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -95,6 +96,7 @@ def _write_bottleneck(loaded: LoadedModel, state: dict[str, torch.Tensor], folde
         "layers": loaded.arguments.get("layers"),
     }
     (folder / BOTTLENECK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    loaded.tokenizer.save_pretrained(str(folder))
 
 
 def _write_model(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -125,6 +127,5 @@ def _open_to_readers(folder: Path) -> None:
     """Undo the owner-only modes of temporary folders and safetensors files, as far as the process's mask allows."""
     mask = os.umask(0)
     os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

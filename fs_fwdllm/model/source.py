@@ -80,7 +80,7 @@ def _resolve(name: str) -> str:
         return str(_package_folder(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(folder)
+        return str(folder.absolute())  # an adapter names its base, and is loaded from other folders than this one
     looks_like_a_path = folder.is_absolute() or name[0] in "./~\\" or name.count("/") > 1 or "\\" in name
     if looks_like_a_path:
         siblings = sorted(str(near) for near in folder.parent.glob("*/")) if folder.parent.is_dir() else []

@@ -74,7 +74,7 @@ class Session:
         if config.threads:
             torch.set_num_threads(config.threads)
         device = select_device(config)
-        loaded = load_model(config, tokenizer, len(data.label_names))
+        loaded = load_model(config, tokenizer, data.label_names)
         loaded.model.to(device)
         return cls(
             config=config,

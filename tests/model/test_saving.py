@@ -9,7 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError
@@ -36,6 +42,38 @@ def reload(method, base, written, classifier, dtype=torch.float32):
     if PARTS[method].saved_as == "bottleneck":
         return load_bottleneck(model, written)
     return PeftModel.from_pretrained(model, written).eval()
+
+
+CLASSES = ("Billing", "shipping & returns", "other")
+
+
+def test_a_saved_classifier_answers_with_the_names_of_its_classes(tmp_path):
+    config = tiny_config(save_tiny_model(tmp_path / "m", "bert"), "full")
+    written = save_trained(load_model(config, load_tokenizer(config), CLASSES), tmp_path / "run")
+    (answers,) = pipeline("text-classification", model=str(written), top_k=None, device="cpu")(["w5 w6 w7"])
+    assert sorted(answer["label"] for answer in answers) == sorted(CLASSES)
+    assert AutoConfig.from_pretrained(written).label2id == {name: index for index, name in enumerate(CLASSES)}
+
+
+def test_names_change_no_bit_of_a_model(tmp_path):
+    config = tiny_config(save_tiny_model(tmp_path / "m", "bert"), "lora")
+    named, numbered = (load_model(config, load_tokenizer(config), classes).model for classes in (CLASSES, 3))
+    assert all(torch.equal(a, b) for a, b in zip(named.parameters(), numbered.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_an_adapter_knows_its_base_and_its_tokenizer_from_any_folder(tmp_path, monkeypatch, method):
+    save_tiny_model(tmp_path / "m", "bert")
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("m", method)
+    tokenizer = load_tokenizer(config)
+    written = save_trained(load_model(config, tokenizer, CLASSES), tmp_path / "run")
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    settings = [json.loads(path.read_text()) for path in written.glob("*config.json")]
+    bases = [own["base_model_name_or_path"] for own in settings if "base_model_name_or_path" in own]
+    assert bases == [str(tmp_path / "m")]
+    assert AutoTokenizer.from_pretrained(written)("w5 w6")["input_ids"] == tokenizer("w5 w6")["input_ids"]
 
 
 def snapshot(model):
