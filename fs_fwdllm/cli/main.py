@@ -104,9 +104,12 @@ def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    for name, value in importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config).rows():
+    forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
+    for name, value in forecast.rows():
         table.add_row(Text(name), Text(value))
     Console(highlight=False).print(table)
+    for remark in forecast.remarks:
+        _say(remark)
 
 
 @app.command(context_settings=_WITH_OVERRIDES)

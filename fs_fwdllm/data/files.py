@@ -1,10 +1,10 @@
 """From a file to rows: JSON, JSON lines, CSV and TSV, by the file's ending.
 
 Nothing is guessed and nothing is repaired: a line that does not follow its format is an error that names the file and
-the line. JSON files hold a list of objects, or SQuAD's document, which has one row per question; JSON lines one object
-per line, blank lines aside. CSV follows RFC 4180 (quotes double inside quotes); TSV has no quoting at all, as GLUE's
-files have it. CSV and TSV carry their field names in the first line unless ``columns`` gives them. Text is UTF-8, with
-or without a byte order mark.
+the line. JSON files hold a list of objects, or SQuAD's document, which has one row per question, or JSON lines under
+another name; JSON lines hold one object per line, blank lines aside. CSV follows RFC 4180 (quotes double inside
+quotes); TSV has no quoting at all, as GLUE's files have it. CSV and TSV carry their field names in the first line
+unless ``columns`` gives them. Text is UTF-8, with or without a byte order mark.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
 __all__ = ["FILE_ENDINGS", "read_table"]
+
+csv.field_size_limit(2**31 - 1)  # of its own accord the module takes a text of 131,073 characters for an error
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> Table:
@@ -66,8 +68,13 @@ def _why_unreadable(path: Path, error: OSError) -> str:
 def _parse_json(text: str, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     try:
         content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):  # JSON lines under another name
+            yield from _parse_jsonl(text, path, columns)
+            return
+        raise DataError(f"{path}:{error.lineno}: is not JSON: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: is not JSON: {error}") from error
+        raise DataError(f"{path}: is not JSON: {error}") from error
     if is_squad_document(content):
         yield from squad_rows(content, str(path))
         return

@@ -43,6 +43,7 @@ class Plan:
         rounds_per_step: fewest and most rounds of a server step, which the variance gate decides.
         run_of_longest_steps: as ``run``, if every step takes the most rounds.
         memory: predicted peak, part by part.
+        remarks: what a run would say of the configuration before it starts.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Plan:
     rounds_per_step: tuple[int, int]
     run_of_longest_steps: Cost
     memory: MemoryEstimate
+    remarks: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """``(name, value)`` pairs to print."""
@@ -146,6 +148,7 @@ def make_plan(config: Config) -> Plan:
         rounds_per_step=(1, longest),
         run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
         memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes),
+        remarks=tuple(session.remarks()),
     )
 
 

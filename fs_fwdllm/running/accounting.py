@@ -26,6 +26,8 @@ class Accounting:
     forward_passes: int = 0
     backward_passes: int = 0
     _seconds_before: float = 0.0
+    _peak_rss_mib_before: float = 0.0
+    _peak_device_mib_before: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
 
     def close_round(self, report: RoundReport) -> list[TrafficRow]:
@@ -44,16 +46,25 @@ class Accounting:
 
     def columns(self) -> dict[str, object]:
         """The accounting part of a metrics line."""
-        cuda = self.device.type == "cuda"
+        device_mib = self._peak_device_mib()
         return {
             "seconds": round(self.seconds(), 3),
             "upload_bytes": self.ledger.upload_bytes,
             "download_bytes": self.ledger.download_bytes,
             "forward_passes": self.forward_passes,
             "backward_passes": self.backward_passes,
-            "peak_rss_mib": round(peak_rss_mib(), 1),
-            "peak_device_mib": round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if cuda else None,
+            "peak_rss_mib": round(self._peak_rss_mib(), 1),
+            "peak_device_mib": round(device_mib, 1) if device_mib else None,
         }
+
+    def _peak_rss_mib(self) -> float:
+        """The most that any of the run's processes so far has used: a resumed run has had more than one."""
+        return max(self._peak_rss_mib_before, peak_rss_mib())
+
+    def _peak_device_mib(self) -> float:
+        cuda = self.device.type == "cuda"
+        now_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else 0.0
+        return max(self._peak_device_mib_before, now_mib)
 
     def counters(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -63,11 +74,15 @@ class Accounting:
             "download_bytes": self.ledger.download_bytes,
             "forward_passes": self.forward_passes,
             "backward_passes": self.backward_passes,
+            "peak_rss_mib": self._peak_rss_mib(),
+            "peak_device_mib": self._peak_device_mib(),
         }
 
     def restore(self, counters: dict[str, float]) -> None:
         """Continue from :meth:`counters`."""
         self._seconds_before = counters["seconds"]
+        self._peak_rss_mib_before = counters["peak_rss_mib"]
+        self._peak_device_mib_before = counters["peak_device_mib"]
         self._started = time.perf_counter()
         self.ledger.upload_bytes = int(counters["upload_bytes"])
         self.ledger.download_bytes = int(counters["download_bytes"])

@@ -10,10 +10,12 @@ Sampling, accounting, reporting, checkpoints and resumption are the same for all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +26,7 @@ from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import CheckpointError, WireError
 from fs_fwdllm.method import ClientWorker, RoundReport, RoundServer, assemble_server
 from fs_fwdllm.report import RunFolder, RunReporter
+from fs_fwdllm.report.sinks import read_lines
 from fs_fwdllm.running.accounting import Accounting
 from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
@@ -118,12 +121,14 @@ class RunDriver:
         self._answers: list[ClientUpdate] = []
         self._unreadable: dict[int, str] = {}
         self._report: RoundReport | None = None
+        self._start_loss: float | None = None
         if checkpoint is None:
             # New weights are drawn from the seed: who loads the same model holds the same bits, as digests prove.
             for client in session.client_samples:
                 self.server.note_holds(client, self.server.digest)
         else:
             self.next_round = checkpoint.next_round
+            self._start_loss = next((_loss_of(line.get("eval")) for line in read_lines(folder)), None)
             self.server.load_state(checkpoint.tensors, checkpoint.numbers)
             self.accounting.restore(checkpoint.counters)
             if worker is not None:
@@ -173,6 +178,7 @@ class RunDriver:
 
     def record_start(self, evaluation: dict[str, float] | None) -> None:
         """Write the line of round 0: the model before training."""
+        self._start_loss = _loss_of(evaluation)
         line = {"round": 0, "digest": self.server.digest.hex(), "eval": evaluation}
         self._reporter.round({**line, **self.accounting.columns()})
 
@@ -250,6 +256,9 @@ class RunDriver:
         if evaluation is not None:
             line["eval"] = evaluation
         self._reporter.round(line, traffic)
+        loss = _loss_of(evaluation)
+        if loss is not None and self._start_loss is not None:
+            self.session.watch_evaluation(self.next_round + 1, loss, self._start_loss, self.say)
         # After its line: a run killed in between repeats the round, and the line is written anew.
         due = self.session.checkpoints_after(self.next_round)
         self.next_round += 1
@@ -274,6 +283,12 @@ class RunDriver:
             fingerprint=config_fingerprint(self.session.config),
         )
         write_checkpoint(self.folder.checkpoint_path, checkpoint)
+
+
+def _loss_of(evaluation: Mapping[str, Any] | None) -> float | None:
+    """The loss of an evaluation; infinite where it is NaN, ``None`` where nothing was evaluated."""
+    loss = None if evaluation is None else evaluation.get("loss")
+    return math.inf if loss is not None and math.isnan(loss) else loss
 
 
 def _line(report: RoundReport) -> dict[str, object]:

@@ -30,6 +30,8 @@ __all__ = ["Session"]
 _EVALUATION_BATCH = 32
 #: Above this share of zero slopes the run learns little, and says so.
 _TOO_MANY_ZEROS = 0.5
+#: An evaluation loss of more than this times the first one is no noise of a start any more.
+_FAR_WORSE = 1.2
 #: Finite differences with a smaller radius than this mostly measure a bfloat16 base's rounding.
 _BFLOAT16_RADIUS = 5e-3
 
@@ -47,6 +49,7 @@ class Session:
     _metrics: list[str]
     evaluation_batches: list[Batch] = field(default_factory=list)
     _warned: bool = False
+    _told_divergence: bool = False
 
     @classmethod
     def open(cls, config: Config) -> Session:
@@ -104,22 +107,33 @@ class Session:
         )
         if recipe.describe is not None:
             say(recipe.describe(self.parts))
+        for remark in self.remarks():
+            say(remark)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the configuration before the first round; a plan says the same."""
+        found = []
+        facts, own = self.config.method, self.config.fwdllm
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
-            say(f"{empty} clients hold no training sample and are never asked")
-        own = self.config.fwdllm
+            found.append(f"{empty} clients hold no training sample and are never asked")
+        if self.config.use_gpu and self.device.type == "cpu":
+            found.append("warning: use_gpu true, but no accelerator is found here: everything runs on the CPU")
         has_radius = facts.forward_only and ESTIMATORS[own.estimator].has_radius
         if has_radius and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
-            say(f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01")
+            found.append(
+                f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01"
+            )
         train = self.config.train
         if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
-            say(
+            found.append(
                 f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "
                 f"{train.optimizer.lr}: {train.train_strategy} can give a client the learning rate 0"
             )
         ignored = self.config.ignored_keys()
         if ignored:
-            say(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
+            found.append(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
+        return found
 
     def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
         """Say, once, what a user should know about how the rounds go."""
@@ -130,6 +144,16 @@ class Session:
                 f"{self.config.fwdllm.radius} is below what the losses resolve; raise it (about 0.01 over a bfloat16 "
                 "base), or use fwdllm.estimator: forward_mode"
             )
+
+    def watch_evaluation(self, round_number: int, loss: float, start: float, say: Callable[[str], None]) -> None:
+        """Say, once, that evaluation has come out far worse than before the first round."""
+        if self._told_divergence or loss <= _FAR_WORSE * start:
+            return
+        self._told_divergence = True
+        say(
+            f"warning: round {round_number}: the evaluation loss is {loss:.4g}, and was {start:.4g} before the first "
+            f"round: training diverges; lower train.optimizer.lr (it is {self.config.train.optimizer.lr:g})"
+        )
 
     def diagnose(self, server: RoundServer, report: RoundReport) -> None:
         """Compare the step of a round that evaluates with backpropagation, if the server kept what that takes."""

@@ -62,6 +62,7 @@ def test_meta_leaves_out_the_category_the_host_leaves_out(write, configure) -> N
         ("x.CSV", '\ufefftext,label\r\n"a, ""b""\nc",1\r\nd,2\r\n'),
         ("x.jsonl", [{"text": 'a, "b"\nc', "label": "1"}, {"text": "d", "label": "2"}]),
         ("x.json", [{"text": 'a, "b"\nc', "label": "1"}, {"text": "d", "label": "2"}]),
+        ("x.json", '{"text": "a, \\"b\\"\\nc", "label": "1"}\n{"text": "d", "label": "2"}\n'),
     ],
 )
 def test_every_format_gives_the_same_rows(write, configure, name, content) -> None:
@@ -69,6 +70,11 @@ def test_every_format_gives_the_same_rows(write, configure, name, content) -> No
     table = read_train_table(configure(f"{name}@text"))
     assert table.records == [{"text": 'a, "b"\nc', "label": "1"}, {"text": "d", "label": "2"}]
     assert table.numbers == [1, 2]
+
+
+def test_a_csv_field_may_be_as_long_as_it_is(write) -> None:
+    text = "long, " * 40_000
+    assert read_table(write("x.csv", f'text,label\n"{text}",1\n')).records == [{"text": text, "label": "1"}]
 
 
 def test_tsv_has_no_quoting_and_columns_replace_a_header(write) -> None:
@@ -90,6 +96,8 @@ def test_line_ends_inside_json_strings_do_not_end_a_line(write) -> None:
         ("x.jsonl", "\n\n", r"x\.jsonl: has no rows"),
         ("x.jsonl", "[" * 100_000, r"x\.jsonl:1: is not JSON"),
         ("x.json", '[\n{"a": 1},\n{]', r"x\.json:3: is not JSON"),
+        ("x.json", '[{"a": 1}] and more', r"x\.json:1: is not JSON"),
+        ("x.json", '{"a": 1}\n{"a": \n', r"x\.json:2: is not JSON"),
         ("x.json", '{"a": 1}', r"x\.json: must hold a list of objects, but holds a dict"),
         ("x.json", '[{"a": 1}, 5]', r"x\.json, row 2: must be an object"),
         ("x.csv", "text,label\na,1\nb\n", r"x\.csv:3: has 1 values for the 2 columns \['text', 'label'\]"),

@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fs_fwdllm.config.methods import METHODS as FACTS
 from fs_fwdllm.errors import TrainingStalledError
+from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
 from fs_fwdllm.model.inputs import batch_on
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.running.accounting import Accounting
 from fs_fwdllm.running.checkpoint import read_checkpoint
 from fs_fwdllm.running.local import run
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
@@ -241,3 +243,35 @@ def test_a_model_without_a_finite_loss_stops_the_run(world: World, method: str, 
     for line in lines[1:]:
         assert line["train_loss"] is None and line["eval"]["loss"] is None
         assert line["rejected"] == dict.fromkeys("1234", "not_finite")
+
+
+@pytest.mark.parametrize(("rate", "told"), [(0.05, 0), (30.0, 1)])
+def test_divergence_is_told_once_in_the_round_it_happens_with_the_key_to_change(
+    rate: float, told: int, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run(world.config({**METHODS["fedavg"], "train.optimizer.lr": rate}))
+    losses = [line["eval"]["loss"] for line in read_jsonl(path / "metrics.jsonl") if "eval" in line]
+    assert (max(losses) > 1.2 * losses[0]) == bool(told)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("training diverges; lower train.optimizer.lr") == told
+
+
+def test_a_resumed_run_reports_the_most_memory_of_all_its_processes() -> None:
+    earlier = Accounting(torch.device("cpu")).counters() | {"peak_rss_mib": 1e6, "peak_device_mib": 5e5}
+    later = Accounting(torch.device("cpu"))
+    later.restore(earlier)
+    assert later.columns()["peak_rss_mib"] == 1e6 and later.columns()["peak_device_mib"] == 5e5
+    assert later.counters()["peak_rss_mib"] == 1e6
+
+
+def test_what_has_no_effect_here_is_said_by_run_and_plan_alike(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**METHODS["mezo"], "federate.save_to": "x.ckpt", "use_gpu": True, "federate.total_round_num": 1}
+    config = world.config(settings)
+    remarks = make_plan(config).remarks
+    assert any("federate.save_to" in remark for remark in remarks)
+    assert torch.cuda.is_available() or any("no accelerator is found" in remark for remark in remarks)
+    run(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(remark in said for remark in remarks)

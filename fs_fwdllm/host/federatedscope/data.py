@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,13 @@ from fs_fwdllm.data.types import IGNORED_LABEL, ClientData, Example, FederatedDa
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.host.federatedscope import run_state, splitter
 from fs_fwdllm.host.federatedscope.command_line import check_command_line
-from fs_fwdllm.host.federatedscope.settings import complete, config_from_host, is_ours, refuse_unsupported
+from fs_fwdllm.host.federatedscope.settings import (
+    complete,
+    config_from_host,
+    is_ours,
+    refuse_client_settings,
+    refuse_unsupported,
+)
 from fs_fwdllm.method import check_combination
 from fs_fwdllm.model import load_tokenizer
 
@@ -64,6 +71,8 @@ def load_data(config: Any, client_configs: Any) -> Any:
         return _presplit_for_host(config) if presplit else None
     check_command_line(sys.argv[1:], config)
     refuse_unsupported(config)
+    refuse_client_settings(client_configs)
+    _make_place_for(config.federate.save_to)
     own = config_from_host(config)
     if own.federate.sample_client_num == own.federate.client_num:
         own.federate.sample_client_num = -1  # the host writes "all" as a number, and counts clients without data
@@ -80,6 +89,14 @@ def load_data(config: Any, client_configs: Any) -> Any:
     restore_from, config.federate.restore_from = config.federate.restore_from, ""
     run_state.open_process(run_state.HostProcess(own, federated, tokenizer, restore_from))
     return data, config
+
+
+def _make_place_for(save_to: str) -> None:
+    """The folder of ``federate.save_to``, made before the first round rather than missed after it."""
+    try:
+        Path(save_to).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"federate.save_to {save_to!r}: its folder cannot be made ({error.strerror})") from error
 
 
 def _only(federated: FederatedData, client: int) -> FederatedData:

@@ -23,6 +23,7 @@ __all__ = [
     "config_from_host",
     "extend_host_config",
     "is_ours",
+    "refuse_client_settings",
     "refuse_unsupported",
     "section_of",
 ]
@@ -146,6 +147,19 @@ def refuse_unsupported(node: Any) -> None:
     rule = _value(node, "aggregator.robust_rule")
     if rule not in (None, "fedavg"):
         raise ConfigError(f"aggregator.robust_rule {rule!r}: our servers aggregate scalars; allowed is 'fedavg'")
+
+
+def refuse_client_settings(client_configs: Any) -> None:
+    """Refuse ``--client_cfg``: our clients differ by ``train.train_strategy``, and by nothing else.
+
+    Raises:
+        ConfigError: the file says something.
+    """
+    if client_configs:
+        raise ConfigError(
+            f"--client_cfg: settings of single clients ({', '.join(sorted(map(str, client_configs)))}) mean nothing to "
+            "our methods; leave the file out, or set train.train_strategy for learning rates that differ by client"
+        )
 
 
 def _value(node: Any, key: str) -> Any:

@@ -79,7 +79,7 @@ raise SystemExit(0)
 
 
 def test_the_hosts_own_model_loads_what_we_save(world: World, launcher: Starter, tmp_path: Path) -> None:
-    saved = tmp_path / "trained.ckpt"
+    saved = tmp_path / "a folder" / "not there yet" / "trained.ckpt"
     federation = _federation(world, launcher, tmp_path, {"federate.save_to": str(saved)})
     federation.standalone()
     check = _LOAD_IN_HOST.format(cfg=str(federation.cfg), saved=str(saved))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.host.federatedscope.settings import refuse_client_settings
 from tests.host.federatedscope.federation import Federation, outcome_of, presplit, write_config
 from tests.host.federatedscope.participants import Starter
 from tests.host.fixtures import models, world
@@ -41,6 +43,13 @@ def test_the_hook_checks_what_was_written_too(world: World, hooked: Starter, tmp
     run = Federation(cfg, tmp_path, hooked).start_standalone("federate.client_num", "2.7")
     assert run.wait() != 0
     assert "federate.client_num: Input should be a valid integer, but the value is 2.7" in run.text
+
+
+def test_settings_of_single_clients_are_refused_and_not_ignored() -> None:
+    refuse_client_settings(None)
+    refuse_client_settings({})
+    with pytest.raises(ConfigError, match=r"--client_cfg: .*client_1, client_2.*train.train_strategy"):
+        refuse_client_settings({"client_2": {"train": {}}, "client_1": {}})
 
 
 def _dolly(world: World, categories: int) -> dict[str, Any]:
