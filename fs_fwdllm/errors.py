@@ -24,6 +24,7 @@ __all__ = [
     "UpdateRejected",
     "WireError",
     "nearest",
+    "shown",
 ]
 
 
@@ -77,5 +78,15 @@ class CheckpointError(FwdLLMError):
 
 def nearest(value: object, allowed: Iterable[object]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest allowed spelling, or an empty string when none is close."""
-    matches = difflib.get_close_matches(str(value), [str(choice) for choice in allowed], n=1, cutoff=0.55)
+    text = value if isinstance(value, str) else shown(value)
+    matches = difflib.get_close_matches(text[:200], [str(choice) for choice in allowed], n=1, cutoff=0.55)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def shown(value: object, most_characters: int = 200) -> str:
+    """``repr`` of a value for a message: cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, a structure within itself, somebody's own repr
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= most_characters else f"{text[:most_characters]}... ({len(text):,} characters)"

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from fs_fwdllm.config.schema import Config, is_host_only
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
-from fs_fwdllm.errors import ConfigError, nearest
+from fs_fwdllm.errors import ConfigError, nearest, shown
 
 __all__ = ["CONFIGS", "apply_overrides", "dump_config", "find_config", "load_config", "parse_config", "read_tree"]
 
@@ -123,7 +123,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
                 node[section] = {}
             child = node[section]
             if not isinstance(child, dict):
-                raise ConfigError(f"{key} {text!r}: {section!r} is a value, not a section")
+                raise ConfigError(f"{key} {shown(text)}: {section!r} is a value, not a section")
             node = child
         node[leaf] = _override_value(key, text)
 
@@ -132,7 +132,7 @@ def _override_value(key: str, text: str) -> Any:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: the value {text!r} is not YAML: {error}") from error
+        raise ConfigError(f"{key}: the value {shown(text)} is not YAML: {error}") from error
     if value is None:
         return None if text in ("null", "~") else text  # an empty string is a value, not "nothing"
     field = _field(key.split("."))
@@ -169,11 +169,11 @@ def _explain(item: Any) -> str:
         siblings = [key for key in known if key.rpartition(".")[0] == ".".join(path[:-1])]
         hint = nearest(dotted, siblings) or nearest(path[-1], [key.rpartition(".")[2] for key in siblings])
         hint = hint or nearest(dotted, known)
-        return f"{dotted}: unknown key (value {item['input']!r}){hint}"
+        return f"{dotted}: unknown key (value {shown(item['input'])}){hint}"
     choices = item.get("ctx", {}).get("expected", "")
     hint = nearest(item["input"], [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")])
     message = item["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message}, but the value is {item['input']!r}{hint}{_describe(path)}"
+    return f"{dotted}: {message}, but the value is {shown(item['input'])}{hint}{_describe(path)}"
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

@@ -199,6 +199,48 @@ def test_a_file_of_another_shape_is_refused(tmp_path: Path, text: str, fragment:
     assert fragment in error_of(tmp_path, text)
 
 
+def _bomb(levels: int) -> str:
+    """Ten times as many values with every level."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    return "\n".join([*lines, f"data: {{args: *a{levels - 1}}}"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: !!int x", "seed: !!float x", "seed: !!bool maybe", "seed: !!timestamp x", "seed: !!binary x",
+        "seed: !!python/object/apply:os.getcwd []", f"seed: {'[' * 5000}{']' * 5000}", f"seed: 0x{'f' * 5000}",
+        "seed: &s [*s]", "data: {args: &a [*a]}", _bomb(6), _bomb(40), 'outdir: "a\\0b"', 'outdir: "\\ud800"',
+        "seed: {1: 2}", "? [a]\n: 1", "? {a: 1}\n: 2", "a: 1\n---\nb: 2", "seed: 1e999", f"seed: '{'x' * 10**6}'",
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_whatever_is_wrong_with_a_file_is_one_kind_of_error_that_can_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(caught.value)) < 2000
+    override = text.partition(": ")[2]
+    if text.startswith("seed: "):
+        with pytest.raises(ConfigError) as caught:
+            load_config(_empty(tmp_path), ["seed", override])
+        assert len(str(caught.value)) < 2000
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty.yaml").write_text("")
+    return folder / "empty.yaml"
+
+
+def test_a_date_is_a_name_and_an_alias_is_a_value(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("expname: 2026-11-26\nseed: &s 3\ndevice: *s\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.expname, config.seed, config.device) == ("2026-11-26", 3, 3)
+    assert load_config(_empty(tmp_path), ["expname", "2026-11-26"]).expname == "2026-11-26"
+
+
 def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00")
