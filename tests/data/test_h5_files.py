@@ -389,3 +389,69 @@ def test_real_agnews_through_h5(shared_data, tmp_path, configure, tokenizer):
     own |= {"test_file": "test.csv"}
     direct = configure("train.csv@text", {f"fwdllm.data.{name}": value for name, value in own.items()})
     same_data(load_federated_data(configure("a.h5@text"), tokenizer), load_federated_data(direct, tokenizer))
+
+
+def _secret(folder):
+    """A file of somebody else's, as raw bytes and as h5."""
+    (folder / "secret.txt").write_bytes(b"a password")
+    with h5py.File(folder / "other.h5", "w") as file:
+        file["row"] = "a password"
+        file["X/0"] = "a password"
+    return folder
+
+
+OUTSIDE = {
+    "a row that is a link": lambda file, folder: file.__setitem__(
+        "X/0", h5py.ExternalLink(folder / "other.h5", "/row")
+    ),
+    "rows that are a link": lambda file, folder: file.__setitem__("X", h5py.ExternalLink(folder / "other.h5", "/X")),
+    "a link to a link": lambda file, folder: (
+        file.__setitem__("there", h5py.ExternalLink(folder / "other.h5", "/row")),
+        file.__setitem__("X/0", h5py.SoftLink("/there")),
+    ),
+    "raw storage": lambda file, folder: file.create_dataset(
+        "X/0", shape=(1,), dtype="S10", external=[(str(folder / "secret.txt"), 0, 10)]
+    ),
+    "a virtual data set": lambda file, folder: file.create_virtual_dataset("X/0", _layout(folder)),
+    "the attributes": lambda file, folder: file.__setitem__(
+        "attributes", h5py.ExternalLink(folder / "other.h5", "/row")
+    ),
+}
+
+
+def _layout(folder):
+    layout = h5py.VirtualLayout(shape=(1,), dtype="i8")
+    layout[:] = h5py.VirtualSource(folder / "other.h5", "row", shape=(1,))
+    return layout
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_lies_outside_a_data_file_is_refused_and_not_read(agnews, tmp_path, name):
+    folder = _secret(tmp_path)
+    with h5py.File(agnews, "a") as file:
+        del file[{"the attributes": "attributes", "rows that are a link": "X"}.get(name, "X/0")]
+        OUTSIDE[name](file, folder)
+    with pytest.raises(DataError, match="lies outside the file") as caught:
+        read_h5_data(agnews)
+    assert "password" not in str(caught.value)
+
+
+def test_a_partition_that_lies_outside_is_refused(agnews, tmp_path):
+    data = read_h5_data(agnews)
+    path = tmp_path / "p.h5"
+    write_partition(path, make_partition(data, "uniform", 3, 1.0, 0, "", ""))
+    method = partition_methods(path)[0]
+    path.rename(tmp_path / "elsewhere.h5")
+    with h5py.File(path, "w") as file:
+        file[f"{method}/n_clients"] = 3
+        file[f"{method}/partition_data"] = h5py.ExternalLink(tmp_path / "elsewhere.h5", f"/{method}/partition_data")
+    with pytest.raises(DataError, match="lies outside the file"):
+        read_partition(path, method, list(data.train_rows), list(data.test_rows))
+
+
+def test_a_row_of_many_numbers_is_refused_before_it_is_read(agnews):
+    with h5py.File(agnews, "a") as file:
+        del file["X/0"]
+        file.create_dataset("X/0", shape=(1 << 40,), dtype="i8", chunks=(1 << 10,))
+    with pytest.raises(DataError, match="X/0 is one text"):
+        read_h5_data(agnews)

@@ -27,7 +27,10 @@ from typing import Any
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
-__all__ = ["SPANS", "TEXTS", "H5Data", "import_h5py", "opened", "read_h5_data"]
+__all__ = ["SPANS", "TEXTS", "H5Data", "import_h5py", "member_of", "opened", "read_h5_data"]
+
+#: In one member of a row's groups: first and last character of an answer.
+_MOST_NUMBERS = 2
 
 TEXTS, SPANS = "text_classification", "span_extraction"
 
@@ -81,6 +84,23 @@ def opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: is damaged, cut off or no h5 file ({' '.join(str(error).split())[:200]})") from error
 
 
+def member_of(parent: Any, name: str, place: Any) -> Any:
+    """A group or data set of a file, which must hold it itself: a link into another file, or data that lie outside,
+    would let a data file read whatever this process may.
+
+    Raises:
+        DataError: it lies elsewhere.
+    """
+    h5py = import_h5py()
+    held = parent[name]
+    outside = held.file.filename != parent.file.filename
+    if isinstance(held, h5py.Dataset):
+        outside = outside or bool(held.external) or held.is_virtual
+    if outside:
+        raise DataError(f"{place}: {name!r} lies outside the file; a data file must hold its rows itself")
+    return held
+
+
 def read_h5_data(path: Path) -> H5Data:
     """Read a data file.
 
@@ -108,7 +128,7 @@ def _attributes(file: Any, path: Path) -> dict[str, Any]:
     if "attributes" not in file:
         raise DataError(f"{path}: has no 'attributes', so it is no data file of FedNLP; it has {sorted(file)[:10]}")
     try:
-        attributes = json.loads(file["attributes"][()])
+        attributes = json.loads(member_of(file, "attributes", path)[()])
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: 'attributes' is not JSON: {error}") from error
     if not isinstance(attributes, dict):
@@ -227,7 +247,10 @@ def _text(file: Any, group: str, index: int, path: Path) -> str:
 
 
 def _value(file: Any, group: str, index: int, path: Path) -> Any:
-    held = file[group]
+    held = member_of(file, group, path)
     if str(index) not in held:
         raise DataError(f"{path}: has no {group}/{index}, though its lists name row {index} ({len(held)} rows)")
-    return held[str(index)][()]
+    value = member_of(held, str(index), path)
+    if value.size > _MOST_NUMBERS:
+        raise DataError(f"{path}: {group}/{index} is one text, or the two ends of an answer, but holds {value.shape}")
+    return value[()]

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fs_fwdllm.data.h5.files import opened
+from fs_fwdllm.data.h5.files import member_of, opened
 from fs_fwdllm.data.h5.writing import replacing
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
@@ -108,17 +108,17 @@ def _clients(held: Any, place: str) -> list[str]:
     for name in ("n_clients", "partition_data"):
         if name not in held:
             raise DataError(f"{place}: has no {name!r}; it has {sorted(held)[:10]}{nearest(name, held)}")
-    found, count = set(held["partition_data"]), int(held["n_clients"][()])
+    found, count = set(member_of(held, "partition_data", place)), int(member_of(held, "n_clients", place)[()])
     if found != {str(client) for client in range(count)}:
         raise DataError(f"{place}: n_clients is {count}, but partition_data has {len(found)} clients")
     return [str(client) for client in range(count)]
 
 
 def _indices(held: Any, client: str, part: str, place: str) -> np.ndarray:
-    group = held["partition_data"][client]
+    group = member_of(member_of(held, "partition_data", place), client, place)
     if part not in group:
         raise DataError(f"{place}: client {client} has no {part!r}{nearest(part, group)}")
-    indices = np.asarray(group[part][()])
+    indices = np.asarray(member_of(group, part, place)[()])
     if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
         raise DataError(f"{place}: client {client}: {part!r} must be a list of indices, but is {indices.dtype}")
     return indices.astype(np.int64)
