@@ -321,6 +321,9 @@ class FwdllmConfig(Section):
     )
     min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")
+    accept_changed_inputs: bool = Field(
+        False, description="continue a run although its data or its model's files have changed since"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
     gate: GateConfig = GateConfig()
     sampling: SamplingConfig = SamplingConfig()

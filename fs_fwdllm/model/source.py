@@ -8,6 +8,7 @@ found, not imported), or the name of a model on the hub.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 
 __all__ = ["ModelSource", "model_source", "model_task"]
+
+_END_BYTES = 64 << 10
 
 #: ``{suffix: {model.task: what the model is loaded for}}``
 _TASKS: dict[str, dict[str, Task]] = {
@@ -43,6 +46,23 @@ class ModelSource:
     def is_local(self) -> bool:
         """Whether the model is a folder of this machine, not a name on the hub."""
         return Path(self.location).is_dir()
+
+    def files(self) -> str:
+        """What tells this model's files from changed ones, cheaply: names, sizes, and both ends of each; empty for a
+        name
+        on the hub."""
+        if not self.is_local:
+            return ""
+        paths = sorted(path for path in Path(self.location).iterdir() if path.is_file())
+        return "\n".join(f"{path.name} {path.stat().st_size} {_ends_of(path)}" for path in paths)
+
+
+def _ends_of(path: Path) -> str:
+    """A digest of the first and the last 64 KiB of a file."""
+    with path.open("rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return hashlib.blake2b(first + file.read(), digest_size=16).hexdigest()
 
 
 def model_source(config: Config) -> ModelSource:

@@ -1,8 +1,9 @@
 """Checkpoints: one file, written atomically, from which a run continues as if it had never stopped.
 
 The file is safetensors (nothing is unpickled): the server's tensors, and in its metadata one JSON object with the round
-to continue with, the counters of the accounting, and a fingerprint of the configuration. A CRC-32 over all of it tells
-a damaged file from a good one: a flipped bit would otherwise be trained on.
+to continue with, the counters of the accounting, and fingerprints of the configuration and of what it names (rows,
+classes, model). A CRC-32 over all of it tells a damaged file from a good one: a flipped bit would otherwise be trained
+on.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.errors import CheckpointError
 
-__all__ = ["Checkpoint", "config_fingerprint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "config_fingerprint", "read_checkpoint", "require_same_inputs", "write_checkpoint"]
 
 _FILE = "state.safetensors"
 
@@ -36,6 +38,7 @@ class Checkpoint:
         tensors, numbers: the server's state.
         counters: cumulative accounting (bytes, passes, seconds).
         fingerprint: of the configuration that made it.
+        inputs: fingerprints of what the configuration names, by what a user calls it.
     """
 
     next_round: int
@@ -43,12 +46,25 @@ class Checkpoint:
     numbers: dict[str, object]
     counters: dict[str, float]
     fingerprint: str
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+def require_same_inputs(checkpoint: Checkpoint, now: Mapping[str, str], place: Path) -> None:
+    """Raises :class:`~fs_fwdllm.errors.CheckpointError` if a run would go on with other rows or another model."""
+    changed = [name for name, found in checkpoint.inputs.items() if now.get(name) != found]
+    if changed:
+        raise CheckpointError(
+            f"{place}: {' and '.join(changed)} changed after the checkpoint was written: the run would go on with "
+            "something else than it began with, and might test on rows it trained on; put them back, start a new run, "
+            "or set fwdllm.accept_changed_inputs: true in the run's config.yaml"
+        )
 
 
 def config_fingerprint(config: Config) -> str:
     """A digest of everything that determines the result; where it is written and how long a host waits do not."""
-    patient = config.fwdllm.model_copy(update={"deadline_s": 1.0})
-    neutral = config.model_copy(update={"outdir": "", "expname": "", "fwdllm": patient})
+    neutral_keys = {"deadline_s": 1.0, "accept_changed_inputs": False}
+    own = config.fwdllm.model_copy(update=neutral_keys)
+    neutral = config.model_copy(update={"outdir": "", "expname": "", "fwdllm": own})
     return hashlib.blake2b(dump_config(neutral).encode(), digest_size=16).hexdigest()
 
 
@@ -59,6 +75,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "numbers": checkpoint.numbers,
         "counters": checkpoint.counters,
         "fingerprint": checkpoint.fingerprint,
+        "inputs": checkpoint.inputs,
     }
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
     text = json.dumps(about)

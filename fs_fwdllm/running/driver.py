@@ -28,7 +28,13 @@ from fs_fwdllm.method import ClientWorker, RoundReport, RoundServer, assemble_se
 from fs_fwdllm.report import RunFolder, RunReporter
 from fs_fwdllm.report.sinks import read_lines
 from fs_fwdllm.running.accounting import Accounting
-from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
+from fs_fwdllm.running.checkpoint import (
+    Checkpoint,
+    config_fingerprint,
+    read_checkpoint,
+    require_same_inputs,
+    write_checkpoint,
+)
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
 from fs_fwdllm.running.session import Session
 
@@ -127,6 +133,8 @@ class RunDriver:
             for client in session.client_samples:
                 self.server.note_holds(client, self.server.digest)
         else:
+            if not session.config.fwdllm.accept_changed_inputs:
+                require_same_inputs(checkpoint, session.inputs, folder.path)
             self.next_round = checkpoint.next_round
             self._start_loss = next((_loss_of(line.get("eval")) for line in read_lines(folder)), None)
             self.server.load_state(checkpoint.tensors, checkpoint.numbers)
@@ -281,6 +289,7 @@ class RunDriver:
             numbers=self.server.state_numbers(),
             counters=self.accounting.counters(),
             fingerprint=config_fingerprint(self.session.config),
+            inputs=self.session.inputs,
         )
         write_checkpoint(self.folder.checkpoint_path, checkpoint)
 

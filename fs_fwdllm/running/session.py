@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
+from fs_fwdllm.data.types import rows_fingerprint
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
 from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, recipe_of
@@ -161,6 +164,18 @@ class Session:
             examples = {client: held.train for client, held in self.data.clients.items()}
             add_cosine(self.parts, server, report, examples)
 
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what this process was given beside the configuration, by what a user calls it."""
+        held = [split for _, client in sorted(self.data.clients.items()) for split in (client.train, client.val)]
+        tested = [client.test for _, client in sorted(self.data.clients.items())]
+        return {
+            "the training rows": rows_fingerprint(held),
+            "the test rows": rows_fingerprint([*tested, self.data.test, self.data.val]),
+            "the classes": _fingerprint("\0".join(self.data.label_names)),
+            "the model's files": _fingerprint(self.loaded.source.files()),
+        }
+
     def evaluates_after(self, round_index: int) -> bool:
         """Whether to evaluate after this round (always after the last)."""
         return self._due(round_index, self.config.eval.freq)
@@ -210,6 +225,10 @@ _DATA_OF_MODEL = {
     "classification": "NAME@text",
     "question_answering": "NAME@qa",
 }
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _check_task(config: Config) -> None:

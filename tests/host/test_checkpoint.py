@@ -235,3 +235,36 @@ def test_a_full_disk_for_the_metrics_is_named_too(world: World, monkeypatch: pyt
     resume(path)
     assert read_jsonl(path / "metrics.jsonl")[-1]["digest"] == read_jsonl(whole / "metrics.jsonl")[-1]["digest"]
     assert json.loads((path / "metrics.jsonl").read_text().splitlines()[0])["round"] == 0
+
+
+def _a_row_more(world: World) -> None:
+    with (world.root / "texts.jsonl").open("a") as file:
+        file.write('{"text": "w3 w4 w5", "label": "animal"}\n')
+
+
+def _another_class(world: World) -> None:
+    path = world.root / "texts.jsonl"
+    path.write_text(path.read_text().replace('"stone"', '"rock"'))
+
+
+def _other_weights(world: World) -> None:
+    for path in (world.root / "model").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+
+
+CHANGES = {"the training rows": _a_row_more, "the classes": _another_class, "the model's files": _other_weights}
+
+
+@pytest.mark.parametrize("named", CHANGES)
+def test_a_run_does_not_go_on_with_other_data_or_another_model_unless_told(named: str, world: World) -> None:
+    shutil.copytree(world.model("bert"), world.root / "model")
+    settings = {**METHODS["forward_gradient"], "federate.total_round_num": 2}
+    path = run(world.config({**settings, "model.type": f"{world.root / 'model'}@transformers"}))
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    CHANGES[named](world)
+    with pytest.raises(CheckpointError, match=rf"{named}.* changed after.*fwdllm.accept_changed_inputs"):
+        resume(path)
+    assert (path / "metrics.jsonl").read_text().splitlines() == lines
+    accepted = (path / "config.yaml").read_text().replace("accept_changed_inputs: false", "accept_changed_inputs: true")
+    (path / "config.yaml").write_text(accepted)
+    assert resume(path) == path
