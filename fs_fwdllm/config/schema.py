@@ -53,7 +53,9 @@ class FederateConfig(Section):
     method: str = Field(DEFAULT_METHOD, description="the method's protocol; case does not matter")
     client_num: int = Field(0, ge=0, description="number of clients; 0 takes the number the data has by nature")
     sample_client_num: int = Field(-1, ge=-1, description="clients per round; -1 is all")
-    sample_client_rate: float = Field(-1.0, le=1.0, description="share of clients per round; -1 uses sample_client_num")
+    sample_client_rate: float = Field(
+        -1.0, le=1.0, description="share of clients per round, at least one; above 0 it goes before sample_client_num"
+    )
     total_round_num: int = Field(50, ge=1, description="rounds")
     sampler: Literal["uniform", ""] = Field("uniform", description="how the clients of a round are drawn")
     ignore_weight: bool = Field(False, description="weigh clients equally instead of by samples processed")

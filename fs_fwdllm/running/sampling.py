@@ -12,12 +12,17 @@ __all__ = ["clients_per_round", "sample_clients"]
 
 
 def clients_per_round(config: Config, available: int) -> int:
-    """How many clients a round asks; ``sample_client_num`` goes before ``sample_client_rate``.
+    """How many clients a round asks, by FederatedScope's rule on every host.
+
+    A ``sample_client_rate`` above zero goes before ``sample_client_num``; of ``rate x clients`` the fraction is
+    dropped, and at least one client is asked.
 
     Raises:
         ConfigError: more clients than hold training data, or none.
     """
-    wanted = config.federate.sample_client_num
+    rate, wanted = config.federate.sample_client_rate, config.federate.sample_client_num
+    if rate > 0:
+        return max(1, int(rate * available))
     if wanted > available:
         raise ConfigError(
             f"federate.sample_client_num {wanted}: only {available} clients hold training samples; allowed are 1 to "
@@ -25,10 +30,7 @@ def clients_per_round(config: Config, available: int) -> int:
         )
     if wanted == 0:
         raise ConfigError(f"federate.sample_client_num 0: allowed are 1 to {available}, or -1 for all")
-    if wanted > 0:
-        return wanted
-    rate = config.federate.sample_client_rate
-    return max(1, round(rate * available)) if rate > 0 else available
+    return wanted if wanted > 0 else available
 
 
 def sample_clients(seed: int, round_index: int, clients: Sequence[int], count: int) -> list[int]:

@@ -205,7 +205,8 @@ def test_sampling_is_a_function_of_seed_and_round() -> None:
         ({"federate.sample_client_rate": 0.25}, 2),
         ({"federate.sample_client_rate": 1.0}, 10),
         ({"federate.sample_client_rate": 0.01}, 1),
-        ({"federate.sample_client_num": 4, "federate.sample_client_rate": 0.9}, 4),
+        ({"federate.sample_client_rate": 0.29}, 2),
+        ({"federate.sample_client_num": 4, "federate.sample_client_rate": 0.99}, 9),
     ],
 )
 def test_how_many_clients_a_round_asks(world: World, settings: dict[str, Any], expected: int) -> None:

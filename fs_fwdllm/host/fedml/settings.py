@@ -29,6 +29,7 @@ from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.fedml.translation import REFUSED, TRANSLATED, translate
+from fs_fwdllm.running.sampling import clients_per_round
 
 __all__ = ["DEFAULT_DEADLINE_S", "FedMLSettings", "dump_settings", "read_settings", "resolve_settings"]
 
@@ -199,13 +200,13 @@ def _as_texts(values: Mapping[str, Any]) -> list[str]:
 
 def _complete(flat: dict[str, Any], config: Config) -> dict[str, Any]:
     """FedML's arguments with the words it needs, as the resolved configuration has them."""
-    drawn = config.federate.sample_client_num
+    total = config.federate.client_num
     args = {
         **flat,
         "comm_round": config.federate.total_round_num,
         "random_seed": config.seed,
-        "client_num_in_total": config.federate.client_num,
-        "client_num_per_round": drawn if drawn > 0 else config.federate.client_num,
+        "client_num_in_total": total,
+        "client_num_per_round": clients_per_round(config, total) if total else 0,
         "frequency_of_the_test": config.eval.freq,
         "batch_size": config.dataloader.batch_size,
         "learning_rate": config.train.optimizer.lr,

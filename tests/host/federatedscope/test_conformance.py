@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
         **_FORWARD, "fwdllm.server_momentum": 0.5, "federate.sample_client_num": 2,
         "train.scheduler.type": "cosine", "federate.total_round_num": 5,
     },
+    "mezo, a share of the clients": {**_MEZO, "federate.sample_client_rate": 0.5},
     "fedavg with our trainer, model-diff": {
         "federate.method": "fedavg", "trainer.type": "mezotrainer", "train.train_strategy": "model-diff",
         "fwdllm.strategy_span": 0.01, "fwdllm.probes": 2,

@@ -76,6 +76,8 @@ def test_what_stands_twice_must_agree(tmp_path: Path) -> None:
 def test_there_is_a_process_for_each_client_of_a_round_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     assert settings_of(tmp_path, client_num_in_total=9, client_num_per_round=4).worker_num == 4
     assert settings_of(tmp_path, client_num_in_total=9).worker_num == 9
+    share = settings_of(tmp_path, {"fwdllm_overrides": {"federate.sample_client_rate": 0.5}}, client_num_in_total=3)
+    assert share.args["client_num_per_round"] == 1
     assert settings_of(tmp_path, client_num_in_total=9, worker_num=2).worker_num == 2
 
 
