@@ -39,8 +39,8 @@ class MethodFacts:
     Attributes:
         name: canonical name, in messages and tables.
         title: what a report calls it.
-        spellings: pairs ``(federate.method, trainer.type)`` in lower case that choose it; the first one is how it is
-            recommended.
+        spellings: pairs ``(federate.method, trainer.type)`` that choose it, in any case (kept in lower case); the first
+            one is how it is recommended.
         recipe: the :class:`~fs_fwdllm.method.parts.Recipe`, or where it is: ``"module:attribute"``.
         forward_only: clients measure slopes by forward passes and never backpropagate. Such a method takes
             ``fwdllm.estimator`` and what belongs to it.
@@ -58,6 +58,10 @@ class MethodFacts:
     forward_only: bool = False
     clients_step: bool = False
     trains_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        lowered = tuple((method.lower(), trainer.lower()) for method, trainer in self.spellings)
+        object.__setattr__(self, "spellings", lowered)
 
     @property
     def pools_slopes(self) -> bool:

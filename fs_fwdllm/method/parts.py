@@ -149,10 +149,10 @@ def recipe_of(config: Config) -> Recipe:
         module, _, attribute = recipe.partition(":")
         try:
             recipe = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # another package's module may fail in any way
             raise ConfigError(
                 f"federate.method {config.federate.method!r}: the recipe {facts.recipe!r} of method {facts.name!r} "
-                f"cannot be imported ({error}); install the package that brings the method anew"
+                f"cannot be imported ({type(error).__name__}: {error}); install the package that brings it anew"
             ) from error
     if not isinstance(recipe, Recipe):
         raise ConfigError(

@@ -67,6 +67,10 @@ def test_a_method_of_a_program_is_chosen_like_any_other(throwaway: MethodFacts) 
     assert is_ours("throwaway", "") and "throwaway" in examples_of(lambda row: not row.forward_only)
 
 
+def test_a_row_may_be_written_in_any_case() -> None:
+    assert facts(spellings=(("ThrowAway", "OwnTrainer"),)).spellings == (("throwaway", "owntrainer"),)
+
+
 def test_a_name_or_a_spelling_is_taken_once(throwaway: MethodFacts) -> None:
     for clash in (facts(), facts(name="other"), facts(name="other", spellings=(("fedavg", "mezotrainer"),))):
         with pytest.raises(ValueError, match="registered already"):
