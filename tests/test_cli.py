@@ -252,6 +252,7 @@ def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..
     @dataclass
     class Plan:
         seed: int
+        remarks: tuple[str, ...] = ("warning: [nothing] is done with it",)
 
         def rows(self) -> list[tuple[str, str]]:
             return [("seed of [it]", str(self.seed)), ("upload per round", "42 B")]
@@ -261,6 +262,7 @@ def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..
     assert done.exit_code == 0
     assert re.search(r"seed of \[it\]\s+\S\s+77", done.stdout)
     assert re.search(r"upload per round\s+\S\s+42 B", done.stdout)
+    assert "warning: [nothing] is done with it" in done.stdout
 
 
 def test_plot_and_compare_draw_from_the_folder(call: Callable[..., Result], tmp_path: Path) -> None:
