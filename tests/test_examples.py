@@ -19,6 +19,8 @@ from tests.host.small import METHODS, World, read_jsonl
 
 __all__ = ["models", "world"]
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PAGES = {
     "mezo_on_a_page": ("federated_mezo", "mezo"),

@@ -20,6 +20,8 @@ from tests.host.small import METHODS, SCALAR_METHODS, World, read_jsonl
 
 __all__ = ["models", "world"]
 
+pytestmark = pytest.mark.slow
+
 
 class Repeated(CentralDifference):
     """Central differences, each measured three times."""

@@ -16,6 +16,8 @@ from tests.host.small import World, read_jsonl
 
 __all__ = ["command", "configuration", "environment", "models", "world"]
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "docs" / "plugins" / "fzoo.py"
 ENTRY_POINTS = "[fs_fwdllm.methods]\nfzoo = fzoo:FACTS\n[fs_fwdllm.settings]\nfzoo = fzoo:Settings\n"

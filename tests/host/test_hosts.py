@@ -12,6 +12,8 @@ import pytest
 
 from fs_fwdllm.host.hosts import HOSTS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fs_fwdllm"
 

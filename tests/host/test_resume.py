@@ -18,6 +18,8 @@ from fs_fwdllm.running.local import resume, run
 from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, World, bits_of, read_jsonl
 
+pytestmark = pytest.mark.slow
+
 #: Every state a server can have: none, momentum over scalars, a dense optimiser's moments, PyTorch's momentum.
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {**METHODS["mezo"], "train.optimizer.weight_decay": 0.1},
