@@ -26,8 +26,8 @@ class Accounting:
     forward_passes: int = 0
     backward_passes: int = 0
     _seconds_before: float = 0.0
-    _peak_rss_mib_before: float = 0.0
-    _peak_device_mib_before: float = 0.0
+    _most_rss_mib: float = 0.0
+    _most_device_mib: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
 
     def close_round(self, report: RoundReport) -> list[TrafficRow]:
@@ -58,13 +58,18 @@ class Accounting:
         }
 
     def _peak_rss_mib(self) -> float:
-        """The most that any of the run's processes so far has used: a resumed run has had more than one."""
-        return max(self._peak_rss_mib_before, peak_rss_mib())
+        """The most that any of the run's processes has used so far: a resumed run has had more than one.
+
+        What was seen is kept, since the kernel's own highest mark is approximate and can be read a little lower later.
+        """
+        self._most_rss_mib = max(self._most_rss_mib, peak_rss_mib())
+        return self._most_rss_mib
 
     def _peak_device_mib(self) -> float:
         cuda = self.device.type == "cuda"
         now_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else 0.0
-        return max(self._peak_device_mib_before, now_mib)
+        self._most_device_mib = max(self._most_device_mib, now_mib)
+        return self._most_device_mib
 
     def counters(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -81,8 +86,8 @@ class Accounting:
     def restore(self, counters: dict[str, float]) -> None:
         """Continue from :meth:`counters`."""
         self._seconds_before = counters["seconds"]
-        self._peak_rss_mib_before = counters["peak_rss_mib"]
-        self._peak_device_mib_before = counters["peak_device_mib"]
+        self._most_rss_mib = counters["peak_rss_mib"]
+        self._most_device_mib = counters["peak_device_mib"]
         self._started = time.perf_counter()
         self.ledger.upload_bytes = int(counters["upload_bytes"])
         self.ledger.download_bytes = int(counters["download_bytes"])

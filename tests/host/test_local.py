@@ -265,6 +265,13 @@ def test_a_resumed_run_reports_the_most_memory_of_all_its_processes() -> None:
     assert later.counters()["peak_rss_mib"] == 1e6
 
 
+def test_the_most_memory_never_falls_though_the_kernel_may_read_it_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([700.0, 699.5, 701.0])
+    monkeypatch.setattr("fs_fwdllm.running.accounting.peak_rss_mib", lambda: next(readings))
+    accounting = Accounting(torch.device("cpu"))
+    assert [accounting.columns()["peak_rss_mib"] for _ in range(3)] == [700.0, 700.0, 701.0]
+
+
 def test_what_has_no_effect_here_is_said_by_run_and_plan_alike(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
