@@ -1,11 +1,16 @@
 from .bottleneck import load_bottleneck
+from .facts import SavedFacts, find_saved
 from .loading import LoadedModel, load_model, load_tokenizer
+from .reloading import load_saved
 from .saving import save_trained
 
 __all__ = [
     "LoadedModel",
+    "SavedFacts",
+    "find_saved",
     "load_bottleneck",
     "load_model",
+    "load_saved",
     "load_tokenizer",
     "save_trained",
 ]

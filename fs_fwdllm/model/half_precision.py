@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["HALF_DTYPES", "CastTo", "make_float32_masters"]
+__all__ = ["HALF_DTYPES", "CastTo", "make_float32_masters", "rounds_when_loaded_in_half"]
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -64,6 +64,22 @@ def make_float32_masters(model: nn.Module, heads: Iterable[str] = ()) -> None:
             continue
         for key, dtype in masters.items():
             parametrize.register_parametrization(module, key, CastTo(dtype), unsafe=True)
+
+
+def rounds_when_loaded_in_half(model: nn.Module) -> bool:
+    """Whether another program that loads the saved model in the base's half precision rounds trained values.
+
+    Adapters (LoRA, IA3, the bottleneck) stay float32 whatever the base is; norms, biases and heads do not.
+    """
+    trained = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and not _is_half(parameter)
+    ]
+    stays = (".lora_", ".ia3_", ".bottleneck.")
+    return any(map(_is_half, model.parameters())) and not all(any(mark in name for mark in stays) for name in trained)
+
+
+def _is_half(parameter: nn.Parameter) -> bool:
+    return parameter.dtype in HALF_DTYPES
 
 
 def _is_within(name: str, prefixes: tuple[str, ...]) -> bool:

@@ -27,6 +27,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
+from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import make_float32_masters
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
 from fs_fwdllm.model.quiet import quiet_transformers
@@ -57,6 +58,7 @@ class LoadedModel:
         peft_method: the ``adapter_method``, ``full`` without one.
         tokenizer: the tokenizer it was loaded with; saved beside a whole model.
         source: where the base came from.
+        facts: what has to be known, beside the tensors, to load it again.
         arguments: the arguments of ``peft_method`` as configured.
         fresh: names of the base's parameters that its checkpoint lacks, so that they start from random numbers.
     """
@@ -66,6 +68,7 @@ class LoadedModel:
     peft_method: str
     tokenizer: Any
     source: ModelSource
+    facts: SavedFacts
     arguments: dict[str, Any] = field(default_factory=dict)
     fresh: frozenset[str] = frozenset()
 
@@ -123,7 +126,16 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     model = attach(method, Request(model, source.task, head, config.seed, arguments))
     if not blocks:  # a block has its masters only while it is visited
         make_float32_masters(model, _places_of_head(model, head))
-    return LoadedModel(model.eval(), source.task, method, tokenizer, source, arguments, frozenset(fresh))
+    facts = SavedFacts.of_run(
+        config,
+        source,
+        task=source.task,
+        classes=names or _numbered(labels),
+        trained=method,
+        base_dtype=str(dtype).removeprefix("torch."),
+        attention=getattr(model.config, "_attn_implementation", None),
+    )
+    return LoadedModel(model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh))
 
 
 def _label_count(config: Config, task: Task, num_labels: int) -> int:

@@ -2,9 +2,15 @@
 
 PEFT methods leave a PEFT folder (``adapter/``), the bottleneck its own small folder (``adapter/``, read by
 :func:`~fs_fwdllm.model.bottleneck.load_bottleneck`), and methods that train parameters of the base itself a whole
-Hugging Face model (``model/``), which knows the classes by their names. Each has the tokenizer as the run used it. All
-tensors are safetensors. A folder is written beside its place and moved there when it is complete, so that a reader sees
-the old one or the new one, never half of one. The model in memory is only read.
+Hugging Face model (``model/``), which knows the classes by their names. Each has the tokenizer as the run used it, the
+facts that :func:`~fs_fwdllm.model.reloading.load_saved` needs, and a model card. All tensors are safetensors. A folder
+is written beside its place and moved there when it is complete, so that a reader sees the old one or the new one, never
+half of one. The model in memory is only read.
+
+PEFT's own ``AutoPeftModel...from_pretrained(adapter)`` loads the base by what the base's files say of themselves: with
+two classes instead of six, or in half precision where the run computed in float32. Where that would be another model
+than the one that was evaluated, the adapter names as its base a folder ``base_model/`` beside it, which holds the
+configuration as the run used it and links to the base's weights.
 """
 
 from __future__ import annotations
@@ -13,7 +19,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +30,28 @@ from torch import nn
 
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError, nearest
+from fs_fwdllm.model.base_folder import config_of_base, config_to_keep, link_to, weights_of
 from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, BOTTLENECK_WEIGHTS_FILE, DEFAULT_REDUCTION_FACTOR
+from fs_fwdllm.model.card import model_card
+from fs_fwdllm.model.facts import SavedFacts
+from fs_fwdllm.model.half_precision import rounds_when_loaded_in_half
 from fs_fwdllm.model.loading import LoadedModel
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["save_trained"]
 
+#: The folder beside an adapter that stands for its base.
+_BASE_FOLDER = "base_model"
 
-def save_trained(loaded: LoadedModel, folder: str | Path, values: Mapping[str, torch.Tensor] | None = None) -> Path:
+
+def save_trained(
+    loaded: LoadedModel,
+    folder: str | Path,
+    values: Mapping[str, torch.Tensor] | None = None,
+    facts: SavedFacts | None = None,
+    suffix: str = "",
+) -> Path:
     """Write the trained part of ``loaded`` below ``folder`` and return the folder written (``adapter`` or ``model``).
 
     Args:
@@ -39,6 +59,8 @@ def save_trained(loaded: LoadedModel, folder: str | Path, values: Mapping[str, t
         folder: the run's folder; created if it does not exist.
         values: ``{parameter name: tensor}`` that replace the model's values in what is written, by the names of
             ``model.named_parameters()`` or their public form; the model keeps its own.
+        facts: what the folder says of itself: the model's own, with what a run reached added to them.
+        suffix: of the folder's name; ``-last`` gives ``adapter-last``.
 
     Raises:
         ModelError: a name in ``values`` is not a parameter of the model, or has another shape.
@@ -46,16 +68,39 @@ def save_trained(loaded: LoadedModel, folder: str | Path, values: Mapping[str, t
     """
     part = PARTS[loaded.peft_method]
     state = _state(loaded.model, values or {})
-    target = Path(folder) / ("model" if part.saved_as == "model" else "adapter")
+    target = Path(folder).absolute() / (("model" if part.saved_as == "model" else "adapter") + suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _staged(target) as staging:
+        _WRITERS[part.saved_as](loaded, state, staging)
+        _describe(loaded, facts or loaded.facts, staging, part.saved_as)
+        if part.saved_as == "peft":
+            _name_base(loaded, staging, target.parent / _BASE_FOLDER)
+    return target
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder to fill, which is in the place of ``target`` after the block; an error leaves what was there."""
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _WRITERS[part.saved_as](loaded, state, staging)
+        yield staging
         _open_to_readers(staging)
         _move_into_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
+
+
+def _name_base(loaded: LoadedModel, adapter: Path, folder: Path) -> None:
+    """Let PEFT's automatic loading find the base as the run used it."""
+    config = config_to_keep(loaded)
+    weights = weights_of(loaded.source)
+    if config is None or not weights:
+        return
+    with _staged(folder) as staging:
+        config.save_pretrained(staging)
+        for path in weights:
+            link_to(path, staging / path.name)
+    _change_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(folder)})
 
 
 def _state(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,9 +149,27 @@ def _write_model(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Pa
     with quiet_transformers():
         model.save_pretrained(str(folder), state_dict=state)
         loaded.tokenizer.save_pretrained(str(folder))
+    own = config_of_base(loaded.source)
+    changes: dict[str, Any] = {}
+    if hasattr(own, "use_cache"):
+        changes["use_cache"] = own.use_cache  # training runs without; whoever generates wants it back
+    if rounds_when_loaded_in_half(loaded.model):
+        changes["dtype"] = "float32"  # a plain load then keeps the masters, over the base's values, which all fit
+    _change_json(folder / "config.json", changes)
 
 
 _WRITERS = {"peft": _write_peft, "bottleneck": _write_bottleneck, "model": _write_model}
+
+
+def _describe(loaded: LoadedModel, facts: SavedFacts, folder: Path, saved_as: str) -> None:
+    facts.write(folder)
+    card = model_card(facts, saved_as, rounds_when_loaded_in_half(loaded.model))
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+
+
+def _change_json(file: Path, changes: Mapping[str, Any]) -> None:
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(tree | dict(changes), indent=2) + "\n", encoding="utf-8")
 
 
 def _move_into_place(staging: Path, target: Path) -> None:
@@ -127,5 +190,5 @@ def _open_to_readers(folder: Path) -> None:
     """Undo the owner-only modes of temporary folders and safetensors files, as far as the process's mask allows."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
+    for path in (folder, *(path for path in folder.rglob("*") if not path.is_symlink())):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+import yaml
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+)
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +25,15 @@ from transformers import (
 
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.model import load_bottleneck, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model import (
+    SavedFacts,
+    find_saved,
+    load_bottleneck,
+    load_model,
+    load_saved,
+    load_tokenizer,
+    save_trained,
+)
 from fs_fwdllm.model.trainable_parts import PARTS
 from tests.model.test_bottleneck import logits, shake
 from tests.model.test_trainable_parts import cases, impossible
@@ -72,7 +86,8 @@ def test_an_adapter_knows_its_base_and_its_tokenizer_from_any_folder(tmp_path, m
     monkeypatch.chdir(elsewhere)
     settings = [json.loads(path.read_text()) for path in written.glob("*config.json")]
     bases = [own["base_model_name_or_path"] for own in settings if "base_model_name_or_path" in own]
-    assert bases == [str(tmp_path / "m")]
+    assert bases == [str(tmp_path / ("run/base_model" if method == "lora" else "m"))]
+    assert SavedFacts.read(written).base_location == str(tmp_path / "m")
     assert AutoTokenizer.from_pretrained(written)("w5 w6")["input_ids"] == tokenizer("w5 w6")["input_ids"]
 
 
@@ -99,7 +114,8 @@ def test_reloaded_model_gives_the_same_logits(tmp_path, architecture, method, cl
     after = loaded.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [written.name]
+    left = sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != "base_model")
+    assert left == [written.name]
     files = {path.suffix for path in written.iterdir()}
     assert ".safetensors" in files
     assert not files & {".bin", ".pt", ".pkl"}
@@ -162,12 +178,129 @@ def test_lora_over_a_half_base_reloads_exactly(tmp_path):
 
 
 def test_folders_say_where_the_base_is(tmp_path):
-    base = save_tiny_model(tmp_path / "m", "bert")
+    base = save_tiny_model(tmp_path / "m", "llama")
     for method, file in (("lora", "adapter_config.json"), ("bottleneck", "bottleneck_config.json")):
-        written = save_trained(load(base, method), tmp_path / method)
+        written = save_trained(load(base, method, classifier=False), tmp_path / method)
         settings = json.loads((written / file).read_text())
         assert settings["base_model_name_or_path"] == str(base)
-    assert json.loads((tmp_path / "lora/adapter/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert json.loads((tmp_path / "lora/adapter/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", PARTS)
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_what_is_saved_is_loaded_with_the_same_bits(tmp_path, architecture, method, dtype):
+    """The law of the saved folder: for every part, dtype and kind of model, the run's own logits, from files alone."""
+    classifier = architecture == "bert"
+    if impossible(architecture, method, classifier):
+        pytest.skip("this architecture has nothing of that kind to train")
+    base = save_tiny_model(tmp_path / "m", architecture)
+    loaded = load(base, method, classifier, **{"fwdllm.base_dtype": dtype})
+    untrained = logits(loaded.model, tiny_batch(classifier=classifier))
+    shake(loaded.model)
+    written = save_trained(loaded, tmp_path / "run")
+    torch.manual_seed(99)
+    again, _, facts = load_saved(written)
+    batch = tiny_batch(classifier=classifier)
+    trained = logits(loaded.model, batch)
+    assert torch.equal(logits(again.model, batch), trained)
+    assert not torch.equal(trained, untrained)
+    assert facts.trained == method
+    if method in ("full", "head", "bitfit"):  # complete without the base
+        shutil.rmtree(base)
+        assert torch.equal(logits(load_saved(written)[0].model, batch), trained)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", [method for method in PARTS if PARTS[method].saved_as == "peft"])
+@pytest.mark.parametrize("classifier", [True, False])
+def test_pefts_own_loading_needs_nothing_but_the_folder(tmp_path, monkeypatch, method, classifier, dtype):
+    """The base says two classes and float32; the run used three, and the dtype it was told."""
+    base = save_tiny_model(tmp_path / "m", "bert" if classifier else "llama")
+    loaded = load(base, method, classifier, **{"fwdllm.base_dtype": dtype})
+    shake(loaded.model)
+    written = save_trained(loaded, tmp_path / "run")
+    monkeypatch.chdir("/")
+    auto = AutoPeftModelForSequenceClassification if classifier else AutoPeftModelForCausalLM
+    torch.manual_seed(99)
+    again = auto.from_pretrained(str(written)).eval()
+    batch = tiny_batch(classifier=classifier)
+    theirs, ours = logits(again, batch).float(), logits(loaded.model, batch).float()
+    if dtype == "float32":
+        assert torch.equal(theirs, ours)
+    else:  # norms and heads are float32 then, and so is the whole: what was trained is there, unrounded
+        masters = {
+            public_name(n).replace(".default", ""): p for n, p in loaded.model.named_parameters() if p.requires_grad
+        }
+        kept = {public_name(n).replace(".default", ""): p for n, p in again.named_parameters()}
+        assert masters
+        assert all(torch.equal(kept[name].float(), value) for name, value in masters.items())
+        torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
+    if classifier:
+        assert again.config.id2label == dict(enumerate(("LABEL_0", "LABEL_1", "LABEL_2")))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["bitfit", "head"])
+def test_a_plain_load_of_a_whole_model_keeps_what_was_trained(tmp_path, method, dtype):
+    loaded = load(save_tiny_model(tmp_path / "m", "bert"), method, **{"fwdllm.base_dtype": dtype})
+    shake(loaded.model)
+    written = save_trained(loaded, tmp_path / "run")
+    plain = dict(AutoModelForSequenceClassification.from_pretrained(written).named_parameters())
+    masters = {public_name(n): p for n, p in loaded.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(plain[name], value) for name, value in masters.items())
+    assert "dtype=torch.float32" in (written / "README.md").read_text()
+
+
+def test_a_generating_model_gets_its_cache_back(tmp_path):
+    written = save_trained(load(save_tiny_model(tmp_path / "m", "llama"), "full", classifier=False), tmp_path / "run")
+    assert AutoConfig.from_pretrained(written).use_cache is True
+
+
+def test_the_card_says_what_the_folder_is(tmp_path):
+    config = tiny_config(save_tiny_model(tmp_path / "m", "bert"), "lora")
+    loaded = load_model(config, load_tokenizer(config), ("a | b", "c`d"))
+    facts = loaded.facts.with_results({"method": "MeZO", "rounds": 3, "eval": {"accuracy": 0.5}, "upload_bytes": 1234})
+    card = (save_trained(loaded, tmp_path / "run", facts=facts) / "README.md").read_text()
+    for text in ("MeZO", "| accuracy | 0.5 |", "| bytes uploaded | 1,234 |", "`a \\| b`, `c'd`", "fs_fwdllm.load"):
+        assert text in card
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "peft" and metadata["pipeline_tag"] == "text-classification"
+    assert "base_model" not in metadata  # a folder of this machine is none of the hub's names
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "fs_fwdllm.json").write_text("{"), "fs_fwdllm.json: cannot be read"),
+        (lambda f: (f / "fs_fwdllm.json").write_text("[]"), "format_version is None"),
+        (lambda f: (f / "fs_fwdllm.json").write_text('{"format_version": 1}'), "task, trained, .* missing"),
+        (lambda f: (f / "fs_fwdllm.json").unlink(), "has no fs_fwdllm.json"),
+        (
+            lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 40),
+            "adapter_model.safetensors: cannot be read",
+        ),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: cannot be read"),
+        (lambda f: save_file({"stranger": torch.zeros(2)}, f / "adapter_model.safetensors"), "does not fit its base"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(tmp_path, damage, message):
+    written = save_trained(load(save_tiny_model(tmp_path / "m", "bert"), "lora"), tmp_path / "run")
+    damage(written)
+    with pytest.raises(ModelError, match=message):
+        load_saved(written)
+
+
+def test_the_saved_folder_is_found_in_a_run(tmp_path):
+    written = save_trained(load(save_tiny_model(tmp_path / "m", "bert"), "lora"), tmp_path / "run")
+    assert find_saved(tmp_path / "run") == find_saved(written) == written
+    with pytest.raises(ModelError, match="holds no trained model"):
+        find_saved(tmp_path / "m")
+    with pytest.raises(ModelError, match="there is no such folder"):
+        find_saved(tmp_path / "nowhere")
 
 
 def test_a_whole_model_comes_with_its_tokenizer(tmp_path):
@@ -213,7 +346,7 @@ def test_saving_again_replaces_and_a_failure_leaves_the_old_folder(tmp_path, met
         with pytest.raises(OSError, match="No space left"):
             save_trained(loaded, tmp_path / "run")
     assert torch.equal(logits(reload(method, base, written, True), batch), kept)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [written.name]
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {"base_model"} == {written.name}
 
 
 def test_a_failure_between_the_two_moves_restores_the_old_folder(tmp_path, monkeypatch):

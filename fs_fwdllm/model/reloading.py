@@ -1,0 +1,123 @@
+"""Loading what a run saved, as the run evaluated it.
+
+Hugging Face and PEFT load a saved folder, too; what they cannot know is that norms and heads trained over a
+half-precision base are float32 masters (:mod:`~fs_fwdllm.model.half_precision`): they load them in the base's dtype,
+which rounds away most of what was learned. Here the base is loaded and the parts are attached by the very code that
+prepared the run, from the saved folder's own facts, and then every trained tensor is filled in from the file,
+unrounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.core.trainables import public_name
+from fs_fwdllm.errors import ModelError
+from fs_fwdllm.model.bottleneck import BOTTLENECK_WEIGHTS_FILE
+from fs_fwdllm.model.facts import SavedFacts
+from fs_fwdllm.model.half_precision import HALF_DTYPES
+from fs_fwdllm.model.loading import LoadedModel, load_model, load_tokenizer
+from fs_fwdllm.model.trainable_parts import PARTS
+
+__all__ = ["load_saved"]
+
+_PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[LoadedModel, Config, SavedFacts]:
+    """The model of a saved folder in eval mode, the configuration that loads it, and the folder's facts.
+
+    Args:
+        facts: the folder's, where they have been read already.
+
+    Raises:
+        ModelError: a file is missing or damaged, the base is not there, or the tensors do not fit it.
+        ConfigError: the facts are of another version.
+    """
+    place = Path(folder).absolute()
+    facts = facts or SavedFacts.read(place)
+    if facts.trained not in PARTS:
+        raise ModelError(f"{place}: was trained as {facts.trained!r}; this version knows {', '.join(PARTS)}")
+    saved_as = PARTS[facts.trained].saved_as
+    config = facts.config(place if saved_as == "model" else facts.base_location)
+    tokenizer = load_tokenizer(facts.config(place))
+    loaded = load_model(config, tokenizer, facts.classes)
+    if saved_as == "peft":
+        _fill_peft(loaded.model, place)
+    elif saved_as == "bottleneck":
+        _fill(loaded.model, {name: tensor for file in _files(place) for name, tensor in _tensors(file)}, place)
+    else:
+        _fill_masters(loaded, place)
+    return loaded, config, facts
+
+
+def _files(folder: Path) -> list[Path]:
+    single = folder / BOTTLENECK_WEIGHTS_FILE
+    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+
+
+def _tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file, one at a time; all, or those that are wanted."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys() if wanted is None else wanted & set(opened.keys()):
+                yield name, opened.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from error
+
+
+def _fill_peft(model: Any, folder: Path) -> None:
+    tensors = dict(_tensors(folder / _PEFT_WEIGHTS_FILE))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    misfits = {name for name in expected.keys() | tensors.keys() if _shape(expected, name) != _shape(tensors, name)}
+    if misfits:
+        raise ModelError(f"{folder}: does not fit its base: {_some(misfits)} is missing or has another shape")
+    set_peft_model_state_dict(model, tensors)
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
+def _fill_masters(loaded: LoadedModel, folder: Path) -> None:
+    """Give float32 masters over a half-precision base the values of the file, which loading has rounded."""
+    halves = any(parameter.dtype in HALF_DTYPES for parameter in loaded.model.parameters())
+    masters = {
+        public_name(name)
+        for name, parameter in loaded.model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and parameter.dtype == torch.float32
+    }
+    if halves and masters:
+        _fill(
+            loaded.model, {name: tensor for file in _files(folder) for name, tensor in _tensors(file, masters)}, folder
+        )
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Copy each tensor into the trained parameter of its name, in any of the parameter's names; none may be missing."""
+    names: dict[int, list[str]] = {}
+    parameters = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and parameter.dtype not in HALF_DTYPES:
+            names.setdefault(id(parameter), []).append(public_name(name))
+            parameters[id(parameter)] = parameter
+    for key, aliases in names.items():
+        found = next((tensors[name] for name in aliases if name in tensors), None)
+        if found is None or found.shape != parameters[key].shape:
+            raise ModelError(f"{folder}: does not fit its base: {aliases[0]} is missing or has another shape")
+        parameters[key].copy_(found)
+    if strangers := set(tensors) - {name for aliases in names.values() for name in aliases}:
+        raise ModelError(f"{folder}: does not fit its base: the model has no {_some(strangers)}")
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" ({len(listed)} in all)" if len(listed) > 3 else "")
