@@ -1,13 +1,19 @@
 from ._version import __version__
 from .config import Config, load_config
+from .inference import Prediction, TrainedModel, load, merge
 from .model.bottleneck import load_bottleneck
-from .running.local import resume, run
+from .running.result import RunResult, resume, run
 
 __all__ = [
     "Config",
+    "Prediction",
+    "RunResult",
+    "TrainedModel",
     "__version__",
+    "load",
     "load_bottleneck",
     "load_config",
+    "merge",
     "resume",
     "run",
 ]

@@ -23,6 +23,7 @@ FLOORS = (
     ("estimator", "evaluation"),
     ("method",),
     ("report",),
+    ("inference",),
     ("running",),
     ("forecast",),
     ("profiler",),

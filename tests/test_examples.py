@@ -51,7 +51,7 @@ def test_it_fits_on_a_page(name: str) -> None:
 def test_every_digest_is_the_runs(name: str, language_model: bool, world: World) -> None:
     settings = {**METHODS[PAGES[name][1]], "train.local_update_steps": 2, "fwdllm.probes": 3}
     config = world.config(settings, language_model=language_model)
-    expected = digests_of(run(config))
+    expected = digests_of(run(config).folder)
     assert len(set(expected)) == len(expected) == 1 + config.federate.total_round_num
     assert [digest.hex() for digest in page(name)(config)] == expected
 

@@ -66,7 +66,7 @@ def test_an_estimator_and_a_distribution_of_another_package_train_and_plan(metho
     settings = {**METHODS[method], "fwdllm.estimator": "repeated", "fwdllm.direction": "halves"}
     config = world.config(settings)
     plan = make_plan(config)
-    lines = read_jsonl(run(config) / "metrics.jsonl")
+    lines = read_jsonl(run(config).files.metrics_path)
     assert len({line["digest"] for line in lines}) == 1 + config.federate.total_round_num
     assert plan.run.forward_passes == lines[-1]["forward_passes"] == 3 * _passes_of_central(method, world)
     assert plan.run.upload_bytes == lines[-1]["upload_bytes"]
@@ -94,5 +94,5 @@ def test_a_gated_run_takes_any_distribution(world: World) -> None:
         **METHODS["forward_gradient"], "federate.method": "fwdllm", "fwdllm.direction": "halves",
         "fwdllm.gate.kind": "relative",
     }  # fmt: skip
-    lines = read_jsonl(run(world.config(settings)) / "metrics.jsonl")
+    lines = read_jsonl(run(world.config(settings)).files.metrics_path)
     assert any(line.get("gate") in ("accepted", "limit", "end") for line in lines)

@@ -326,6 +326,9 @@ class FwdllmConfig(Section):
     accept_changed_inputs: bool = Field(
         False, description="continue a run although its data or its model's files have changed since"
     )
+    check_saved: bool = Field(
+        True, description="load what a run has saved at its end, and compare it with the run's own evaluation"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
     gate: GateConfig = GateConfig()
     sampling: SamplingConfig = SamplingConfig()

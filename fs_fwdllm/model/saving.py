@@ -39,7 +39,7 @@ from fs_fwdllm.model.loading import LoadedModel
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.trainable_parts import PARTS
 
-__all__ = ["save_trained"]
+__all__ = ["save_trained", "write_folder"]
 
 #: The folder beside an adapter that stands for its base.
 _BASE_FOLDER = "base_model"
@@ -66,14 +66,21 @@ def save_trained(
         ModelError: a name in ``values`` is not a parameter of the model, or has another shape.
         OSError: the folder cannot be written; what was there before is still there.
     """
-    part = PARTS[loaded.peft_method]
-    state = _state(loaded.model, values or {})
-    target = Path(folder).absolute() / (("model" if part.saved_as == "model" else "adapter") + suffix)
+    name = "model" if PARTS[loaded.peft_method].saved_as == "model" else "adapter"
+    return write_folder(loaded, Path(folder).absolute() / f"{name}{suffix}", values or {}, facts or loaded.facts)
+
+
+def write_folder(loaded: LoadedModel, target: Path, values: Mapping[str, torch.Tensor], facts: SavedFacts) -> Path:
+    """As :func:`save_trained`, to the folder ``target`` itself."""
+    saved_as = PARTS[loaded.peft_method].saved_as
+    state = _state(loaded.model, values)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _staged(target) as staging:
-        _WRITERS[part.saved_as](loaded, state, staging)
-        _describe(loaded, facts or loaded.facts, staging, part.saved_as)
-        if part.saved_as == "peft":
+        _WRITERS[saved_as](loaded, state, staging)
+        facts.write(staging)
+        card = model_card(facts, saved_as, rounds_when_loaded_in_half(loaded.model))
+        (staging / "README.md").write_text(card, encoding="utf-8", errors="replace")
+        if saved_as == "peft":
             _name_base(loaded, staging, target.parent / _BASE_FOLDER)
     return target
 
@@ -159,12 +166,6 @@ def _write_model(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Pa
 
 
 _WRITERS = {"peft": _write_peft, "bottleneck": _write_bottleneck, "model": _write_model}
-
-
-def _describe(loaded: LoadedModel, facts: SavedFacts, folder: Path, saved_as: str) -> None:
-    facts.write(folder)
-    card = model_card(facts, saved_as, rounds_when_loaded_in_half(loaded.model))
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def _change_json(file: Path, changes: Mapping[str, Any]) -> None:

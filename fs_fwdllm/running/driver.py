@@ -25,7 +25,9 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
 from fs_fwdllm.data.types import Example
 from fs_fwdllm.errors import CheckpointError, WireError
 from fs_fwdllm.method import ClientWorker, RoundReport, RoundServer, assemble_server
+from fs_fwdllm.model.card import results_of
 from fs_fwdllm.report import RunFolder, RunReporter
+from fs_fwdllm.report.record import method_name
 from fs_fwdllm.report.sinks import read_lines
 from fs_fwdllm.running.accounting import Accounting
 from fs_fwdllm.running.checkpoint import (
@@ -36,6 +38,7 @@ from fs_fwdllm.running.checkpoint import (
     write_checkpoint,
 )
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.saved import check_saved
 from fs_fwdllm.running.session import Session
 
 __all__ = ["RunDriver", "answer", "choose_clients", "follow", "read_own_checkpoint"]
@@ -128,6 +131,7 @@ class RunDriver:
         self._unreadable: dict[int, str] = {}
         self._report: RoundReport | None = None
         self._start_loss: float | None = None
+        self._evaluated: tuple[int, Mapping[str, Any]] = (-1, {})
         if checkpoint is None:
             # New weights are drawn from the seed: who loads the same model holds the same bits, as digests prove.
             for client in session.client_samples:
@@ -136,7 +140,9 @@ class RunDriver:
             if not session.config.fwdllm.accept_changed_inputs:
                 require_same_inputs(checkpoint, session.inputs, folder.path)
             self.next_round = checkpoint.next_round
-            self._start_loss = next((_loss_of(line.get("eval")) for line in read_lines(folder)), None)
+            lines = [line for line in read_lines(folder) if line.get("eval")]
+            self._start_loss = _loss_of(lines[0]["eval"]) if lines else None
+            self._evaluated = (lines[-1]["round"], lines[-1]["eval"]) if lines else self._evaluated
             self.server.load_state(checkpoint.tensors, checkpoint.numbers)
             self.accounting.restore(checkpoint.counters)
             if worker is not None:
@@ -263,6 +269,7 @@ class RunDriver:
         line = {**_line(self._report), **self.accounting.columns()}
         if evaluation is not None:
             line["eval"] = evaluation
+            self._evaluated = (self.next_round + 1, evaluation)
         self._reporter.round(line, traffic)
         loss = _loss_of(evaluation)
         if loss is not None and self._start_loss is not None:
@@ -274,11 +281,26 @@ class RunDriver:
             self._write_checkpoint()
 
     def finish(self) -> Path:
-        """Save what was trained and close the report. Returns the saved adapter's or model's folder."""
-        trained = self.session.save(self.folder.path, self.server.trainables)
-        line = {"round": self.next_round, "digest": self.server.digest.hex(), "saved": trained.name}
-        self._reporter.finish({**line, **self.accounting.columns()})
+        """Save what was trained, check it, and close the report. Returns the saved adapter's or model's folder."""
+        line = {"round": self.next_round, "digest": self.server.digest.hex(), **self.accounting.columns()}
+        trainables, results = self.server.trainables, self._results(line)
+        trained = self.session.save(self.folder.path, trainables, results)
+        if self.session.config.fwdllm.check_saved:
+            check_saved(self.session, trained, trainables, self._last_evaluation, self.say)
+        self._reporter.finish({**line, "saved": trained.name})
         return trained
+
+    @property
+    def _last_evaluation(self) -> Mapping[str, Any] | None:
+        """The evaluation of the parameters as they are now."""
+        round_number, evaluation = self._evaluated
+        return evaluation if round_number == self.next_round else None
+
+    def _results(self, line: dict[str, object]) -> dict[str, Any]:
+        """What the model card says of the run."""
+        config, held = self.session.config, self.session.client_samples
+        data = f"{config.data.type}, {sum(held.values()):,} training samples on {len(held)} clients"
+        return {"method": method_name(config), "data": data, **results_of(line, self._last_evaluation)}
 
     @torch.no_grad()
     def _write_checkpoint(self) -> None:

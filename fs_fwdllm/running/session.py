@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,23 @@ class Session:
         with self.parts.trainables.holding(values):
             yield
 
-    def save(self, folder: Path, trainables: Trainables) -> Path:
-        """Write the trained adapter or model in Hugging Face's format."""
-        return save_trained(self.loaded, folder, dict(zip(trainables.names, trainables.tensors, strict=True)))
+    def save(
+        self, folder: Path, trainables: Trainables, results: Mapping[str, Any] | None = None, suffix: str = ""
+    ) -> Path:
+        """Write the trained adapter or model in Hugging Face's format.
+
+        Args:
+            results: what the model card says of the run, by the names of ``metrics.jsonl``.
+            suffix: of the folder's name: ``-last`` gives ``adapter-last``.
+        """
+        facts = replace(
+            self.loaded.facts,
+            task=self.data.task,
+            classes=tuple(self.data.label_names) or self.loaded.facts.classes,
+            results=dict(results or {}),
+        )
+        values = dict(zip(trainables.names, trainables.tensors, strict=True))
+        return save_trained(self.loaded, folder, values, facts, suffix)
 
     def _due(self, round_index: int, every: int) -> bool:
         done = round_index + 1

@@ -1,0 +1,5 @@
+"""Using what a run has trained: load it, predict, generate, chat, evaluate, merge."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
