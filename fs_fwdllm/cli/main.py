@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from fs_fwdllm._version import __version__
 from fs_fwdllm.cli.data import data_app
 from fs_fwdllm.cli.doctor import examine
+from fs_fwdllm.cli.trained import COMMANDS as COMMANDS_FOR_TRAINED
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
 from fs_fwdllm.host.hosts import FILE_OPTIONS, HOSTS, owner_of
 
@@ -180,6 +181,9 @@ def fedml(ctx: typer.Context) -> None:
     """FedML's own commands, and one of ours: fedml run local --cf FILE."""
     importlib.import_module("fs_fwdllm.host.fedml.command").main(ctx.args)
 
+
+for command in COMMANDS_FOR_TRAINED:
+    app.command()(command)
 
 hook = typer.Typer(help="Make a FederatedScope checkout know this package: one file, placed or taken out.")
 app.add_typer(hook, name="hook")

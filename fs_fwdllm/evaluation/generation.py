@@ -14,7 +14,7 @@ import torch
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
 
-__all__ = ["MAX_NEW_TOKENS", "generate_answers"]
+__all__ = ["MAX_NEW_TOKENS", "continue_prompts", "generate_answers"]
 
 #: The longest answer that is written, in tokens.
 MAX_NEW_TOKENS = 32
@@ -30,7 +30,7 @@ def generate_answers(
         if not batch.references:
             continue
         prompts = [_prompt(tokens, labels) for tokens, labels in zip(batch.input_ids, batch.labels, strict=True)]
-        for reference, text in zip(batch.references, _continue(model, prompts, tokenizer), strict=True):
+        for reference, text in zip(batch.references, continue_prompts(model, prompts, tokenizer), strict=True):
             answers[reference.question], gold[reference.question] = text, reference.answers
     return answers, gold
 
@@ -40,7 +40,21 @@ def _prompt(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _continue(model: Any, prompts: list[np.ndarray], tokenizer: Any) -> list[str]:
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    tokenizer: Any,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stop: Sequence[int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """What the model writes after each prompt (token ids), without special tokens.
+
+    Args:
+        max_new_tokens: of each text.
+        stop: the tokens that end a text; the tokenizer's end token unless told.
+        options: of transformers' ``generate``; greedy unless told.
+    """
     width = max(map(len, prompts))
     tokens = np.full((len(prompts), width), tokenizer.pad_token_id, dtype=np.int64)
     mask = np.zeros_like(tokens)
@@ -50,8 +64,8 @@ def _continue(model: Any, prompts: list[np.ndarray], tokenizer: Any) -> list[str
     device = next(model.parameters()).device
     written = model.generate(
         input_ids=torch.as_tensor(tokens, device=device), attention_mask=torch.as_tensor(mask, device=device),
-        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, num_beams=1, use_cache=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if stop is None else list(stop), **{"do_sample": False, **options},
     )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
     return texts
