@@ -44,7 +44,8 @@ import yaml
 from common import LORA_TARGETS, arguments, mib, print_machine, print_table, random_llama, verdict
 from transformers import PreTrainedTokenizerFast
 
-from fs_fwdllm.data.templates import instruction_prompt
+from fs_fwdllm.data.rendering import WrittenForm
+from fs_fwdllm.data.templates import user_says
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.host.federatedscope.host_main import find_host
 
@@ -111,8 +112,9 @@ def write_world(folder: Path, *, quick: bool) -> int:
 
     rows = [{"instruction": sentence(8, 16), "input": "", "output": sentence(8, 16)} for _ in range(ROWS)]
     (folder / "alpaca_data.json").write_text(json.dumps(rows), encoding="utf-8")
-    template = tokenizers.pre_tokenizers.Whitespace().pre_tokenize_str(instruction_prompt({"instruction": ""}))
-    vocabulary = dict.fromkeys([*SPECIAL.values(), *(token for token, _ in template), *words])
+    template = WrittenForm("alpaca", end="").prompt(user_says(""))
+    headers = [token for token, _ in tokenizers.pre_tokenizers.Whitespace().pre_tokenize_str(template)]
+    vocabulary = dict.fromkeys([*SPECIAL.values(), *headers, *words])
     ids = {token: index for index, token in enumerate(vocabulary)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=SPECIAL["unk_token"]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -222,6 +222,11 @@ class FwdllmDataConfig(Section):
     held_out_clients: float = Field(0.0, ge=0, lt=1, description="share of the clients whose rows are the test split")
     centralised: bool = Field(False, description="one client holds what all would: the centralised reference")
     stride: int = Field(64, ge=0, description="tokens that neighbouring windows on a long context share (FILE@qa)")
+    template: Literal["auto", "alpaca", "chat", "plain", "none"] = Field(
+        "auto",
+        description="how a conversation is written (@llm); auto is Alpaca's prompt for instructions, the texts as they "
+        "are for prompt and completion, and the tokenizer's chat template, or plain without one, for messages",
+    )
     prompt: str = Field("{text}\nLabel:", description="what a language model reads to classify (FILE@text)")
     label_words: list[str] = Field([], description="words of the classes, in order; empty takes their names")
 

@@ -30,10 +30,12 @@ import numpy as np
 
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.core.seeding import seeded_permutation
+from fs_fwdllm.data.conversations import form_of
 from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, data_task, parse_data_type
 from fs_fwdllm.data.sources import Source, read_source
 from fs_fwdllm.data.splitters import divide_shares, split_iid, split_lda, split_meta, split_natural
 from fs_fwdllm.data.table import Table, category_codes, name_of, sorted_names
+from fs_fwdllm.data.templates import PromptTemplate, choose_template
 from fs_fwdllm.data.tokenising import Tokeniser
 from fs_fwdllm.data.types import ClientData, Example, FederatedData
 from fs_fwdllm.errors import ConfigError, DataError, nearest
@@ -66,7 +68,8 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
     _check_splitter(config)
     source = read_source(config)
     labels = _label_names(source, config) if task in ("classification", "label_words") else []
-    tokenise = Tokeniser(config, tokenizer, task, labels)
+    template = _template(source, config, tokenizer) if task == "causal_lm" else None
+    tokenise = Tokeniser(config, tokenizer, task, labels, template)
     pool = _Pool.of(source.train, _subsample(len(source.train), config), tokenise)
     given = None if source.test is None else _Pool.of(source.test, np.arange(len(source.test)), tokenise)
     parts = pool.positions(source.parts[0]) if source.parts else _split(pool.table, config)
@@ -92,6 +95,7 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
         test=list(chain.from_iterable(_draw(test, config.fwdllm.data.max_test_samples, config.seed))),
         label_names=labels,
         label_tokens=tokenise.label_tokens,
+        template=template,
     )
 
 
@@ -182,6 +186,10 @@ def _held_out(clients: int, config: Config) -> set[int]:
         raise ConfigError(f"fwdllm.data.held_out_clients: is {share}, but there is only {clients} client")
     count = min(max(1, round(share * clients)), clients - 1)
     return set(seeded_permutation(clients, "held out", config.seed)[:count].tolist())
+
+
+def _template(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    return choose_template(config.fwdllm.data.template, form_of(source.train), tokenizer)
 
 
 def _subsample(rows: int, config: Config) -> np.ndarray:

@@ -1,9 +1,9 @@
 """From ``data.type`` to rows with the fields a task needs.
 
-``NAME@llm`` and ``FILE@llm`` are instruction data: whatever a file calls its fields, the rows that leave here have
-``instruction``, ``input``, ``output`` and ``category`` beside their own. The names and the file each stands for are
-FederatedScope's; a file named directly is recognised by the fields of its first row. ``FILE@text`` is text
-classification, with the text and label fields named by ``fwdllm.data.text`` and ``fwdllm.data.label``;
+``NAME@llm`` and ``FILE@llm`` are instructions or conversations: whatever a file calls its fields, the rows that leave
+here hold a conversation (:mod:`fs_fwdllm.data.conversations`) beside their own fields. The names and the file each
+stands for are FederatedScope's; a file named directly is recognised by the fields of its first row. ``FILE@text`` is
+text classification, with the text and label fields named by ``fwdllm.data.text`` and ``fwdllm.data.label``;
 ``installed_docstrings@text`` needs no file at all (:mod:`fs_fwdllm.data.docstrings`). ``FILE@qa`` is questions about
 contexts (:mod:`fs_fwdllm.data.squad`); the same file as ``FILE@llm`` has the context for input, the answer for output.
 ``presplit@llm`` and ``presplit@text`` read one file a client.
@@ -14,10 +14,10 @@ Nothing is downloaded: the message for an absent file says where it is expected.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from fs_fwdllm.config.schema import Config
+from fs_fwdllm.data.conversations import ALPACA, DOLLY, GSM8K, ROSETTA, Layout, as_conversations
 from fs_fwdllm.data.docstrings import installed_docstrings
 from fs_fwdllm.data.files import FILE_ENDINGS, read_table
 from fs_fwdllm.data.table import Table
@@ -25,7 +25,7 @@ from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
 __all__ = [
-    "CLIENT_FIELD", "PRESPLIT", "as_instructions", "data_task", "is_h5", "parse_data_type", "read_test_table",
+    "CLIENT_FIELD", "PRESPLIT", "data_task", "is_h5", "parse_data_type", "read_test_table",
     "read_train_table",
 ]  # fmt: skip
 
@@ -43,29 +43,13 @@ CLIENT_FIELD = "fs_fwdllm client"
 _LEFT_OUT_BY_META = "X86-64 Assembly"
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What a file calls the parts of an instruction sample. ``None``: it has no such part."""
-
-    instruction: str
-    input: str | None
-    output: str
-    category: str | None
-
-
-_ALPACA = _Layout("instruction", "input", "output", "category")
-_DOLLY = _Layout("instruction", "context", "response", "category")
-_GSM8K = _Layout("question", None, "answer", None)
-_ROSETTA = _Layout("instruction", "input", "output", "input")
-_SQUAD = _Layout("question", "context", "answer_text", "title")
-
-_NAMED: dict[str, tuple[str, _Layout]] = {
-    "alpaca": ("alpaca_data.json", _ALPACA),
-    "alpaca_cleaned": ("alpaca_data_cleaned.json", _ALPACA),
-    "code_alpaca": ("rosetta_alpaca.json", _ROSETTA),
-    "dolly-15k": ("databricks-dolly-15k.jsonl", _DOLLY),
-    "gsm8k": ("gsm8k_train.jsonl", _GSM8K),
-    "rosetta_alpaca": ("rosetta_alpaca.json", _ROSETTA),
+_NAMED: dict[str, tuple[str, Layout]] = {
+    "alpaca": ("alpaca_data.json", ALPACA),
+    "alpaca_cleaned": ("alpaca_data_cleaned.json", ALPACA),
+    "code_alpaca": ("rosetta_alpaca.json", ROSETTA),
+    "dolly-15k": ("databricks-dolly-15k.jsonl", DOLLY),
+    "gsm8k": ("gsm8k_train.jsonl", GSM8K),
+    "rosetta_alpaca": ("rosetta_alpaca.json", ROSETTA),
 }
 
 _TASKS: dict[str, Task] = {"llm": "causal_lm", "text": "classification", "qa": "question_answering"}
@@ -128,7 +112,7 @@ def read_train_table(config: Config) -> Table:
         return _read_instructions(Path(config.data.root) / name, config)
     file, layout = _NAMED[name.lower()]
     table = _read_instructions(Path(config.data.root) / file, config, layout)
-    if layout is _ROSETTA and config.data.splitter.lower() == "meta":
+    if layout is ROSETTA and config.data.splitter.lower() == "meta":
         return _without_left_out_category(table)
     return table
 
@@ -164,44 +148,8 @@ def _read_presplit(config: Config, task: Task) -> Table:
     return Table(str(folder), records, numbers)
 
 
-def _read_instructions(path: Path, config: Config, layout: _Layout | None = None) -> Table:
-    return as_instructions(read_table(path, config.fwdllm.data.columns), layout)
-
-
-def as_instructions(table: Table, layout: _Layout | None = None) -> Table:
-    """The rows with ``instruction``, ``input``, ``output`` and ``category``, recognised by their fields.
-
-    Raises:
-        DataError: the fields are none that are known, or a row lacks one.
-    """
-    layout = layout or _recognise(table)
-    instructions = table.texts(layout.instruction)
-    outputs = table.texts(layout.output)
-    if layout is _GSM8K:
-        outputs = [output.replace("####", "The answer is") for output in outputs]
-    records = [
-        {
-            **record,
-            "instruction": instruction,
-            "input": record.get(layout.input) if layout.input else None,
-            "output": output,
-            "category": record.get(layout.category) if layout.category else None,
-        }
-        for record, instruction, output in zip(table.records, instructions, outputs, strict=True)
-    ]
-    return Table(table.source, records, table.numbers)
-
-
-def _recognise(table: Table) -> _Layout:
-    layouts = (_ALPACA, _DOLLY, _SQUAD, _GSM8K)
-    for layout in layouts:
-        if {layout.instruction, layout.output} <= table.records[0].keys():
-            return layout
-    allowed = ", ".join(f"({layout.instruction!r}, {layout.output!r})" for layout in layouts)
-    raise DataError(
-        f"{table.place(0)}: instruction data needs the fields of one of {allowed}; it has "
-        f"{', '.join(map(repr, table.records[0])) or 'none'}"
-    )
+def _read_instructions(path: Path, config: Config, layout: Layout | None = None) -> Table:
+    return as_conversations(read_table(path, config.fwdllm.data.columns), layout)
 
 
 def _without_left_out_category(table: Table) -> Table:

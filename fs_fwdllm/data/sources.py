@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from fs_fwdllm.config.schema import Config
+from fs_fwdllm.data.conversations import as_conversations
 from fs_fwdllm.data.h5.files import SPANS, TEXTS, H5Data, read_h5_data
 from fs_fwdllm.data.h5.partition_files import read_partition
-from fs_fwdllm.data.readers import as_instructions, is_h5, parse_data_type, read_test_table, read_train_table
+from fs_fwdllm.data.readers import is_h5, parse_data_type, read_test_table, read_train_table
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import ConfigError
 
@@ -56,7 +57,7 @@ def read_source(config: Config) -> Source:
     if data.task_type != wanted:
         form = "@text" if data.task_type == TEXTS else "@qa or @llm"
         raise ConfigError(f"data.type {config.data.type!r}: the file holds {data.task_type}, which is read as {form}")
-    tables = [as_instructions(table) if task == "causal_lm" else table for table in (data.train, data.test)]
+    tables = [as_conversations(table) if task == "causal_lm" else table for table in (data.train, data.test)]
     return Source(tables[0], None if own.held_out_clients else tables[1], data.labels, _parts(data, config))
 
 

@@ -7,7 +7,7 @@ natural clients) are compared as text: a label is ``"3"`` whether a CSV file, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from fs_fwdllm.errors import DataError, nearest
 
-__all__ = ["Table", "category_codes", "name_of", "sorted_names"]
+__all__ = ["Table", "category_codes", "name_of", "required", "sorted_names", "text_of"]
 
 
 def name_of(value: Any) -> str:
@@ -37,6 +37,29 @@ def category_codes(names: Sequence[str]) -> np.ndarray:
     """Number the names in the order of :func:`sorted_names`; int64 ``[len(names)]``."""
     index = {name: code for code, name in enumerate(sorted_names(names))}
     return np.array([index[name] for name in names], dtype=np.int64)
+
+
+def required(record: Mapping[str, Any], field: str, place: str, setting: str = "") -> Any:
+    """The value of a field that the row at ``place`` must have; ``setting`` is the key that named it.
+
+    Raises:
+        DataError: it has none.
+    """
+    if record.get(field) is None:
+        named = f" (named by {setting})" if setting else ""
+        present = [name for name, value in record.items() if value is not None]
+        raise DataError(
+            f"{place}: has no field {field!r}{named}; it has "
+            f"{', '.join(map(repr, present)) or 'none'}{nearest(field, present)}"
+        )
+    return record[field]
+
+
+def text_of(value: Any, field: str, place: str) -> str:
+    """A value as text. Raises :class:`DataError` where it is a list or an object."""
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{place}: field {field!r} must be text, but is a {type(value).__name__}")
+    return value if isinstance(value, str) else name_of(value)
 
 
 @dataclass(frozen=True)
@@ -78,23 +101,12 @@ class Table:
         Raises:
             DataError: a row has no value there.
         """
-        named = f" (named by {setting})" if setting else ""
-        for row, record in enumerate(self.records):
-            if record.get(field) is None:
-                present = [name for name, value in record.items() if value is not None]
-                raise DataError(
-                    f"{self.place(row)}: has no field {field!r}{named}; it has "
-                    f"{', '.join(map(repr, present)) or 'none'}{nearest(field, present)}"
-                )
-        return [record[field] for record in self.records]
+        return [required(record, field, self.place(row), setting) for row, record in enumerate(self.records)]
 
     def texts(self, field: str, setting: str = "") -> list[str]:
         """The values of ``field`` as text. Raises :class:`DataError` also where a value is a list or an object."""
         values = self.column(field, setting)
-        for row, value in enumerate(values):
-            if not isinstance(value, str | int | float):
-                raise DataError(f"{self.place(row)}: field {field!r} must be text, but is a {type(value).__name__}")
-        return [value if isinstance(value, str) else name_of(value) for value in values]
+        return [text_of(value, field, self.place(row)) for row, value in enumerate(values)]
 
     def joined(self, field: str, setting: str = "") -> list[str]:
         """The texts of ``field``, or of the fields in ``field`` joined by ``+``, with a space between those not empty.

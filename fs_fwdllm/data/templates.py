@@ -1,241 +1,153 @@
-"""From rows to tokenised examples: what the model reads, and which tokens it is taught.
+"""What a language model reads: a conversation as one text, and which parts of it are taught.
 
-A language model reads an instruction in the prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca,
-Apache-2.0), the form instruction data is commonly trained and evaluated in, followed by the answer and the end token.
-Only the answer and the end token are labels. Prompt and answer are tokenised apart and joined, so that the first answer
-token is predicted from exactly the tokens a prompt has when the model is used. A row without input takes the prompt
-without input: "no input" is an absent field, an empty one, or ``null``.
+A :class:`PromptTemplate` writes messages (:mod:`~fs_fwdllm.data.conversations`) as a text, and says which characters
+are the assistant's; the loss is on those alone, in every turn. What a model was taught with it must be asked with, so a
+template is also a handful of facts (:meth:`PromptTemplate.to_facts`) that are saved with the model.
 
-A classifier reads the text as its tokenizer frames it, and its label is the class's index.
+==============  =====================================================================================================
+name            text
+==============  =====================================================================================================
+``alpaca``      the prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, Apache-2.0), as FederatedScope
+                writes it: ``### Instruction:``, perhaps ``### Input:``, ``### Response:``, the answer, the end
+                token. A system message takes the place of the introduction, and earlier turns come before, as in
+                LLaMA-Factory's template of that name
+``chat``        the tokenizer's own chat template
+``plain``       ``System: ...``, ``Human: ...``, ``Assistant: ...``, a line each, the end token after every answer, as
+                in LLaMA-Factory's ``default``
+``none``        the messages' texts one after another, and the end token: a prompt and its completion as they are
+==============  =====================================================================================================
 
-A language model classifies by the word it would put after a prompt (Gao et al., arXiv:2012.15723): the text is put in a
-prompt of the user's, every class has a word, and the words' first tokens compete. A start that all words share
-(the space of a SentencePiece tokenizer) joins the prompt. A long text is cut so that the prompt's end stays.
-
-All are cut at ``tok_len``. A row with nothing left to learn (a prompt that fills ``tok_len``, a text without tokens)
-is no example: it is left out, and counted in a warning.
+``fwdllm.data.template`` names one. By itself, instruction rows take ``alpaca``, prompt and completion ``none``,
+conversations ``chat``, or ``plain`` where the tokenizer has no chat template.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fs_fwdllm.data.table import Table
-from fs_fwdllm.data.types import IGNORED_LABEL, Example, Reference
-from fs_fwdllm.errors import ConfigError, DataError, nearest
+from fs_fwdllm.data.chat_templates import ChatForm, chat_template_of
+from fs_fwdllm.data.rendering import Form, Messages, Rendered, WrittenForm
+from fs_fwdllm.data.whole_text import Frame, frame_of, inner_ids, taught_positions
+from fs_fwdllm.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "LabelWords",
-    "classification_examples",
-    "instruction_examples",
-    "instruction_prompt",
-    "label_indices",
-    "label_word_examples",
-    "label_words",
-]
+__all__ = ["TEMPLATES", "PromptTemplate", "choose_template", "user_says"]
 
-logger = logging.getLogger("fs_fwdllm.data")
-
-_PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_PROMPT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
-#: Texts handed to the tokenizer at once: enough to use its threads, few enough to bound memory.
-_TEXTS_PER_CALL = 1000
+TEMPLATES = ("alpaca", "chat", "plain", "none")
 
 
-def instruction_prompt(record: dict[str, Any]) -> str:
-    """The prompt of one row with ``instruction`` and perhaps ``input``."""
-    context = record.get("input")
-    if context is None or not str(context).strip():
-        return _PROMPT.format(instruction=record["instruction"])
-    return _PROMPT_WITH_INPUT.format(instruction=record["instruction"], input=context)
+def user_says(text: str, system: str = "") -> list[dict[str, Any]]:
+    """The messages of a user's first question, perhaps after a system message."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": text}]
 
 
-def instruction_examples(
-    table: Table, tokenizer: PreTrainedTokenizerBase, tok_len: int
-) -> tuple[list[Example], list[int]]:
-    """Tokenise rows with ``instruction``, ``input`` and ``output``.
+class PromptTemplate:
+    """How a conversation becomes the text, and the tokens, that a model reads.
 
-    Returns:
-        The examples (labels as long as the input, unshifted, ``-100`` over the prompt), and for each the row it is of.
-    """
-    start = [tokenizer.bos_token_id] if _adds_start_token(tokenizer) else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if not end:
-        logger.warning("the tokenizer has no end token: answers are taught without an end")
-    prompts = _token_ids(tokenizer, [instruction_prompt(record) for record in table.records])
-    answers = _token_ids(tokenizer, [record["output"] for record in table.records])
-    examples, rows = [], []
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        prefix = start + prompt
-        tokens = (prefix + answer + end)[:tok_len]
-        if len(tokens) > len(prefix):
-            labels = [IGNORED_LABEL] * len(prefix) + tokens[len(prefix) :]
-            reference = _reference(table, row)
-            ids = np.array(tokens, dtype=np.int32)
-            examples.append(Example(ids, np.array(labels, dtype=np.int32), reference=reference))
-            rows.append(row)
-    _report_left_out(table, len(examples), f"no answer token within llm.tok_len {tok_len}")
-    return examples, rows
-
-
-def classification_examples(
-    table: Table,
-    texts: Sequence[str],
-    labels: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    tok_len: int,
-    pairs: Sequence[str] | None = None,
-) -> tuple[list[Example], list[int]]:
-    """Tokenise texts, or pairs of texts, with their class indices. The longer text of a pair is cut first.
-
-    Returns:
-        The examples (labels of shape ``[]``), and for each the row it is of.
-    """
-    examples, rows = [], []
-    framed = _token_ids(tokenizer, texts, pairs, add_special_tokens=True, truncation=True, max_length=tok_len)
-    for row, (tokens, label) in enumerate(zip(framed, labels, strict=True)):
-        if tokens:
-            examples.append(Example(np.array(tokens, dtype=np.int32), np.array(label, dtype=np.int32)))
-            rows.append(row)
-    _report_left_out(table, len(examples), "no token")
-    return examples, rows
-
-
-@dataclass(frozen=True)
-class LabelWords:
-    """A prompt and the words that may follow it, as tokens.
-
-    Attributes:
-        before, after: tokens of the prompt around the text.
-        tokens: the token that stands for each class, in index order; all different.
-    """
-
-    before: list[int]
-    after: list[int]
-    tokens: list[int]
-
-
-def label_words(prompt: str, words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> LabelWords:
-    """Tokenise a prompt and the words of the classes.
+    Args:
+        name: one of :data:`TEMPLATES`.
+        tokenizer: the model's; its end token is used, and for ``chat`` its chat template.
 
     Raises:
-        ConfigError: the prompt does not contain ``{text}`` once, or two words start with the same token.
+        ConfigError: the name is none of them, or ``chat`` and the tokenizer has no chat template.
     """
-    if prompt.count("{text}") != 1:
-        raise ConfigError(f"fwdllm.data.prompt: must contain {{text}} once, but is {prompt!r}")
-    before, after = prompt.split("{text}")
-    start = [tokenizer.bos_token_id] if _adds_start_token(tokenizer) else []
-    spelled = list(_token_ids(tokenizer, [f" {word}" for word in words]))
-    shared = _shared_start(spelled)
-    first: dict[int, str] = {}
-    for word, tokens in zip(words, spelled, strict=True):
-        if len(tokens) <= shared or tokens[shared] in first:
-            other = first[tokens[shared]] if len(tokens) > shared else next(name for name in words if name != word)
-            raise ConfigError(
-                f"fwdllm.data.label_words: {word!r} and {other!r} start with the same token; give the classes words "
-                "that this tokenizer tells apart at once"
-            )
-        first[tokens[shared]] = word
-    ends = list(_token_ids(tokenizer, [part for part in (before, after) if part]))
-    parts = {part: ids for part, ids in zip([part for part in (before, after) if part], ends, strict=True)}
-    return LabelWords(start + parts.get(before, []), parts.get(after, []) + spelled[0][:shared], list(first))
 
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        if name not in TEMPLATES:
+            raise ConfigError(f"the prompt template {shown(name)} is not known; known are {', '.join(TEMPLATES)}")
+        if name == "chat" and not chat_template_of(tokenizer):
+            raise ConfigError("fwdllm.data.template: chat needs a tokenizer with a chat template; use plain")
+        self.name = name
+        self.tokenizer = tokenizer
+        end = tokenizer.eos_token
+        self._form: Form = ChatForm(tokenizer) if name == "chat" else WrittenForm(name, "" if end is None else str(end))
+        self._frame = Frame() if self._form.has_specials else frame_of(tokenizer)
 
-def _shared_start(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    agreeing = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
-    return sum(1 for _ in agreeing)
+    def to_facts(self) -> dict[str, Any]:
+        """What is saved with a model, ready for JSON; a chat template is saved with the tokenizer."""
+        return {"name": self.name}
 
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+        """The template that a model was taught with.
 
-def label_word_examples(
-    table: Table,
-    texts: Sequence[str],
-    labels: Sequence[int],
-    words: LabelWords,
-    tokenizer: PreTrainedTokenizerBase,
-    tok_len: int,
-) -> tuple[list[Example], list[int]]:
-    """Tokenise texts in a prompt, with their class indices.
-
-    Returns:
-        The examples (labels of shape ``[]``), and for each the row it is of.
-    """
-    examples, rows = [], []
-    room = tok_len - len(words.before) - len(words.after)
-    for row, (tokens, label) in enumerate(zip(_token_ids(tokenizer, texts), labels, strict=True)):
-        if room > 0 and tokens:
-            ids = np.array(words.before + tokens[:room] + words.after, dtype=np.int32)
-            examples.append(Example(ids, np.array(label, dtype=np.int32)))
-            rows.append(row)
-    _report_left_out(table, len(examples), f"no token of the text within llm.tok_len {tok_len}")
-    return examples, rows
-
-
-def label_indices(table: Table, field: str, allowed: Sequence[str]) -> list[int]:
-    """The class index of every row.
-
-    Raises:
-        DataError: a row has no label, or one that is not allowed.
-    """
-    index = {name: number for number, name in enumerate(allowed)}
-    names = table.names(field, "fwdllm.data.label")
-    for row, name in enumerate(names):
-        if name not in index:
+        Raises:
+            ConfigError: see the class.
+            DataError: the facts name no template.
+        """
+        if not isinstance(facts.get("name"), str):
             raise DataError(
-                f"{table.place(row)}: the label {name!r} is none of the {len(index)} classes "
-                f"{', '.join(map(repr, allowed))} (fwdllm.data.labels sets them){nearest(name, allowed)}"
+                f"a prompt template needs the name of one of {', '.join(TEMPLATES)}, but has {shown(facts)}"
             )
-    return [index[name] for name in names]
+        return cls(facts["name"], tokenizer)
+
+    def render(self, messages: Messages) -> Rendered:
+        """A whole conversation as a text, with the parts that are taught.
+
+        Args:
+            messages: ``{"role", "content"}``, perhaps with ``input`` (Alpaca's) and ``weight`` (0: not taught).
+
+        Raises:
+            DataError: the chat template refuses the messages, or hides what the assistant says.
+        """
+        return self._form.render(messages)
+
+    def prompt(self, messages: Messages) -> str:
+        """The text that a model goes on from when it is asked for the next answer. Raises as :meth:`render`."""
+        return self._form.prompt(messages)
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The tokens of :meth:`prompt`, after the special tokens that come before a text."""
+        return [*self._frame.before, *inner_ids(self.tokenizer, [self.prompt(messages)])[0]]
+
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: the end token, and the mark that a chat template ends an answer with."""
+        end = self.tokenizer.eos_token_id
+        ends = [] if end is None else [int(end)]
+        if self.name == "chat":
+            ((tokens, taught),) = self.encode([self.render([*user_says("a"), {"role": "assistant", "content": "b"}])])
+            special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+            last = [token for token, is_taught in zip(tokens, taught, strict=True) if is_taught][-1:]
+            ends += [token for token in last if token in special and token not in ends]
+        return ends
+
+    def encode(self, texts: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+        """The tokens of each whole text as the tokenizer has them, and which of them are taught."""
+        found = []
+        positions = taught_positions(self.tokenizer, [one.text for one in texts], [one.answers for one in texts])
+        for one, (inner, parts) in zip(texts, positions, strict=True):
+            tokens = [*self._frame.before, *inner, *(() if one.ends else self._ending)]
+            taught = [False] * len(tokens)
+            for (first, last), (_, end) in zip(parts, one.answers, strict=True):
+                start = len(self._frame.before) + first
+                stop = len(tokens) if end == len(one.text) else len(self._frame.before) + last
+                taught[start:stop] = [True] * (stop - start)
+            found.append((tokens, taught))
+        return found
+
+    @property
+    def _ending(self) -> tuple[int, ...]:
+        """What comes after a text that does not say itself where it ends."""
+        end, after = self.tokenizer.eos_token_id, self._frame.after
+        return after if end is None or end in after else (*after, int(end))
 
 
-def _reference(table: Table, row: int) -> Reference | None:
-    """What a generated answer is compared with; only rows with a list of right answers have one."""
-    answers = table.records[row].get("answers")
-    if not isinstance(answers, list):
-        return None
-    name = str(table.records[row].get("id", table.numbers[row]))
-    return Reference(name, tuple(str(answer["text"]) for answer in answers if isinstance(answer, dict)))
+def choose_template(setting: str, form: str, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """The template of a run.
 
+    Args:
+        setting: ``fwdllm.data.template``; ``auto`` leaves the choice to the rows.
+        form: what the rows are: ``instruction``, ``conversation`` or ``completion``.
 
-def _adds_start_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    if tokenizer.bos_token_id is None:
-        return False
-    framed = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return len(framed) > len(bare) and framed[0] == tokenizer.bos_token_id
-
-
-def _token_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    pairs: Sequence[str] | None = None,
-    add_special_tokens: bool = False,
-    **options: Any,
-) -> Iterator[list[int]]:
-    for first in range(0, len(texts), _TEXTS_PER_CALL):
-        window = slice(first, first + _TEXTS_PER_CALL)
-        given = [list(texts[window])] + ([list(pairs[window])] if pairs is not None else [])
-        yield from tokenizer(*given, add_special_tokens=add_special_tokens, verbose=False, **options)["input_ids"]
-
-
-def _report_left_out(table: Table, kept: int, reason: str) -> None:
-    if kept < len(table):
-        logger.warning("%s: %d of %d rows are left out: %s", table.source, len(table) - kept, len(table), reason)
+    Raises:
+        ConfigError: the setting is ``chat``, but the tokenizer has no chat template.
+    """
+    name = setting
+    if setting == "auto":
+        conversations = "chat" if chat_template_of(tokenizer) else "plain"
+        name = {"instruction": "alpaca", "completion": "none"}.get(form, conversations)
+    return PromptTemplate(name, tokenizer)

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fs_fwdllm.config.schema import Config
+from fs_fwdllm.data.examples import classification_examples, conversation_examples, label_indices
+from fs_fwdllm.data.label_words import LabelWords, label_word_examples
 from fs_fwdllm.data.squad import span_examples
 from fs_fwdllm.data.table import Table
-from fs_fwdllm.data.templates import (
-    LabelWords,
-    classification_examples,
-    instruction_examples,
-    label_indices,
-    label_word_examples,
-    label_words,
-)
+from fs_fwdllm.data.templates import PromptTemplate
 from fs_fwdllm.data.types import Example, Task
 from fs_fwdllm.errors import ConfigError, DataError
 
@@ -29,23 +24,32 @@ class Tokeniser:
 
     Args:
         labels: the classes in index order; empty for tasks without.
+        template: how a conversation is written; only a language model's answers need one.
 
     Raises:
         ConfigError: there are not as many ``fwdllm.data.label_words`` as classes, or the tokenizer cannot tell them
             apart.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, task: Task, labels: list[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        labels: list[str],
+        template: PromptTemplate | None = None,
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._task = task
         self._labels = labels
+        self._template = template
         self._words: LabelWords | None = None
         if task == "label_words":
             words = config.fwdllm.data.label_words or labels
             if len(words) != len(labels):
                 raise ConfigError(f"fwdllm.data.label_words: {words} are not one for each of the classes {labels}")
-            self._words = label_words(config.fwdllm.data.prompt, words, tokenizer)
+            self._words = LabelWords(config.fwdllm.data.prompt, words, tokenizer)
 
     @property
     def label_tokens(self) -> list[int]:
@@ -69,12 +73,12 @@ class Tokeniser:
         return groups, rows
 
     def _one_each(self, table: Table, tok_len: int) -> tuple[list[Example], list[int]]:
-        if self._task == "causal_lm":
-            return instruction_examples(table, self._tokenizer, tok_len)
+        if self._template is not None:
+            return conversation_examples(table, self._template, tok_len)
         own = self._config.fwdllm.data
         texts = table.joined(own.text, "fwdllm.data.text")
         indices = label_indices(table, own.label, self._labels)
         if self._words is not None:
-            return label_word_examples(table, texts, indices, self._words, self._tokenizer, tok_len)
+            return label_word_examples(table, texts, indices, self._words, tok_len)
         pairs = table.texts(own.text_pair, "fwdllm.data.text_pair") if own.text_pair else None
         return classification_examples(table, texts, indices, self._tokenizer, tok_len, pairs)

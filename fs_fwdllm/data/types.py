@@ -21,9 +21,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fs_fwdllm.data.templates import PromptTemplate
 
 __all__ = ["IGNORED_LABEL", "Batch", "ClientData", "Example", "FederatedData", "Reference", "Task", "rows_fingerprint"]
 
@@ -130,6 +133,7 @@ class FederatedData:
             data file has a test split of its own, or whole clients are held out).
         label_names: the classes in index order; empty where there are none.
         label_tokens: for ``label_words`` the token that stands for each class, in index order.
+        template: how the texts of a language model's answers were written; ``None`` for other tasks.
     """
 
     task: Task
@@ -138,3 +142,4 @@ class FederatedData:
     test: list[Example]
     label_names: list[str] = field(default_factory=list)
     label_tokens: list[int] = field(default_factory=list)
+    template: PromptTemplate | None = None

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fs_fwdllm.data.conversations import MESSAGES
 from fs_fwdllm.data.files import read_table
 from fs_fwdllm.data.readers import parse_data_type, read_test_table, read_train_table
 from fs_fwdllm.data.table import Table, category_codes, name_of, sorted_names
@@ -21,7 +22,12 @@ ROSETTA = [
 
 
 def parts(table: Table) -> list[tuple]:
-    return [tuple(record[name] for name in ("instruction", "input", "output", "category")) for record in table.records]
+    """What the user says, the input beside it, the answer, and the group of each row."""
+    found = []
+    for record in table.records:
+        user, answer = record[MESSAGES]
+        found.append((user["content"], user.get("input"), answer["content"], record["category"]))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,9 @@ def test_real_files_have_every_row(shared_data, configure, folder, data_type, ro
     table = read_train_table(config)
     assert len(table) == rows
     if data_type.endswith("@llm"):
-        assert all(isinstance(record["output"], str) and record["instruction"] for record in table.records)
-        assert "####" not in json.dumps([record["output"] for record in table.records[:50]])
+        assert all(
+            [message["role"] for message in record[MESSAGES]] == ["user", "assistant"] for record in table.records
+        )
+        assert "####" not in json.dumps([record[MESSAGES] for record in table.records[:50]])
     else:
         assert len(table.texts(config.fwdllm.data.text)) == len(table.names(config.fwdllm.data.label)) == rows
