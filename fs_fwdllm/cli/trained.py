@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fs_fwdllm.cli.rows import write_rows
 from fs_fwdllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fs_fwdllm.inference import Prediction, TrainedModel
+    from fs_fwdllm.inference import Prediction
 
 __all__ = ["COMMANDS"]
 
@@ -60,7 +59,7 @@ def predict(
     else:
         rows, found = trained.predict_file(file, batch_size=batch_size)
     if out is not None:
-        _write(out, _rows(rows, found, flat=out.suffix.lower() == ".csv"))
+        write_rows(out, _rows(rows, found, flat=out.suffix.lower() == ".csv"))
         _say(f"{len(found)} predictions in {out}")
     elif file is None:
         _print_predictions(rows, found)
@@ -133,7 +132,7 @@ def generate(
         rows, answers = trained.generate_file(file, sampling=sampling, batch_size=batch_size)
     written = [{**row, "generated": answer} for row, answer in zip(rows, answers, strict=True)]
     if out is not None:
-        _write(out, written)
+        write_rows(out, written)
         _say(f"{len(answers)} answers in {out}")
     elif file is None:
         for answer in answers:
@@ -209,31 +208,6 @@ def _rows(rows: Sequence[dict[str, Any]], found: Sequence[Prediction], *, flat: 
             new["probabilities"] = one.probabilities
         written.append(new)
     return written
-
-
-def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from fs_fwdllm.report.files import write_text_atomically
-
-    forms = {".csv": _as_csv, ".jsonl": _as_json_lines, ".json": lambda rows: json.dumps(rows, ensure_ascii=False, indent=1)}
-    form = forms.get(file.suffix.lower())
-    if form is None:
-        raise ConfigError(f"--out {file}: the name must end in {', '.join(forms)}")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--out {file}: the folder {file.absolute().parent} does not exist")
-    write_text_atomically(file, form(rows))
-
-
-def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _as_json_lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _print_predictions(rows: Sequence[dict[str, Any]], found: Sequence[Prediction]) -> None:

@@ -9,20 +9,22 @@ zero answers are drawn from a seed of their own, and the process's other random 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TextStreamer
 
+from fs_fwdllm.data.conversations import LAYOUTS
 from fs_fwdllm.data.rendering import Messages
+from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.templates import PromptTemplate
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation.generation import continue_prompts
 from fs_fwdllm.model.structure import position_limit
 
-__all__ = ["Conversation", "Sampling", "write_answers"]
+__all__ = ["Conversation", "Sampling", "longest_text", "questions_of", "write_answers"]
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,51 @@ def write_answers(
     prompts = [np.array(template.prompt_ids(messages), dtype=np.int64) for messages in conversations]
     if not prompts:
         return []
-    fitting = replace(sampling, max_new_tokens=_room(model, prompts, sampling.max_new_tokens))
+    room = _room(model, prompts, sampling.max_new_tokens)
     stop = template.stop_ids() or None
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         texts = continue_prompts(
-            model, prompts, template.tokenizer, fitting.max_new_tokens, stop, streamer=streamer, **sampling.options()
+            model, prompts, template.tokenizer, room, stop, streamer=streamer, **sampling.options()
         )
     return [text.strip() for text in texts]
 
 
+def longest_text(model: Any) -> int | None:
+    """Tokens a text may have: the positions the model has a table for, or was made for; ``None`` has no end."""
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return position_limit(model) or (made_for if isinstance(made_for, int) and made_for > 0 else None)
+
+
 def _room(model: Any, prompts: Sequence[np.ndarray], wanted: int) -> int:
-    limit = position_limit(model)
+    limit = longest_text(model)
     longest = max(map(len, prompts))
     if limit is not None and longest >= limit:
         raise DataError(f"a prompt has {longest} tokens, but the model has positions for {limit}; shorten it")
     return wanted if limit is None else min(wanted, limit - longest)
+
+
+def questions_of(table: Table) -> list[list[dict[str, Any]]]:
+    """The conversation of every row up to the answer that is wanted; rows may have one, which is left out.
+
+    Raises:
+        DataError: a row has none of the known combinations of fields, or no question.
+    """
+    return [_question(record, table.place(row)) for row, record in enumerate(table.records)]
+
+
+def _question(record: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    present = {name for name, value in record.items() if value is not None}
+    for layout in LAYOUTS:
+        *asked, answer = layout.fields if len(layout.fields) > 1 else (*layout.fields, "")
+        if present >= set(asked):
+            messages = layout.read({answer: "-", **record} if answer else record, place)
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            if messages:
+                return messages
+    known = ", ".join(sorted({layout.fields[0] for layout in LAYOUTS}))
+    raise DataError(f"{place}: has nothing to answer; a row needs one of the fields {known}")
 
 
 class Conversation:
@@ -127,16 +158,12 @@ class Conversation:
         return [*self._system, *self._turns]
 
     def say(self, text: str) -> str:
-        """The model's answer to what the user says. Raises as :func:`write_answers`."""
-        self._turns.append({"role": "user", "content": text})
-        while self._limit is not None and len(self._turns) > 1 and self._length(self.messages) > self._limit:
-            del self._turns[:2]
-        try:
-            answer = self._answer(self.messages)
-        except DataError:
-            self._turns.pop()
-            raise
-        self._turns.append({"role": "assistant", "content": answer})
+        """The model's answer to what the user says. Raises as :func:`write_answers`; nothing is remembered of that."""
+        turns = [*self._turns, {"role": "user", "content": text}]
+        while self._limit is not None and len(turns) > 1 and self._length([*self._system, *turns]) > self._limit:
+            del turns[:2]
+        answer = self._answer([*self._system, *turns])
+        self._turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
     def forget(self) -> None:

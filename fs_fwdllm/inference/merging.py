@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.model import SavedFacts, find_saved, load_saved
@@ -47,10 +48,19 @@ def merge(path: str | Path, output: str | Path, dtype: str = "float32") -> Path:
             "fs_fwdllm.load"
         )
     loaded, _, _ = load_saved(folder, _with_base_dtype(facts, "float32"))
-    model: Any = loaded.model
-    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    merged = merged.requires_grad_(False).to(getattr(torch, dtype))
+    merged = _without_adapter(loaded.model).requires_grad_(False).to(getattr(torch, dtype))
     return write_folder(replace(loaded, model=merged, peft_method="full"), target, {}, _whole(facts, dtype))
+
+
+def _without_adapter(model: Any) -> Any:
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    merged = model.merge_and_unload()
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT forgets trained heads when it merges norms
+            parent, _, leaf = name.rpartition(".")
+            setattr(merged.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])
+    return merged
 
 
 def _with_base_dtype(facts: SavedFacts, dtype: str) -> SavedFacts:

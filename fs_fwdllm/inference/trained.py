@@ -23,10 +23,13 @@ from torch import nn
 from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.files import read_table
+from fs_fwdllm.data.rendering import Messages
 from fs_fwdllm.data.table import Table
+from fs_fwdllm.data.templates import PromptTemplate, user_says
 from fs_fwdllm.data.tokenising import Tokeniser
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, DataError, ModelError
+from fs_fwdllm.inference.generation import Conversation, Sampling, longest_text, questions_of, write_answers
 from fs_fwdllm.inference.prediction import Prediction, answer_questions, classify, text_fields
 from fs_fwdllm.model import LoadedModel, SavedFacts, find_saved, load_saved
 from fs_fwdllm.model.objective import Objective
@@ -34,6 +37,8 @@ from fs_fwdllm.model.objective import Objective
 __all__ = ["TrainedModel", "load"]
 
 _DEFAULT_BATCH_SIZE = 32
+#: Answers that are written together.
+_TEXTS_AT_ONCE = 8
 
 
 @dataclass
@@ -124,6 +129,63 @@ class TrainedModel:
             questions, contexts = table.texts("question"), table.texts("context")
             return table.records, answer_questions(self, questions, contexts, batch_size)
         return table.records, classify(self, table, batch_size)
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        """How the training wrote a conversation.
+
+        Raises:
+            ConfigError: the model does not write texts.
+        """
+        if self.task != "causal_lm":
+            raise ConfigError(f"{self.folder}: this model was trained for {self.task} and writes no texts; use predict")
+        return PromptTemplate(self.config.fwdllm.data.template, self.tokenizer)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        system: str = "",
+        sampling: Sampling | None = None,
+        batch_size: int = _TEXTS_AT_ONCE,
+    ) -> list[str]:
+        """What the model answers to each prompt.
+
+        Args:
+            system: a system message before every prompt.
+            sampling: how answers are written; greedy, up to 128 tokens, unless told.
+            batch_size: prompts that are answered together.
+
+        Raises:
+            ConfigError: the model has classes; use :meth:`predict`.
+            DataError: a prompt is longer than the model has positions for.
+        """
+        if isinstance(prompts, str):
+            raise DataError("generate takes a list of prompts; write generate([prompt]) for a single one")
+        return self._answers([user_says(prompt, system) for prompt in prompts], sampling, batch_size)
+
+    def generate_file(
+        self, file: str | Path, *, sampling: Sampling | None = None, batch_size: int = _TEXTS_AT_ONCE
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """The rows of a file of instructions or conversations, and the model's answer to each. Raises as above."""
+        table = read_table(Path(file), self.config.fwdllm.data.columns)
+        return table.records, self._answers(questions_of(table), sampling, batch_size)
+
+    def chat(self, *, system: str = "", sampling: Sampling | None = None) -> Conversation:
+        """A conversation with the model: ``chat().say("Hello")``. Raises as :meth:`generate`."""
+        template, chosen = self.template, sampling or Sampling()
+        positions = longest_text(self.model)
+        return Conversation(
+            answer=lambda messages: write_answers(self.model, template, [messages], chosen)[0],
+            length=lambda messages: len(template.prompt_ids(messages)),
+            limit=None if positions is None else max(1, positions - chosen.max_new_tokens),
+            system=system,
+        )
+
+    def _answers(self, questions: Sequence[Messages], sampling: Sampling | None, batch_size: int) -> list[str]:
+        chosen, template = sampling or Sampling(), self.template
+        groups = (questions[first : first + batch_size] for first in range(0, len(questions), batch_size))
+        return [answer for group in groups for answer in write_answers(self.model, template, group, chosen)]
 
     @property
     def _label_tokens(self) -> list[int]:

@@ -76,7 +76,7 @@ def _costs(results: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
-    ask = '.generate("...")' if facts.task == "causal_lm" else '.predict(["..."])'
+    ask = '.generate(["..."])' if facts.task == "causal_lm" else '.predict(["..."])'
     if facts.task == "question_answering":
         ask = '.predict(["the question"], ["the text that holds the answer"])'
     lines = ["## Use it\n", "```python", "import fs_fwdllm", "", f'print(fs_fwdllm.load("THIS_FOLDER"){ask})', "```\n"]

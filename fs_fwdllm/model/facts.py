@@ -134,6 +134,12 @@ class SavedFacts:
         """The same with what the run reached."""
         return replace(self, results=results)
 
+    def with_template(self, name: str) -> SavedFacts:
+        """The same with the prompt template that ``fwdllm.data.template: auto`` came to."""
+        own = self.tree.get("fwdllm", {})
+        data = {**own.get("data", {}), "template": name}
+        return replace(self, tree={**self.tree, "fwdllm": {**own, "data": data}})
+
     def config(self, location: str | Path | None = None) -> Config:
         """The configuration that loads the saved model.
 

@@ -1,4 +1,4 @@
-"""Evaluating without training: a finished run on any of its splits or on a file, or a configuration's untrained model."""
+"""Evaluating without training: a finished run on any of its splits or on a file, or an untrained model."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def _examples(data: FederatedData, split: str) -> list[Example]:
 def _of_file(trained: TrainedModel, file: Path) -> Config:
     """The training's configuration with all rows of a file for its test split."""
     config = trained.config.model_copy(deep=True)
-    config.data.root, config.data.splits, config.data.splitter = str(file.parent), [0.0, 0.0, 1.0], ""
+    config.data.root, config.data.splits, config.data.splitter = str(file.parent), [1.0, 0.0, 0.0], ""
     config.data.type = f"{file.name}@{config.data.type.rpartition('@')[2]}"
     config.federate.client_num = 1
     own = config.fwdllm.data
     own.labels = list(trained.classes)
-    own.test_file = own.partition = own.partition_method = own.natural = ""
+    own.test_file, own.partition, own.partition_method, own.natural = file.name, "", "", ""
     own.held_out_clients, own.centralised, own.max_test_samples = 0.0, False, 0
     return config
 

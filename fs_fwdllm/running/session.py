@@ -217,6 +217,8 @@ class Session:
             classes=tuple(self.data.label_names) or self.loaded.facts.classes,
             results=dict(results or {}),
         )
+        if self.data.template is not None:
+            facts = facts.with_template(self.data.template.name)
         values = dict(zip(trainables.names, trainables.tensors, strict=True))
         return save_trained(self.loaded, folder, values, facts, suffix)
 
