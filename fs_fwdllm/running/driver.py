@@ -142,7 +142,8 @@ class RunDriver:
             self.next_round = checkpoint.next_round
             lines = [line for line in read_lines(folder) if line.get("eval")]
             self._start_loss = _loss_of(lines[0]["eval"]) if lines else None
-            self._evaluated = (lines[-1]["round"], lines[-1]["eval"]) if lines else self._evaluated
+            if lines and checkpoint.inputs == session.inputs:  # of other data or another base it says nothing now
+                self._evaluated = (lines[-1]["round"], lines[-1]["eval"])
             self.server.load_state(checkpoint.tensors, checkpoint.numbers)
             self.accounting.restore(checkpoint.counters)
             if worker is not None:
