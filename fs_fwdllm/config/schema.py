@@ -136,7 +136,9 @@ class DataloaderConfig(Section):
 class ModelConfig(Section):
     type: str = Field("", description="PATH_OR_NAME@huggingface_llm or PATH_OR_NAME@transformers")
     task: str = Field("", description="SequenceClassification or QuestionAnswering; empty for language models")
-    num_labels: int = Field(0, ge=0, description="classes of a classifier; 0 takes them from the data")
+    num_labels: int = Field(
+        0, ge=0, description="classes of a classifier; 0 takes them from the data, 1 is regression: labels are numbers"
+    )
     dropout: float = host_only(0.0)
 
 
@@ -212,6 +214,10 @@ class FwdllmDataConfig(Section):
     label: str = Field("label", description="column or field of the label (FILE@text)")
     columns: list[str] = Field([], description="column names of a CSV file without a header line")
     labels: list[Any] = Field([], description="the classes, in order; empty takes the sorted labels of the data")
+    regression: bool = Field(False, description="labels are numbers (FILE@text with an encoder); as model.num_labels 1")
+    drop_empty_labels: bool = Field(False, description="leave out rows without a label, instead of refusing them")
+    merge_labels: bool = Field(False, description="one class where names differ only by case or white space")
+    stratify: bool = Field(False, description="draw train, validation and test rows class by class, over all clients")
     natural: str = Field("", description="field that names a row's client, for data.splitter natural")
     category: str = Field("", description="field that data.splitter meta and lda group by; empty is the task's own")
     test_file: str = Field("", description="file in data.root whose rows are the test split, instead of a share")

@@ -81,10 +81,17 @@ def parse_data_type(data_type: str) -> tuple[str, Task]:
 
 
 def data_task(config: Config) -> Task:
-    """What the data is for: texts with labels are ``label_words`` for a language model, else as ``data.type`` says."""
+    """What the data is for.
+
+    It is as ``data.type`` says, but texts with labels are ``label_words`` for a language model, and ``regression``
+    where ``fwdllm.data.regression`` or ``model.num_labels: 1`` says so.
+    """
     task = parse_data_type(config.data.type)[1]
-    is_language_model = config.model.type.endswith("@huggingface_llm")
-    return "label_words" if task == "classification" and is_language_model else task
+    if task != "classification":
+        return task
+    if config.model.type.endswith("@huggingface_llm"):
+        return "label_words"
+    return "regression" if config.fwdllm.data.regression or config.model.num_labels == 1 else task
 
 
 def is_h5(config: Config) -> bool:
