@@ -78,7 +78,9 @@ class FederateConfig(Section):
 
 class DataConfig(Section):
     root: str = Field("data", description="folder of the data file")
-    type: str = Field("", description="NAME@llm, FILE@llm, FILE@text or FILE@qa; FILE.json, .jsonl, .csv, .tsv or .h5")
+    type: str = Field(
+        "", description="NAME@llm, FILE@llm, FILE@text or FILE@qa; FILE ends in .json, .jsonl, .csv, .tsv, .txt or .h5"
+    )
     splits: list[float] = Field([0.8, 0.1, 0.1], description="shares of train, validation and test")
     splitter: str = Field("", description="iid, lda, meta or natural; empty is iid")
     splitter_args: list[dict[str, Any]] = Field([], description="e.g. [{alpha: 0.5}] for lda")
@@ -212,6 +214,7 @@ class FwdllmDataConfig(Section):
     text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
     text_pair: str = Field("", description="column or field of a second text, where a sample is a pair (FILE@text)")
     label: str = Field("label", description="column or field of the label (FILE@text)")
+    encoding: str = Field("", description="encoding of the data files by Python's name, e.g. cp1252; empty is UTF-8")
     columns: list[str] = Field([], description="column names of a CSV file without a header line")
     labels: list[Any] = Field([], description="the classes, in order; empty takes the sorted labels of the data")
     regression: bool = Field(False, description="labels are numbers (FILE@text with an encoder); as model.num_labels 1")

@@ -140,8 +140,8 @@ def _with_labels(table: Table, field: str, drop: bool, remarks: list[str]) -> Ta
         numbers = ", ".join(str(table.numbers[row]) for row in empty[:_LISTED])
         more = ", ..." if len(empty) > _LISTED else ""
         raise DataError(
-            f"{table.place(empty[0])}: field {field!r} is empty, but has to name something; so it is in "
-            f"{len(empty)} of {len(table)} rows ({numbers}{more}); fwdllm.data.drop_empty_labels: true leaves them out"
+            f"{table.place(empty[0])}: field {field!r} is empty, but has to name something (fwdllm.data.label); so "
+            f"it is in {len(empty)} of {len(table)} rows ({numbers}{more}); fwdllm.data.drop_empty_labels: true leaves them out"
         )
     remarks.append(f"{table.source}: {len(empty)} of {len(table)} rows are left out: their field {field!r} is empty")
     left_out = set(empty)
