@@ -49,7 +49,7 @@ def clean_labels(tables: Sequence[Table], own: FwdllmDataConfig, numbers: bool) 
         counts = Counter(names)
         if own.merge_labels:
             kept = [_merged(table, own.label, _canonical(groups, counts, listed)) for table in kept]
-        remarks += [_warning(group, counts, own.merge_labels) for group in groups[:_LISTED]]
+        remarks += _told(groups, counts, own.merge_labels)
         remarks += _numbers_warning(counts)
     return kept, remarks
 
@@ -141,7 +141,8 @@ def _with_labels(table: Table, field: str, drop: bool, remarks: list[str]) -> Ta
         more = ", ..." if len(empty) > _LISTED else ""
         raise DataError(
             f"{table.place(empty[0])}: field {field!r} is empty, but has to name something (fwdllm.data.label); so "
-            f"it is in {len(empty)} of {len(table)} rows ({numbers}{more}); fwdllm.data.drop_empty_labels: true leaves them out"
+            f"it is in {len(empty)} of {len(table)} rows ({numbers}{more}); fwdllm.data.drop_empty_labels: true leaves "
+            "them out"
         )
     remarks.append(f"{table.source}: {len(empty)} of {len(table)} rows are left out: their field {field!r} is empty")
     left_out = set(empty)
@@ -178,11 +179,14 @@ def _numbers_warning(counts: Counter[str]) -> list[str]:
     ]
 
 
-def _warning(group: Sequence[str], counts: Counter[str], merged: bool) -> str:
-    spelt = " and ".join(f"{name!r} ({counts[name]} rows)" for name in group)
+def _told(groups: Sequence[Sequence[str]], counts: Counter[str], merged: bool) -> list[str]:
+    spelt = [" and ".join(f"{name!r} ({counts[name]} rows)" for name in group) for group in groups[:_LISTED]]
+    more = f"; and {len(groups) - _LISTED} more" if len(groups) > _LISTED else ""
+    if not groups:
+        return []
     if merged:
-        return f"one class: {spelt} (fwdllm.data.merge_labels)"
-    return (
-        f"warning: {spelt} differ only by case or white space, and are different classes; "
+        return [f"taken for one class each (fwdllm.data.merge_labels): {'; '.join(spelt)}{more}"]
+    return [
+        f"warning: classes that differ only by case or white space: {'; '.join(spelt)}{more}; "
         "fwdllm.data.merge_labels: true makes them one"
-    )
+    ]

@@ -22,6 +22,7 @@ def data_remarks(data: FederatedData) -> list[str]:
         counts = [_counts(data.label_names, examples) for examples in (_all(held), data.test)]
         remarks.append(_classes(data.label_names, *counts))
         remarks += _absent(data.label_names, *counts)
+    remarks += _known_already(_all(held), data.test)
     if len(held) > 1:
         remarks.append(f"training rows of a client: {spread([len(examples) for examples in held])}")
     return remarks
@@ -36,6 +37,17 @@ def spread(sizes: Sequence[int]) -> str:
 
 def _all(parts: Iterable[Sequence[Example]]) -> list[Example]:
     return [example for part in parts for example in part]
+
+
+def _known_already(train: Iterable[Example], test: Sequence[Example]) -> list[str]:
+    """Test rows that were trained on, token by token: they make a result look better than it is."""
+    seen = {example.input_ids.tobytes() for example in train}
+    count = sum(example.input_ids.tobytes() in seen for example in test)
+    return (
+        [f"warning: {count:,} of {len(test):,} test rows are, as the model reads them, training rows too"]
+        if count
+        else []
+    )
 
 
 def _counts(names: Sequence[str], examples: Iterable[Example]) -> dict[str, int]:
