@@ -161,3 +161,105 @@ def test_data_for_another_kind_of_model_is_refused(call, world):
     cfg = world.root / "bad.yaml"
     cfg.write_text(yaml.safe_dump(world.tree({"model.task": "QuestionAnswering"})), encoding="utf-8")
     assert "that model needs data of the form NAME@qa" in call("run", "--cfg", cfg, code=2).stderr
+
+
+# Files of rows -------------------------------------------------------------------------------------------------------
+
+
+def messy(world):
+    """Tickets as people export them: a semicolon, empty labels, two spellings, a rare class, repeated rows."""
+    labels = ["stone"] * 12 + ["plant"] * 9 + ["Plant"] * 2 + ["animal"] * 3 + [""] * 4
+    lines = [f'"w{5 + number % 26} w{4 + number % 13}; w9";{label}' for number, label in enumerate(labels)]
+    (world.root / "mess.csv").write_text("\n".join(["message;team", *lines]) + "\n", encoding="utf-8-sig")
+    return world.root / "mess.csv"
+
+
+def test_a_file_of_texts_is_shown(call, world):
+    shown = call("data", "show", messy(world), "--text", "message", "--label", "team").output
+    for part in (
+        "30 rows, texts (message) with labels (team)", "fields: message, team", "4 classes", "12", "40.0%",
+        "'Plant' (2) and 'plant' (9) differ only by case or white space", "fwdllm.data.merge_labels: true",
+        "4 rows have an empty label", ": 27, 28, 29, 30", "fwdllm.data.drop_empty_labels: true",
+        "4 rows repeat another but for case, punctuation and white space: rows 1 = 27; 2 = 28", "characters",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert "tokens" not in shown
+
+
+def test_with_a_tokenizer_tokens_are_counted(call, world):
+    options = ["--text", "message", "--label", "team", "--tokenizer", world.model("bert"), "--tok-len", 2]
+    shown = call("data", "show", messy(world), *options).output
+    assert "tokens" in shown and "llm.tok_len 2: 30 of 30 rows are longer and are cut" in shown
+
+
+def test_with_a_configuration_clients_are_shown_as_a_run_would_have_them(call, world):
+    messy(world)
+    settings = {
+        "data.type": "mess.csv@text", "fwdllm.data.text": "message", "fwdllm.data.label": "team",
+        "fwdllm.data.drop_empty_labels": True, "fwdllm.data.merge_labels": True, "fwdllm.data.stratify": True,
+        "data.splits": [0.6, 0.2, 0.2], "federate.client_num": 3, "federate.total_round_num": 1,
+    }  # fmt: skip
+    cfg = world.root / "show.yaml"
+    cfg.write_text(yaml.safe_dump(world.tree(settings)), encoding="utf-8")
+    shown = call("data", "show", "--cfg", cfg).output
+    said = [
+        "4 of 30 rows are left out: their field 'team' is empty", "'Plant' (2 rows) and 'plant' (9 rows)",
+        "3 classes (training/test rows): animal 1/1, plant 7/2, stone 8/2", "training rows of a client",
+    ]  # fmt: skip
+    assert "server" in shown and all(part in shown for part in said)
+    for command in ("plan", "run"):
+        output = call(command, "--cfg", cfg).output
+        assert all(part in output for part in said), command
+    assert call("data", "show", messy(world), "--cfg", cfg).output == shown.replace(
+        str(world.root / "mess.csv"), str(messy(world))
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "w3", "output": "w4"}, "instructions (alpaca)"),
+        (
+            {"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]},
+            "conversations (messages)",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "w3"}, {"from": "gpt", "value": "w4"}]},
+            "conversations (conversations)",
+        ),
+        ({"prompt": "w3 ", "completion": "w4"}, "completions (prompt and completion)"),
+        ({"question": "w3", "answer": "w4"}, "instructions (gsm8k)"),
+    ],
+)
+def test_formats_are_recognised_and_measured(call, world, row, expected):
+    world.write_rows("rows.jsonl", [row, {**row}])
+    shown = call("data", "show", world.root / "rows.jsonl", "--tokenizer", world.model("llama"), "--tok-len", 3).output
+    assert expected in shown and "before the answer" in shown and "FILE@llm" in shown
+    assert "1 rows repeat another" in shown and "2 rows are longer" in shown.replace("2 of 2 rows", "2 rows")
+
+
+def test_tables_fit_the_usual_terminal(call, world, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [{"text": f"w{n}", "label": f"a class whose name goes on and on and on {n} " * 4} for n in range(3)]
+    world.write_rows("long.jsonl", rows)
+    table = [
+        line for line in call("data", "show", world.root / "long.jsonl").output.splitlines() if not line.startswith("/")
+    ]
+    assert max(map(len, table)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a file, or a configuration with --cfg FILE"),
+        (["nowhere.csv"], "does not exist"),
+        (["x.parquet"], "pandas.read_parquet"),
+        (["texts.jsonl", "p.h5"], "partitions are shown for .h5 files"),
+        (["texts.jsonl", "--label", "labl"], "there is no 'labl'; did you mean 'label'"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_message(call, world, monkeypatch, arguments, message):
+    monkeypatch.chdir(world.root)
+    world.texts()
+    done = call("data", "show", *arguments, code=2)
+    assert done.stderr.startswith("error: ") and message in done.stderr

@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm data``: build, partition and show FedNLP's h5 files."""
+"""The command ``fs-fwdllm data``: show data files of any kind, build and partition FedNLP's h5 files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table as Printed
-from rich.text import Text
 
+from fs_fwdllm.cli.show_data import print_table, say, show_rows
 from fs_fwdllm.errors import ConfigError, nearest
 
 __all__ = ["data_app"]
 
 data_app = typer.Typer(
-    name="data", help="Build, partition and show the data files of FedNLP and FwdLLM.", no_args_is_help=True
+    name="data", help="Show data files; build and partition those of FedNLP and FwdLLM.", no_args_is_help=True
 )
 
 DataFile = Annotated[Path, typer.Argument(metavar="DATA.h5", help="A data file.")]
@@ -52,7 +50,7 @@ def build(
     }
     recipe = replace(builders.RECIPES[dataset], **{name: value for name, value in given.items() if value})
     data = builders.build(recipe, output, train, test, test_share, seed)
-    _print(f"{output}: {len(data.train):,} training and {len(data.test):,} test rows, {_classes(data)}")
+    say(f"{output}: {len(data.train):,} training and {len(data.test):,} test rows, {_classes(data)}")
 
 
 @data_app.command()
@@ -78,30 +76,49 @@ def partition(
     data = read_h5_data(data_file)
     made = make_partition(data, method, clients, alpha if method == "niid_label" else beta, seed, name, field)
     write_partition(partition_file, made)
-    _print(f"{partition_file}: {made.method}, {len(made)} clients")
+    say(f"{partition_file}: {made.method}, {len(made)} clients")
 
 
 @data_app.command()
 def show(
-    data_file: DataFile,
-    partition_file: Annotated[Path | None, typer.Argument(metavar="PARTITION.h5", help="A partition file.")] = None,
-    method: Annotated[str, typer.Option(help="Show this partition only.")] = "",
+    data_file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A data file; else --cfg's.")] = None,
+    partition_file: Annotated[
+        Path | None, typer.Argument(metavar="[PARTITION.h5]", help="Partitions of an h5.")
+    ] = None,
+    cfg: Annotated[
+        Path | None, typer.Option("--cfg", metavar="CFG", help="A configuration: also shows who would hold which rows.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Field of the text; several are joined by +.")] = "",
+    label: Annotated[str, typer.Option(help="Field of the label.")] = "",
+    tokenizer: Annotated[str, typer.Option(metavar="FOLDER", help="A model's folder: counts tokens.")] = "",
+    tok_len: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 0,
+    method: Annotated[str, typer.Option(help="Show this partition of an h5 file only.")] = "",
 ) -> None:
-    """Count the rows, the classes and what clients hold."""
+    """Say what a file holds: rows, format, classes, gaps, repetitions, lengths, and what clients would hold."""
+    if data_file is None or data_file.suffix.lower() != ".h5":
+        if partition_file is not None:
+            raise ConfigError(f"{partition_file}: partitions are shown for .h5 files; {data_file} is none")
+        show_rows(data_file, cfg, text, label, tokenizer, tok_len)
+        return
+    _show_h5(data_file, partition_file, method)
+
+
+def _show_h5(data_file: Path, partition_file: Path | None, method: str) -> None:
     from fs_fwdllm.data.h5.files import read_h5_data
     from fs_fwdllm.data.h5.partition_files import partition_methods, read_partition
 
     data = read_h5_data(data_file)
-    _print(f"{data_file}: {data.task_type}, {len(data.train):,} training and {len(data.test):,} test rows")
+    say(f"{data_file}: {data.task_type}, {len(data.train):,} training and {len(data.test):,} test rows")
     if data.labels:
-        _print_table(_class_rows(data), "class", "training", "test")
+        print_table(_class_rows(data), "class", "training", "test")
     if partition_file is None:
         return
     rows = []
     for name in [method] if method else partition_methods(partition_file):
         made = read_partition(partition_file, name, list(data.train_rows), list(data.test_rows), allow_overlap=True)
         rows.append([name, str(len(made)), *(_spread(part) for part in (made.train, made.test)), _skew(data, made)])
-    _print_table(rows, "partition", "clients", "training rows each", "test rows each", "largest class of a client")
+    say("rows of a client and share of its largest class: least / median / most")
+    print_table(rows, "partition", "clients", "training", "test", "largest class")
 
 
 def _class_rows(data: Any) -> list[list[str]]:
@@ -134,16 +151,3 @@ def _classes(data: Any) -> str:
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _print(text: str) -> None:
-    Console(highlight=False).print(text, markup=False, soft_wrap=True)
-
-
-def _print_table(rows: list[list[str]], *names: str) -> None:
-    table = Printed()
-    for column, name in enumerate(names):
-        table.add_column(name, no_wrap=column == 0)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)

@@ -78,7 +78,9 @@ class FederateConfig(Section):
 
 class DataConfig(Section):
     root: str = Field("data", description="folder of the data file")
-    type: str = Field("", description="NAME@llm, FILE@llm, FILE@text or FILE@qa; FILE.json, .jsonl, .csv, .tsv or .h5")
+    type: str = Field(
+        "", description="NAME@llm, FILE@llm, FILE@text or FILE@qa; FILE ends in .json, .jsonl, .csv, .tsv, .txt or .h5"
+    )
     splits: list[float] = Field([0.8, 0.1, 0.1], description="shares of train, validation and test")
     splitter: str = Field("", description="iid, lda, meta or natural; empty is iid")
     splitter_args: list[dict[str, Any]] = Field([], description="e.g. [{alpha: 0.5}] for lda")
@@ -136,7 +138,9 @@ class DataloaderConfig(Section):
 class ModelConfig(Section):
     type: str = Field("", description="PATH_OR_NAME@huggingface_llm or PATH_OR_NAME@transformers")
     task: str = Field("", description="SequenceClassification or QuestionAnswering; empty for language models")
-    num_labels: int = Field(0, ge=0, description="classes of a classifier; 0 takes them from the data")
+    num_labels: int = Field(
+        0, ge=0, description="classes of a classifier; 0 takes them from the data, 1 is regression: labels are numbers"
+    )
     dropout: float = host_only(0.0)
 
 
@@ -210,8 +214,13 @@ class FwdllmDataConfig(Section):
     text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
     text_pair: str = Field("", description="column or field of a second text, where a sample is a pair (FILE@text)")
     label: str = Field("label", description="column or field of the label (FILE@text)")
+    encoding: str = Field("", description="encoding of the data files by Python's name, e.g. cp1252; empty is UTF-8")
     columns: list[str] = Field([], description="column names of a CSV file without a header line")
     labels: list[Any] = Field([], description="the classes, in order; empty takes the sorted labels of the data")
+    regression: bool = Field(False, description="labels are numbers (FILE@text with an encoder); as model.num_labels 1")
+    drop_empty_labels: bool = Field(False, description="leave out rows without a label, instead of refusing them")
+    merge_labels: bool = Field(False, description="one class where names differ only by case or white space")
+    stratify: bool = Field(False, description="draw train, validation and test rows class by class, over all clients")
     natural: str = Field("", description="field that names a row's client, for data.splitter natural")
     category: str = Field("", description="field that data.splitter meta and lda group by; empty is the task's own")
     test_file: str = Field("", description="file in data.root whose rows are the test split, instead of a share")

@@ -135,7 +135,8 @@ def _visits(
 
 def _padded_labels(examples: Sequence[Example], shape: tuple[int, int]) -> np.ndarray:
     if examples[0].labels.ndim == 0:
-        return np.array([int(example.labels) for example in examples], dtype=np.int64)
+        kind = np.float32 if examples[0].labels.dtype.kind == "f" else np.int64
+        return np.array([example.labels for example in examples], dtype=kind)
     if examples[0].labels.ndim == 2:
         return np.concatenate([example.labels for example in examples]).astype(np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)

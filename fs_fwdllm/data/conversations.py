@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from fs_fwdllm.data.squad import gold_answers
 from fs_fwdllm.data.table import Table, required, text_of
 from fs_fwdllm.errors import DataError, shown
 
@@ -147,6 +148,14 @@ def _history(record: dict[str, Any], place: str) -> list[_Message]:
     return messages
 
 
+def _read_question(record: dict[str, Any], place: str) -> list[_Message]:
+    """SQuAD's rows: the context beside the question; the answer of a question without one is empty."""
+    user: _Message = {"role": "user", "content": _text(record, "question", place)}
+    user["input"] = _text(record, "context", place)
+    (answers,) = gold_answers(Table(place, [record], [1]))
+    return [user, {"role": "assistant", "content": answers[0]["text"].rstrip() if answers else ""}]
+
+
 def _read_gsm8k(record: dict[str, Any], place: str) -> list[_Message]:
     answer = _text(record, "answer", place).replace("####", "The answer is")
     return [{"role": "user", "content": _text(record, "question", place)}, {"role": "assistant", "content": answer}]
@@ -216,9 +225,7 @@ DOLLY = Layout(
     "dolly", ("instruction", "response"), _instruction_reader("instruction", "context", "response"), "category"
 )
 ROSETTA = Layout("rosetta", ("instruction", "output"), _instruction_reader("instruction", "input", "output"), "input")
-SQUAD = Layout(
-    "squad", ("question", "context", "answer_text"), _instruction_reader("question", "context", "answer_text"), "title"
-)
+SQUAD = Layout("squad", ("question", "context", "answers"), _read_question, "title")
 GSM8K = Layout("gsm8k", ("question", "answer"), _read_gsm8k)
 _MESSAGES = Layout("messages", ("messages",), _message_reader("messages"), "category", "conversation")
 _SHAREGPT = Layout("conversations", ("conversations",), _message_reader("conversations"), "category", "conversation")

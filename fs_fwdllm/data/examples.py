@@ -15,16 +15,17 @@ import numpy as np
 
 from fs_fwdllm.data.conversations import MESSAGES
 from fs_fwdllm.data.rendering import Rendered
+from fs_fwdllm.data.squad import gold_answers
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.templates import PromptTemplate
 from fs_fwdllm.data.types import IGNORED_LABEL, Example, Reference
 from fs_fwdllm.data.whole_text import token_ids
-from fs_fwdllm.errors import DataError, nearest
+from fs_fwdllm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["classification_examples", "conversation_examples", "label_indices", "report_left_out"]
+__all__ = ["classification_examples", "conversation_examples", "report_left_out"]
 
 logger = logging.getLogger("fs_fwdllm.data")
 
@@ -70,12 +71,12 @@ def _rendered(table: Table, row: int, template: PromptTemplate) -> Rendered:
 def classification_examples(
     table: Table,
     texts: Sequence[str],
-    labels: Sequence[int],
+    labels: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
     tok_len: int,
     pairs: Sequence[str] | None = None,
 ) -> tuple[list[Example], list[int]]:
-    """Tokenise texts, or pairs of texts, with their class indices. The longer text of a pair is cut first.
+    """Tokenise texts, or pairs of texts, with their class indices (or numbers). The longer text of a pair is cut first.
 
     Returns:
         The examples (labels of shape ``[]``), and for each the row it is of.
@@ -84,27 +85,11 @@ def classification_examples(
     framed = token_ids(tokenizer, texts, pairs, truncation=True, max_length=tok_len)
     for row, (tokens, label) in enumerate(zip(framed, labels, strict=True)):
         if tokens:
-            examples.append(Example(np.array(tokens, dtype=np.int32), np.array(label, dtype=np.int32)))
+            kind = np.float32 if isinstance(label, float) else np.int32
+            examples.append(Example(np.array(tokens, dtype=np.int32), np.array(label, dtype=kind)))
             rows.append(row)
     report_left_out(table, len(examples), "no token")
     return examples, rows
-
-
-def label_indices(table: Table, field: str, allowed: Sequence[str]) -> list[int]:
-    """The class index of every row.
-
-    Raises:
-        DataError: a row has no label, or one that is not allowed.
-    """
-    index = {name: number for number, name in enumerate(allowed)}
-    names = table.names(field, "fwdllm.data.label")
-    for row, name in enumerate(names):
-        if name not in index:
-            raise DataError(
-                f"{table.place(row)}: the label {name!r} is none of the {len(index)} classes "
-                f"{', '.join(map(repr, allowed))} (fwdllm.data.labels sets them){nearest(name, allowed)}"
-            )
-    return [index[name] for name in names]
 
 
 def report_left_out(table: Table, kept: int, reason: str) -> None:
@@ -115,8 +100,8 @@ def report_left_out(table: Table, kept: int, reason: str) -> None:
 
 def _reference(table: Table, row: int) -> Reference | None:
     """What a generated answer is compared with; only rows with a list of right answers have one."""
-    answers = table.records[row].get("answers")
-    if not isinstance(answers, list):
+    if not isinstance(table.records[row].get("answers"), list | dict) or not table.records[row].get("context"):
         return None
+    (answers,) = gold_answers(table.take([row]))
     name = str(table.records[row].get("id", table.numbers[row]))
-    return Reference(name, tuple(str(answer["text"]) for answer in answers if isinstance(answer, dict)))
+    return Reference(name, tuple(answer["text"] for answer in answers))

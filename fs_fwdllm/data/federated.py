@@ -7,6 +7,9 @@ categories a client is tested on are unrelated to those it saw; here they agree,
 are not comparable where they are handed data by different loaders. The server's validation and test splits are the
 unions over the clients.
 
+With ``fwdllm.data.stratify`` the three splits are drawn class by class over all clients, so that the smallest class is
+in each of them.
+
 Three things replace the test share. With ``fwdllm.data.test_file``, or a data file that has a test split, the server's
 test split is that, and clients divide their rows in train and validation in the proportion of the first two of
 ``data.splits``. With ``fwdllm.data.partition`` a file says who holds which training and which test rows. With
@@ -22,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +34,11 @@ import numpy as np
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.data.conversations import form_of
-from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, data_task, parse_data_type
+from fs_fwdllm.data.labels import class_names, clean_labels
+from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, data_task, is_h5, parse_data_type
 from fs_fwdllm.data.sources import Source, read_source
-from fs_fwdllm.data.splitters import divide_shares, split_iid, split_lda, split_meta, split_natural
-from fs_fwdllm.data.table import Table, category_codes, name_of, sorted_names
+from fs_fwdllm.data.splitters import divide_shares, divide_stratified, split_iid, split_lda, split_meta, split_natural
+from fs_fwdllm.data.table import Table, category_codes
 from fs_fwdllm.data.templates import PromptTemplate, choose_template
 from fs_fwdllm.data.tokenising import Tokeniser
 from fs_fwdllm.data.types import ClientData, Example, FederatedData
@@ -49,6 +53,8 @@ logger = logging.getLogger("fs_fwdllm.data")
 
 _SPLITTERS = ("iid", "lda", "meta", "natural")
 _DEFAULT_ALPHA = 0.5
+#: Tasks whose rows have a label field.
+_LABELLED = ("classification", "label_words", "regression")
 
 _Parts = list[np.ndarray]
 
@@ -67,13 +73,16 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
     task = data_task(config)
     _check_splitter(config)
     source = read_source(config)
-    labels = _label_names(source, config) if task in ("classification", "label_words") else []
+    remarks: list[str] = []
+    if task in _LABELLED and not is_h5(config):
+        source, remarks = _clean(source, config)
+    labels = class_names(source.train, source.labels, config) if task in ("classification", "label_words") else []
     template = _template(source, config, tokenizer) if task == "causal_lm" else None
     tokenise = Tokeniser(config, tokenizer, task, labels, template)
     pool = _Pool.of(source.train, _subsample(len(source.train), config), tokenise)
     given = None if source.test is None else _Pool.of(source.test, np.arange(len(source.test)), tokenise)
     parts = pool.positions(source.parts[0]) if source.parts else _split(pool.table, config)
-    shares = divide_shares(parts, _shares(config, given is not None), config.seed)
+    shares = _divided(pool, parts, _shares(config, given is not None), config)
     held_out = _held_out(len(parts), config)
     for client in held_out:
         shares[client] = (parts[client][:0], parts[client][:0], parts[client])
@@ -95,6 +104,7 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
         test=list(chain.from_iterable(_draw(test, config.fwdllm.data.max_test_samples, config.seed))),
         label_names=labels,
         label_tokens=tokenise.label_tokens,
+        remarks=remarks,
         template=template,
     )
 
@@ -172,6 +182,26 @@ def _alpha(config: Config) -> float:
     return float(alpha)
 
 
+def _clean(source: Source, config: Config) -> tuple[Source, list[str]]:
+    """The rows that have a label, and what was found among the labels."""
+    tables = [table for table in (source.train, source.test) if table is not None]
+    (train, *test), remarks = clean_labels(tables, config.fwdllm.data, data_task(config) == "regression")
+    return replace(source, train=train, test=test[0] if test else None), remarks
+
+
+def _divided(
+    pool: _Pool, parts: _Parts, shares: tuple[float, float, float], config: Config
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The rows of each client for training, validation and test."""
+    if not config.fwdllm.data.stratify:
+        return divide_shares(parts, shares, config.seed)
+    task = data_task(config)
+    if task not in ("classification", "label_words"):
+        raise ConfigError(f"fwdllm.data.stratify: needs classes, but data.type {config.data.type!r} is for {task}")
+    classes = np.array([int(group[0].labels) for group in pool.groups], dtype=np.int64)
+    return divide_stratified(parts, classes, shares, config.seed)
+
+
 def _shares(config: Config, has_test: bool) -> tuple[float, float, float]:
     train, val, test = config.data.splits
     return (train, val, 0.0 if has_test else test)
@@ -203,22 +233,6 @@ def _draw(groups: list[list[Example]], limit: int, seed: int) -> list[list[Examp
     if not 0 < limit < len(groups):
         return groups
     return [groups[row] for row in np.sort(seeded_permutation(len(groups), "test samples", seed)[:limit])]
-
-
-def _label_names(source: Source, config: Config) -> list[str]:
-    table = source.train
-    named = [name_of(label) for label in config.fwdllm.data.labels]
-    if len(set(named)) < len(named):
-        raise ConfigError(f"fwdllm.data.labels: {named} names a class twice")
-    labels = named or source.labels or sorted_names(table.names(config.fwdllm.data.label, "fwdllm.data.label"))
-    if len(labels) < 2:
-        raise DataError(f"{table.source}: classification needs two classes or more, but there is only {labels}")
-    allowed = config.model.num_labels
-    if allowed and len(labels) > allowed:
-        raise DataError(
-            f"{table.source}: has {len(labels)} classes ({', '.join(labels[:20])}), but model.num_labels is {allowed}"
-        )
-    return labels
 
 
 def _split(table: Table, config: Config) -> list[np.ndarray]:

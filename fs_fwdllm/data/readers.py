@@ -19,7 +19,7 @@ from pathlib import Path
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.data.conversations import ALPACA, DOLLY, GSM8K, ROSETTA, Layout, as_conversations
 from fs_fwdllm.data.docstrings import installed_docstrings
-from fs_fwdllm.data.files import FILE_ENDINGS, read_table
+from fs_fwdllm.data.files import FILE_ENDINGS, how_to_convert, read_table
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
@@ -72,6 +72,8 @@ def parse_data_type(data_type: str) -> tuple[str, Task]:
     is_file = path.suffix.lower() in _ENDINGS and bool(path.stem)
     known = {"causal_lm": name.lower() in _NAMED, "classification": name.lower() == DOCSTRINGS}.get(task or "", False)
     known = known or (name.lower() == PRESPLIT and task != "question_answering")
+    if task is not None and not (is_file or known) and how_to_convert(name):
+        raise ConfigError(f"data.type: {data_type!r}: {how_to_convert(name)}")
     if task is None or not (is_file or known):
         raise ConfigError(
             f"data.type: {data_type!r} is not known; allowed are {', '.join(_KNOWN_TYPES)}, FILE@llm, FILE@text "
@@ -81,10 +83,17 @@ def parse_data_type(data_type: str) -> tuple[str, Task]:
 
 
 def data_task(config: Config) -> Task:
-    """What the data is for: texts with labels are ``label_words`` for a language model, else as ``data.type`` says."""
+    """What the data is for.
+
+    It is as ``data.type`` says, but texts with labels are ``label_words`` for a language model, and ``regression``
+    where ``fwdllm.data.regression`` or ``model.num_labels: 1`` says so.
+    """
     task = parse_data_type(config.data.type)[1]
-    is_language_model = config.model.type.endswith("@huggingface_llm")
-    return "label_words" if task == "classification" and is_language_model else task
+    if task != "classification":
+        return task
+    if config.model.type.endswith("@huggingface_llm"):
+        return "label_words"
+    return "regression" if config.fwdllm.data.regression or config.model.num_labels == 1 else task
 
 
 def is_h5(config: Config) -> bool:
@@ -102,12 +111,10 @@ def read_train_table(config: Config) -> Table:
     name, task = parse_data_type(config.data.type)
     if name.lower() == PRESPLIT:
         return _read_presplit(config, task)
-    if task == "classification":
-        if name.lower() == DOCSTRINGS:
-            return installed_docstrings()
-        return read_table(Path(config.data.root) / name, config.fwdllm.data.columns)
-    if task == "question_answering":
-        return read_table(Path(config.data.root) / name)
+    if name.lower() == DOCSTRINGS:
+        return installed_docstrings()
+    if task != "causal_lm":
+        return _read(Path(config.data.root) / name, config)
     if name.lower() not in _NAMED:
         return _read_instructions(Path(config.data.root) / name, config)
     file, layout = _NAMED[name.lower()]
@@ -121,11 +128,7 @@ def read_test_table(config: Config) -> Table:
     """The rows of ``fwdllm.data.test_file`` under ``data.root``; its fields as the training file's. Raises as above."""
     path = Path(config.data.root) / config.fwdllm.data.test_file
     task = parse_data_type(config.data.type)[1]
-    if task == "question_answering":
-        return read_table(path)
-    if task == "causal_lm":
-        return _read_instructions(path, config)
-    return read_table(path, config.fwdllm.data.columns)
+    return _read_instructions(path, config) if task == "causal_lm" else _read(path, config)
 
 
 def _read_presplit(config: Config, task: Task) -> Table:
@@ -142,14 +145,18 @@ def _read_presplit(config: Config, task: Task) -> Table:
         )
     records, numbers = [], []
     for client, path in sorted(numbered.items()):
-        part = _read_instructions(path, config) if task == "causal_lm" else read_table(path, config.fwdllm.data.columns)
+        part = _read_instructions(path, config) if task == "causal_lm" else _read(path, config)
         records += [{**record, CLIENT_FIELD: f"{client:09d}"} for record in part.records]
         numbers += list(part.numbers)
     return Table(str(folder), records, numbers)
 
 
+def _read(path: Path, config: Config) -> Table:
+    return read_table(path, config.fwdllm.data.columns, config.fwdllm.data.encoding)
+
+
 def _read_instructions(path: Path, config: Config, layout: Layout | None = None) -> Table:
-    return as_conversations(read_table(path, config.fwdllm.data.columns), layout)
+    return as_conversations(_read(path, config), layout)
 
 
 def _without_left_out_category(table: Table) -> Table:

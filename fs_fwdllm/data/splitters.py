@@ -28,7 +28,7 @@ import numpy as np
 from fs_fwdllm.core.seeding import seeded_generator, seeded_permutation
 from fs_fwdllm.errors import ConfigError
 
-__all__ = ["divide_shares", "split_iid", "split_lda", "split_meta", "split_natural"]
+__all__ = ["divide_shares", "divide_stratified", "split_iid", "split_lda", "split_meta", "split_natural"]
 
 logger = logging.getLogger("fs_fwdllm.data")
 
@@ -136,6 +136,41 @@ def divide_shares(
         order = part[seeded_permutation(len(part), "train, val, test", seed, client)]
         divided.append((np.sort(order[val + test :]), np.sort(order[:val]), np.sort(order[val : val + test])))
     return divided
+
+
+def divide_stratified(
+    parts: list[np.ndarray], classes: np.ndarray, shares: tuple[float, float, float], seed: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Divide the rows of all clients in train, validation and test class by class.
+
+    Over all clients together every class has its share of each split to within one row; a share above zero is at least
+    one row, as long as one is left to train on. (scikit-learn's stratified splits refuse a class of one row, and fewer
+    test rows than classes.) A client with few rows may keep none to train on.
+
+    Args:
+        parts: row indices per client.
+        classes: class of each row, int64 ``[rows]``.
+        shares: as for :func:`divide_shares`.
+
+    Raises:
+        ConfigError: the training share is 0.
+    """
+    if shares[0] == 0:
+        raise ConfigError(f"data.splits: {list(shares)} leaves nothing to train on; the first share must be above 0")
+    split_of = np.zeros(len(classes), dtype=np.int64)
+    whole = sum(shares)
+    held = np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+    for code in np.unique(classes).tolist():
+        group = held[classes[held] == code]
+        order = group[seeded_permutation(len(group), "stratified", seed, code)]
+        taken = 0
+        for split, share in ((2, shares[2]), (1, shares[1])):
+            wanted = max(1, round(share / whole * len(group))) if share else 0
+            count = min(wanted, max(len(group) - 1 - taken, 0))
+            split_of[order[taken : taken + count]] = split
+            taken += count
+    ordered = [np.sort(part) for part in parts]
+    return [(part[split_of[part] == 0], part[split_of[part] == 1], part[split_of[part] == 2]) for part in ordered]
 
 
 def _draw_lda(codes: np.ndarray, client_num: int, alpha: float, seed: int, draw: int) -> list[np.ndarray]:

@@ -1,17 +1,22 @@
 """Questions about a context: SQuAD's file, and the windows an encoder reads to find an answer in it.
 
 A row is a question: ``context``, ``question``, ``answers`` (a list of ``{"text", "answer_start"}``, the first of which
-is taught), ``id`` and ``title`` (the article, a natural owner). JSON lines may hold such rows directly.
+is taught), ``id`` and ``title`` (the article, a natural owner). JSON lines may hold such rows directly, also with the
+lists that Hugging Face's copies have (``{"text": [...], "answer_start": [...]}``). A question with an empty list of
+answers, or marked ``is_impossible``, has none (SQuAD v2).
 
 An encoder reads question and context together. A context that does not fit is read in windows that overlap by
 ``stride`` tokens, so that every answer is whole in one of them. A window in which the taught answer is not whole has
-the label ``-100``: it teaches nothing, and its scores still compete when the question is answered.
+the label ``-100``: it teaches nothing, and its scores still compete when the question is answered. Where some questions
+have no answer, every window without one is taught to point at its first special token (BERT's ``[CLS]``), as in Devlin
+et al., arXiv:1810.04805.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +41,7 @@ def is_squad_document(content: Any) -> bool:
 
 
 def squad_rows(content: dict[str, Any], source: str) -> Iterator[dict[str, Any]]:
-    """One row per question of a SQuAD v1.1 document; ``answer_text`` repeats the answer that is taught.
+    """One row per question of a SQuAD document; no answer for one that is marked as impossible.
 
     White space at the end of an answer is left out, as FedNLP's files have it.
 
@@ -47,34 +52,45 @@ def squad_rows(content: dict[str, Any], source: str) -> Iterator[dict[str, Any]]
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
-                    answers = [{**answer, "text": answer["text"].rstrip()} for answer in question["answers"]]
+                    given = [] if question.get("is_impossible") else question["answers"]
+                    answers = [{**answer, "text": answer["text"].rstrip()} for answer in given]
                     yield {
                         "title": article["title"],
                         "id": name_of(question["id"]),
                         "context": paragraph["context"],
                         "question": question["question"],
                         "answers": answers,
-                        "answer_text": answers[0]["text"] if answers else "",
                     }
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source}: is not a SQuAD document: {type(error).__name__} {error}") from error
 
 
 def gold_answers(table: Table) -> list[list[dict[str, Any]]]:
-    """The answers of every row.
+    """The answers of every row; none for a question that has none.
 
     Raises:
-        DataError: a row has no answer, an answer lacks its text or place, or is not at that place in the context.
+        DataError: an answer lacks its text or place, or is not at that place in the context.
     """
     contexts = table.texts("context")
     found = []
-    for row, answers in enumerate(table.column("answers")):
-        if not isinstance(answers, list) or not answers:
-            raise DataError(f"{table.place(row)}: field 'answers' must be a list of answers, but is {answers!r:.80}")
+    for row, given in enumerate(table.column("answers")):
+        answers = [] if table.records[row].get("is_impossible") is True else _one_each(given)
+        if not isinstance(answers, list):
+            raise DataError(f"{table.place(row)}: field 'answers' must be a list of answers, but is {given!r:.80}")
         for answer in answers:
             _check_answer(answer, contexts[row], table.place(row))
         found.append(answers)
     return found
+
+
+def _one_each(answers: Any) -> Any:
+    """A list of answers from the lists of their parts, as Hugging Face's copies have them; others as they are."""
+    if not isinstance(answers, dict):
+        return answers
+    texts, starts = answers.get("text"), answers.get("answer_start")
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return answers
+    return [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
 
 
 def _check_answer(answer: Any, context: str, place: str) -> None:
@@ -105,13 +121,14 @@ def span_examples(
         raise ConfigError("data.type NAME@qa: needs a fast tokenizer, which knows the characters under a token")
     questions, contexts, answers = table.texts("question"), table.texts("context"), gold_answers(table)
     names = table.names("id") if table.has("id") else [str(number) for number in table.numbers]
+    silence = _no_answer_token(tokenizer) if not all(answers) else None
     groups, rows = [], []
     for first in range(0, len(table), _ROWS_PER_CALL):
         part = range(first, min(first + _ROWS_PER_CALL, len(table)))
         framed = [_framed(questions[row], contexts[row], tokenizer, tok_len, stride) for row in part]
         for row, windows in zip(part, framed, strict=True):
-            reference = (names[row], tuple(answer["text"] for answer in answers[row]), contexts[row])
-            examples = _windows(windows, reference, answers[row][0])
+            gold = Reference(names[row], tuple(answer["text"] for answer in answers[row]), contexts[row])
+            examples = _windows(windows, gold, answers[row][:1], silence)
             if examples:
                 groups.append(examples)
                 rows.append(row)
@@ -138,23 +155,44 @@ def _framed(question: str, context: str, tokenizer: Any, tok_len: int, stride: i
     )  # fmt: skip
 
 
-def _windows(framed: Any, reference: tuple[str, tuple[str, ...], str], taught: dict[str, Any]) -> list[Example]:
-    if framed is None:
-        return []
-    first, last = taught["answer_start"], taught["answer_start"] + len(taught["text"].rstrip())
+def _no_answer_token(tokenizer: Any) -> int:
+    """The special token that stands for "no answer"; ``-1`` takes a window's first token, whatever it is."""
+    return next((int(token) for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token is not None), -1)
+
+
+def _windows(framed: Any, gold: Reference, taught: list[dict[str, Any]], silence: int | None) -> list[Example]:
+    """The windows of a question.
+
+    Args:
+        gold: what is the same for all of them.
+        taught: the answer that is taught, if there is one.
+        silence: the token that stands for "no answer"; ``None`` where every question has one.
+    """
     examples = []
-    for window, tokens in enumerate(framed["input_ids"]):
+    for window, tokens in enumerate(framed["input_ids"] if framed is not None else []):
         in_context = np.array([part == 1 for part in framed.sequence_ids(window)])
         offsets = np.where(in_context[:, None], np.array(framed["offset_mapping"][window]), -1).astype(np.int32)
+        place = None if silence is None else (tokens.index(silence) if silence in tokens else 0)
         examples.append(
             Example(
                 input_ids=np.array(tokens, dtype=np.int32),
-                labels=_span_of(offsets, first, last),
+                labels=_label(offsets, taught, place),
                 segments=np.array(framed["token_type_ids"][window], dtype=np.int32),
-                reference=Reference(*reference, offsets),
+                reference=replace(gold, offsets=offsets, no_answer=place),
             )
         )
     return examples
+
+
+def _label(offsets: np.ndarray, taught: list[dict[str, Any]], silence: int | None) -> np.ndarray:
+    """``[1, 2]``: where the answer begins and ends in a window, or where "no answer" is."""
+    for answer in taught:
+        first, last = answer["answer_start"], answer["answer_start"] + len(answer["text"].rstrip())
+        span = _span_of(offsets, first, last)
+        is_elsewhere = not ((offsets[:, 0] < last) & (offsets[:, 1] > first) & (offsets[:, 0] >= 0)).any()
+        if silence is None or not is_elsewhere:
+            return span
+    return np.array([[silence, silence]], dtype=np.int32)
 
 
 def _span_of(offsets: np.ndarray, first: int, last: int) -> np.ndarray:

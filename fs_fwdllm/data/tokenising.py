@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.data.examples import classification_examples, conversation_examples, label_indices
+from fs_fwdllm.data.examples import classification_examples, conversation_examples
 from fs_fwdllm.data.label_words import LabelWords, label_word_examples
+from fs_fwdllm.data.labels import label_indices, label_numbers
 from fs_fwdllm.data.squad import span_examples
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.templates import PromptTemplate
@@ -77,8 +78,11 @@ class Tokeniser:
             return conversation_examples(table, self._template, tok_len)
         own = self._config.fwdllm.data
         texts = table.joined(own.text, "fwdllm.data.text")
-        indices = label_indices(table, own.label, self._labels)
         if self._words is not None:
-            return label_word_examples(table, texts, indices, self._words, tok_len)
+            return label_word_examples(
+                table, texts, label_indices(table, own.label, self._labels), self._words, tok_len
+            )
+        numbers = self._task == "regression"
+        labels = label_numbers(table, own.label) if numbers else label_indices(table, own.label, self._labels)
         pairs = table.texts(own.text_pair, "fwdllm.data.text_pair") if own.text_pair else None
-        return classification_examples(table, texts, indices, self._tokenizer, tok_len, pairs)
+        return classification_examples(table, texts, labels, self._tokenizer, tok_len, pairs)

@@ -11,6 +11,7 @@ task                    labels of an example                                    
 ======================  ==========================================================================  ===============
 ``classification``      the class index, shape ``[]``                                               ``[batch]``
 ``label_words``         the same; the classes are words a language model may continue with          ``[batch]``
+``regression``          a number, float32, shape ``[]``                                             ``[batch]``
 ``causal_lm``           ``[tokens]``, not shifted, ``-100`` where the prompt is masked              ``[batch, tokens]``
 ``question_answering``  ``[1, 2]``: first and last token of the answer, ``-100`` if it is elsewhere  ``[batch, 2]``
 ======================  ==========================================================================  ===============
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IGNORED_LABEL", "Batch", "ClientData", "Example", "FederatedData", "Reference", "Task", "rows_fingerprint"]
 
-Task = Literal["causal_lm", "classification", "label_words", "question_answering"]
+Task = Literal["causal_lm", "classification", "label_words", "question_answering", "regression"]
 
 #: Label of a position that does not count towards the loss (PyTorch's and Hugging Face's convention).
 IGNORED_LABEL = -100
@@ -42,16 +43,18 @@ class Reference:
 
     Attributes:
         question: names the question; examples with the same name are windows on one context.
-        answers: the answers that count as right, the one that is taught first.
+        answers: the answers that count as right, the one that is taught first; empty for a question without an answer.
         context: the text a span is cut from; empty where answers are generated.
         offsets: int32 ``[tokens, 2]``: first and last-plus-one character of ``context`` under each token, ``-1`` for
             tokens outside it; ``None`` where answers are generated.
+        no_answer: the token of the window that stands for "no answer"; ``None`` where every question has one.
     """
 
     question: str
     answers: tuple[str, ...]
     context: str = ""
     offsets: np.ndarray | None = None
+    no_answer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Example:
 
     @property
     def is_taught(self) -> bool:
-        """Whether there is anything to learn from: a window without the answer has none."""
-        return bool((self.labels != IGNORED_LABEL).any())
+        """Whether there is anything to learn from: a window without the answer has none, every number has."""
+        return self.labels.dtype.kind == "f" or bool((self.labels != IGNORED_LABEL).any())
 
 
 def rows_fingerprint(parts: Sequence[Sequence[Example]]) -> str:
@@ -83,8 +86,9 @@ def rows_fingerprint(parts: Sequence[Sequence[Example]]) -> str:
         state.update(f"{len(part)};".encode())
         for example in part:
             for values in (example.input_ids, example.labels):
+                kind = "<f4" if values.dtype.kind == "f" else "<i4"
                 state.update(f"{values.shape}".encode())
-                state.update(np.ascontiguousarray(values, dtype="<i4").data)
+                state.update(np.ascontiguousarray(values, dtype=kind).tobytes())
     return state.hexdigest()
 
 
@@ -133,6 +137,7 @@ class FederatedData:
             data file has a test split of its own, or whole clients are held out).
         label_names: the classes in index order; empty where there are none.
         label_tokens: for ``label_words`` the token that stands for each class, in index order.
+        remarks: what a user should know of how the data was read.
         template: how the texts of a language model's answers were written; ``None`` for other tasks.
     """
 
@@ -142,4 +147,5 @@ class FederatedData:
     test: list[Example]
     label_names: list[str] = field(default_factory=list)
     label_tokens: list[int] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     template: PromptTemplate | None = None

@@ -2,9 +2,12 @@
 
 Classification: accuracy, macro-averaged F1 and Matthews correlation (scikit-learn's), and the accuracy of always
 answering the most frequent class, without which an accuracy means little; on request ``per_class``, the confusion
-counts and what follows from them. Language models: token accuracy and perplexity over answer tokens; on request, for
-data with reference answers, exact match and F1 of answers generated greedily. Question answering: exact match and F1
-of the best span over all windows of a question. Exact match and F1 are SQuAD's, as shares.
+counts and what follows from them. Regression: mean squared and mean absolute error, Pearson's and Spearman's
+correlation (GLUE's for STS-B); on request ``r2``, which is 0 for always answering the mean. Language models: token
+accuracy and perplexity over answer tokens; on request, for data with reference answers, exact match and F1 of answers
+generated greedily. Question answering: exact match and F1 of the best span over all windows of a question. Exact match
+and F1 are SQuAD's, as shares; on request they are told apart for questions with and without an answer, as in SQuAD v2's
+evaluation.
 """
 
 from __future__ import annotations
@@ -15,32 +18,45 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    mean_absolute_error,
+    mean_squared_error,
+)
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
-from fs_fwdllm.evaluation.answers import BestSpans, judge
+from fs_fwdllm.evaluation.answers import BestSpans, judge, judge_apart
 from fs_fwdllm.evaluation.generation import generate_answers
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "of_classes"]
+__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "of_classes", "of_numbers"]
 
 _OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
+
+_OF_NUMBERS = ("mse", "mae", "pearson", "spearman")
+_OF_ANSWERS = ("exact_match", "f1")
+_OF_ANSWERS_APART = ("has_answer_exact_match", "has_answer_f1", "no_answer_exact_match")
 
 METRICS: dict[Task, tuple[str, ...]] = {
     "classification": _OF_CLASSES,
     "label_words": _OF_CLASSES,
     "causal_lm": ("token_accuracy", "perplexity"),
-    "question_answering": ("exact_match", "f1"),
+    "question_answering": _OF_ANSWERS,
+    "regression": _OF_NUMBERS,
 }
 #: What is reported only where ``eval.metrics`` names it. ``binary_f1`` is the F1 of the second class: GLUE's for MRPC
 #: and QQP.
 METRICS_ON_REQUEST: dict[Task, tuple[str, ...]] = {
     "classification": ("per_class", "binary_f1"),
     "label_words": ("per_class", "binary_f1"),
-    "causal_lm": ("exact_match", "f1"),
-    "question_answering": (),
+    "causal_lm": (*_OF_ANSWERS, *_OF_ANSWERS_APART),
+    "question_answering": _OF_ANSWERS_APART,
+    "regression": ("r2",),
 }
 #: FederatedScope's names for the same things.
 _ALIASES = {"acc": "accuracy", "f1": "macro_f1", "loss": "loss", "avg_loss": "loss", "total": "loss"}
@@ -83,19 +99,21 @@ def evaluate(
     for batch in batches:
         batch_loss = objective.on(batch)
         logits = batch_loss.logits()
-        total_loss += float(F.cross_entropy(logits, batch_loss.targets, reduction="sum"))
-        predictions.append(logits.argmax(-1).cpu())
+        total_loss += float(objective.readout.loss(logits, batch_loss.targets, reduction="sum"))
+        predictions.append((logits.squeeze(-1) if objective.task == "regression" else logits.argmax(-1)).cpu())
         targets.append(batch_loss.targets.cpu())
         if objective.task == "question_answering":
             spans.add(logits, batch.references)
     predicted, actual = torch.cat(predictions).numpy(), torch.cat(targets).numpy()
-    counted = int((actual != IGNORED_LABEL).sum())
+    counted = len(actual) if objective.task == "regression" else int((actual != IGNORED_LABEL).sum())
     known: dict[str, Any] = {"loss": total_loss / counted if counted else math.nan}
     if objective.task == "question_answering":
-        known |= judge(spans.answers, spans.gold)
+        known |= judge(spans.answers, spans.gold) | judge_apart(spans.answers, spans.gold)
+    elif objective.task == "regression":
+        known |= of_numbers(predicted, actual)
     elif objective.task == "causal_lm":
         known |= _of_tokens(known["loss"], predicted, actual)
-        if {"exact_match", "f1"} & set(metrics):
+        if {*_OF_ANSWERS, *_OF_ANSWERS_APART} & set(metrics):
             known |= _of_generated(objective, batches, tokenizer)
     else:
         known |= of_classes(predicted, actual, metrics, label_names)
@@ -111,7 +129,7 @@ def _of_generated(objective: Objective, batches: Sequence[Batch], tokenizer: Any
     answers, gold = generate_answers(objective.model, batches, tokenizer)
     if not gold:
         raise DataError("eval.metrics exact_match and f1: need data with reference answers, such as SQuAD's file@llm")
-    return judge(answers, gold)
+    return judge(answers, gold) | judge_apart(answers, gold)
 
 
 def of_classes(
@@ -131,6 +149,23 @@ def of_classes(
         "mcc": float(matthews_corrcoef(actual, predicted)) if "mcc" in wanted else math.nan,
         "per_class": _per_class(predicted, actual, label_names) if "per_class" in wanted else {},
         "binary_f1": float(f1_score(actual == 1, predicted == 1)) if "binary_f1" in wanted else math.nan,
+    }
+
+
+def of_numbers(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
+    """The metrics of a regression; a correlation is NaN where one side does not vary.
+
+    Args:
+        predicted, actual: float ``[rows]``.
+    """
+    squared_error = float(mean_squared_error(actual, predicted))
+    varies = len(actual) > 1 and min(np.ptp(predicted), np.ptp(actual)) > 0
+    return {
+        "mse": squared_error,
+        "mae": float(mean_absolute_error(actual, predicted)),
+        "pearson": float(pearsonr(actual, predicted).statistic) if varies else math.nan,
+        "spearman": float(spearmanr(actual, predicted).statistic) if varies else math.nan,
+        "r2": 1 - squared_error / float(np.var(actual)) if np.ptp(actual) > 0 else math.nan,
     }
 
 

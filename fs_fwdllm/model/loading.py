@@ -144,6 +144,8 @@ def _label_count(config: Config, task: Task, num_labels: int) -> int:
     wanted = config.model.num_labels
     if wanted and num_labels and wanted != num_labels:
         raise ConfigError(f"model.num_labels: is {wanted}, but the data has {num_labels} classes; 0 takes the data's")
+    if wanted == 1 or config.fwdllm.data.regression:
+        return 1
     if (wanted or num_labels) < 2:
         raise ConfigError(f"model.num_labels: a classifier needs at least 2 classes, but has {wanted or num_labels}")
     return wanted or num_labels
@@ -189,7 +191,7 @@ def _load_base(config: Config, source: ModelSource, classes: Sequence[str], dtyp
         by_index = dict(enumerate(classes))
         options |= {"id2label": by_index, "label2id": {name: index for index, name in by_index.items()}}
         options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
-        options["problem_type"] = "single_label_classification"
+        options["problem_type"] = "single_label_classification" if len(classes) > 1 else "regression"
     with _reported(source, "model"), quiet_transformers():
         model, report = auto.from_pretrained(source.location, output_loading_info=True, **options)
     model.config.use_cache = False

@@ -5,7 +5,7 @@ Estimators know nothing of transformers; they ask a :class:`BatchLoss` for the l
 the same for every estimator:
 
 * The model is in evaluation mode, so dropout is off and two evaluations at one point agree bit for bit.
-* Cross-entropy is computed in float32 whatever the base's dtype: a difference of two half-precision losses would be
+* The loss is computed in float32 whatever the base's dtype: a difference of two half-precision losses would be
   mostly rounding.
 * What the labels of a batch are and where a model is read is the task's :mod:`~fs_fwdllm.model.readout`; all tasks end
   in rows of logits with one target each.
@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 
@@ -158,10 +157,10 @@ class BatchLoss:
 
     def _probing_loss(self) -> torch.Tensor:
         """A loss in which every row counts, so that it is finite also where windows without an answer make a batch."""
-        return F.cross_entropy(self._logits(self.model), self.targets.clamp_min(0))
+        return self._objective.readout.loss(self._logits(self.model), self.targets.clamp_min(0))
 
     def _loss_of(self, logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, self.targets)
+        return self._objective.readout.loss(logits, self.targets)
 
     def _logits(self, call: Callable[..., Any]) -> torch.Tensor:
         objective = self._objective

@@ -1,7 +1,7 @@
 """How a task reads a model: where its labels are, and what the model's output says about them.
 
-Every task ends in rows of logits with one target per row, so one cross-entropy, one evaluation and one set of
-estimators serve them all. What differs is three small questions, answered here once per task:
+Every task ends in rows of logits with one target per row, so one loss, one evaluation and one set of estimators serve
+them all. What differs is three small questions, answered here once per task:
 
 ======================  ===========================  ==========================================================
 task                    rows                         classes
@@ -9,6 +9,7 @@ task                    rows                         classes
 ``classification``      one per sample               the classes
 ``causal_lm``           one per labelled token       the vocabulary
 ``label_words``         one per sample, at its end   the tokens that stand for the classes
+``regression``          one per sample               one number, and the loss is the squared error
 ``question_answering``  two per sample: the first    the tokens of the window; padding has no chance
                         and the last token
 ======================  ===========================  ==========================================================
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Task
 from fs_fwdllm.model.inputs import DeviceBatch
@@ -49,6 +51,17 @@ class Readout:
     def of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """``[targets, classes]`` of the vocabulary logits at the labelled positions."""
         return logits
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """The loss of float32 logits; rows whose target is ``-100`` do not count."""
+        return F.cross_entropy(logits, targets, reduction=reduction)
+
+
+class _NumberReadout(Readout):
+    """The model's one output is the number."""
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        return F.mse_loss(logits.squeeze(-1), targets, reduction=reduction)
 
 
 class _TokenReadout(Readout):
@@ -99,4 +112,6 @@ def make_readout(task: Task, label_tokens: Sequence[int] = ()) -> Readout:
         return _TokenReadout()
     if task == "label_words":
         return _LabelWordReadout(label_tokens)
+    if task == "regression":
+        return _NumberReadout()
     return _SpanReadout() if task == "question_answering" else Readout()

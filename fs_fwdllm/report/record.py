@@ -22,9 +22,14 @@ METRIC_NAMES = {
     "macro_f1": "macro-F1",
     "mcc": "Matthews correlation",
     "perplexity": "perplexity",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "r2": "R²",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
     "loss": "evaluation loss",
 }
-LOWER_IS_BETTER = frozenset({"perplexity", "loss"})
+LOWER_IS_BETTER = frozenset({"perplexity", "mse", "mae", "loss"})
 
 
 def evaluation_metric(evaluation: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
+from fs_fwdllm.data.summary import data_remarks
 from fs_fwdllm.data.types import rows_fingerprint
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
@@ -115,7 +116,7 @@ class Session:
 
     def remarks(self) -> list[str]:
         """What a user should know of the configuration before the first round; a plan says the same."""
-        found = []
+        found = data_remarks(self.data)
         facts, own = self.config.method, self.config.fwdllm
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
@@ -250,7 +251,7 @@ def _fingerprint(text: str) -> str:
 def _check_task(config: Config) -> None:
     """Refuse data that the model is not for (instructions for a classifier), before anything is loaded."""
     task, model = data_task(config), model_task(config)
-    if model != ("causal_lm" if task == "label_words" else task):
+    if model != {"label_words": "causal_lm", "regression": "classification"}.get(task, task):
         raise ConfigError(
             f"data.type {config.data.type!r} does not go with model.type {config.model.type!r} and model.task "
             f"{config.model.task!r}: that model needs data of the form {_DATA_OF_MODEL[model]}"

@@ -16,7 +16,15 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.batches import collate
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example, Reference
 from fs_fwdllm.errors import DataError
-from fs_fwdllm.evaluation.answers import MAX_ANSWER_TOKENS, BestSpans, exact_match, f1_score, judge, normalise
+from fs_fwdllm.evaluation.answers import (
+    MAX_ANSWER_TOKENS,
+    BestSpans,
+    exact_match,
+    f1_score,
+    judge,
+    judge_apart,
+    normalise,
+)
 from fs_fwdllm.evaluation.generation import MAX_NEW_TOKENS, generate_answers
 from fs_fwdllm.evaluation.metrics import METRICS, check_metrics, evaluate
 from fs_fwdllm.model import load_model, load_tokenizer
@@ -203,3 +211,31 @@ def test_generation_is_evaluated_on_request_and_needs_references(writer):
     examples, _ = prompts(tokenizer, references=False)
     with pytest.raises(DataError, match="reference answers"):
         evaluate(objective, [collate(examples, 1)], ["f1"], tokenizer=tokenizer)
+
+
+def test_silence_is_the_answer_where_it_scores_more_than_every_span_in_every_window():
+    """SQuAD v2's rule by hand: the lowest "no answer" score over the windows against the best span's."""
+    offsets = np.array([[-1, -1], [0, 1], [2, 3]], dtype=np.int32)
+
+    def answer(*windows: list[float]) -> str:
+        spans = BestSpans()
+        for scores in windows:
+            reference = Reference("q", (), "a b", offsets, no_answer=0)
+            spans.add(torch.tensor([scores, scores]), [reference])
+        return spans.answers["q"]
+
+    assert answer([9.0, 1.0, 2.0]) == "" and answer([1.0, 1.0, 2.0]) == "b"
+    assert answer([9.0, 1.0, 2.0], [8.0, 3.0, 1.0]) == ""
+    assert answer([9.0, 1.0, 2.0], [0.5, 3.0, 1.0]) == "a", "one window is sure enough"
+
+
+def test_questions_with_and_without_an_answer_are_told_apart_as_in_squad_v2():
+    gold = {"a": ("the cat",), "b": (), "c": ("",), "d": ("dog",)}
+    answers = {"a": "cat", "b": "", "c": "owl", "d": ""}
+    assert judge(answers, gold) == {"exact_match": 0.5, "f1": 0.5}
+    assert judge_apart(answers, gold) == {
+        "has_answer_exact_match": 0.5, "has_answer_f1": 0.5, "no_answer_exact_match": 0.5,
+    }  # fmt: skip
+    assert np.isnan(judge_apart({"a": "cat"}, {"a": ("cat",)})["no_answer_exact_match"])
+    names = ["f1", "has_answer_f1", "no_answer_exact_match"]
+    assert check_metrics(names, "question_answering") == names == check_metrics(names, "causal_lm")

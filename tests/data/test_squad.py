@@ -16,6 +16,7 @@ from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.types import IGNORED_LABEL
 from fs_fwdllm.errors import ConfigError, DataError
 from tests.data.conftest import word_tokenizer
+from tests.data.tokenizer_families import family
 
 CONTEXT = "one two three four five six seven eight nine ten red green blue add the numbers"
 WORDS = CONTEXT.split()
@@ -67,7 +68,6 @@ def test_a_question_without_room_for_its_context_is_left_out(caplog):
 
 
 BROKEN = {
-    "no answer": ({"answers": []}, "must be a list of answers"),
     "no list": ({"answers": "three"}, "must be a list of answers"),
     "answer elsewhere": ({"answers": [{"text": "three", "answer_start": 3}]}, "not in the context at answer_start 3"),
     "no place": ({"answers": [{"text": "three"}]}, "answer_start None"),
@@ -236,3 +236,54 @@ def test_real_squad_answers_are_found(shared_data, configure):
         cut = example.reference.context[example.reference.offsets[first, 0] : example.reference.offsets[last, 1]]
         assert example.reference.answers[0].strip() in cut
     assert len(questions(trained)) >= 210
+
+
+# Questions without an answer -----------------------------------------------------------------------------------------
+
+
+def unanswerable(**change):
+    return {**row(name="none"), "answers": [], **change}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"answers": {"text": [], "answer_start": []}}, {"is_impossible": True, "answers": row()["answers"]}]
+)
+def test_a_question_without_an_answer_points_at_the_first_special_token(change):
+    tokenizer = family("WordPiece")
+    groups, _ = span_examples(table_of(row(), unanswerable(**change)), tokenizer, 60, 2)
+    for window in groups[1]:
+        assert window.labels.tolist() == [[0, 0]] and window.is_taught
+        assert window.input_ids[0] == tokenizer.bos_token_id and window.reference.no_answer == 0
+        assert window.reference.answers == ()
+    assert any(window.labels[0, 0] > 0 for window in groups[0])
+
+
+def test_windows_without_the_answer_are_silent_where_silence_is_an_answer():
+    tokenizer = word_tokenizer(start=True)
+    (apart,), _ = span_examples(table_of(row(0, 1)), tokenizer, 10, 2)
+    (beside, _), _ = span_examples(table_of(row(0, 1), unanswerable()), tokenizer, 10, 2)
+    assert len(apart) == len(beside) > 2
+    for old, new in zip(apart[1:], beside[1:], strict=True):
+        assert not old.is_taught and new.labels.tolist() == [[0, 0]]
+    assert apart[0].labels.tolist() == beside[0].labels.tolist() and apart[0].reference.no_answer is None
+
+
+def test_lists_of_texts_and_places_are_answers_too():
+    lists = {"text": ["three four"], "answer_start": [CONTEXT.index("three")]}
+    ((listed,), (plain,)), _ = span_examples(table_of({**row(), "answers": lists}, row(2, 3)), TOKENIZER, 40, 2)
+    assert listed.labels.tolist() == plain.labels.tolist() and listed.reference.answers == plain.reference.answers
+
+
+def test_a_document_with_impossible_questions_is_read_by_both_kinds_of_model(write, configure):
+    squad2 = document()
+    for article in squad2["data"]:
+        article["paragraphs"][0]["qas"][0] |= {"is_impossible": True, "answers": []}
+    write("s.json", squad2)
+    encoder = load_federated_data(configure("s.json@qa", {**SETTINGS, "llm.tok_len": 24}), TOKENIZER)
+    silent = [example for held in encoder.clients.values() for example in held.train if not example.reference.answers]
+    assert {example.reference.question for example in silent} == {f"{name}0" for name in "abcde"}
+    decoder = load_federated_data(configure("s.json@llm", {**SETTINGS, "llm.tok_len": 100}), TOKENIZER)
+    taught = [example for held in decoder.clients.values() for example in held.train if not example.reference.answers]
+    assert len(taught) == 5
+    for example in taught:
+        assert TOKENIZER.decode(example.labels[example.labels != IGNORED_LABEL]) == "[EOS]"

@@ -221,7 +221,7 @@ def _read_spans(
             continue
         question = _text(file, "question_X", index, path)
         record = {"id": name, "context": context, "question": question, "answers": [answer]}
-        records.append({**record, "answer_text": answer["text"], **({"owner": owners[index]} if owners else {})})
+        records.append({**record, **({"owner": owners[index]} if owners else {})})
         numbers.append(index)
     return Table(str(path), records, numbers), rows
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fs_fwdllm.data.examples import label_indices
 from fs_fwdllm.data.h5.files import SPANS, TEXTS, import_h5py
+from fs_fwdllm.data.labels import label_indices
 from fs_fwdllm.data.squad import gold_answers
 from fs_fwdllm.data.table import Table, name_of, sorted_names
 from fs_fwdllm.errors import DataError

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from federatedscope.core.trainers.base_trainer import BaseTrainer
 
 from fs_fwdllm.core.trainables import Trainables
@@ -96,7 +95,7 @@ class EvaluationTrainer(BaseTrainer):
 
 def _mean_loss(objective: Objective, batch: Batch) -> float:
     batch_loss = objective.on(batch)
-    return float(F.cross_entropy(batch_loss.logits(), batch_loss.targets))
+    return float(objective.readout.loss(batch_loss.logits(), batch_loss.targets))
 
 
 def host_metric(name: str) -> tuple[str, Any, bool]:
