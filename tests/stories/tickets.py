@@ -1,8 +1,8 @@
 """A support desk's export as it comes: 400 tickets of six teams in a CSV file that nobody has cleaned.
 
-It has what such files have: semicolons and a byte order mark (a spreadsheet's export), Windows line ends, quotes and line
-breaks inside texts, a team spelt in three ways, tickets nobody has assigned, the same ticket sent twice, empty subjects,
-one endless text, letters of other languages, and classes from 150 rows down to seven.
+It has what such files have: semicolons and a byte order mark (a spreadsheet's export), Windows line ends, quotes and
+line breaks inside texts, a team spelt in three ways, tickets nobody has assigned, the same ticket sent twice, empty
+subjects, one endless text, letters of other languages, and classes from 150 rows down to seven.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ UNASSIGNED = 6
 
 _SUBJECTS = {
     "Billing": ["Invoice", "Charged twice", "Wrong amount", "Refund", "Payment failed", "Bill for March", "VAT number"],
-    "Shipping": ["Where is my parcel", "Delivery", "Late package", "Tracking", "Wrong address", "Courier", "Damaged box"],
+    "Shipping": [
+        "Where is my parcel",
+        "Delivery",
+        "Late package",
+        "Tracking",
+        "Wrong address",
+        "Courier",
+        "Damaged box",
+    ],
     "Login": ["Cannot log in", "Password", "Account locked", "Two-factor code", "Reset link", "Sign-in error"],
     "Returns": ["Send it back", "Return label", "Wrong size", "Exchange", "Return not booked"],
     "Outage": ["Site down", "Error 500", "App does not load", "Nothing works"],
@@ -28,36 +36,61 @@ _SUBJECTS = {
 }
 _MESSAGES = {
     "Billing": [
-        "I was charged {n} euros twice for order {n}", "the invoice {n} shows the wrong amount", "please refund {n} euros",
-        "my credit card payment for bill {n} was declined", "why is there a fee of {n} on my bill?",
-        "you took money from my account after I cancelled", "I need the invoice for order {n} with our VAT number",
+        "I was charged {n} euros twice for order {n}",
+        "the invoice {n} shows the wrong amount",
+        "please refund {n} euros",
+        "my credit card payment for bill {n} was declined",
+        "why is there a fee of {n} on my bill?",
+        "you took money from my account after I cancelled",
+        "I need the invoice for order {n} with our VAT number",
     ],
     "Shipping": [
-        "my parcel {n} has not arrived", "tracking number {n} has not moved for days", "the courier left the box in the rain",
-        "please deliver order {n} to another address", "the package came {n} days late", "half of the parcel is missing",
+        "my parcel {n} has not arrived",
+        "tracking number {n} has not moved for days",
+        "the courier left the box in the rain",
+        "please deliver order {n} to another address",
+        "the package came {n} days late",
+        "half of the parcel is missing",
         "how long does shipping to Norway take?",
     ],
     "Login": [
-        "I forgot my password and the reset link has expired", "my account is locked after {n} attempts",
-        "the two-factor code never arrives on my phone", "I cannot sign in since the update",
-        "the login page says my e-mail is unknown", "please change the e-mail address I log in with",
+        "I forgot my password and the reset link has expired",
+        "my account is locked after {n} attempts",
+        "the two-factor code never arrives on my phone",
+        "I cannot sign in since the update",
+        "the login page says my e-mail is unknown",
+        "please change the e-mail address I log in with",
     ],
     "Returns": [
-        "I want to return the shoes, they are size {n}", "where do I find the return label for order {n}?",
-        "the jacket does not fit, can I exchange it?", "I sent item {n} back weeks ago and it is not booked",
+        "I want to return the shoes, they are size {n}",
+        "where do I find the return label for order {n}?",
+        "the jacket does not fit, can I exchange it?",
+        "I sent item {n} back weeks ago and it is not booked",
         "how many days do I have to send something back?",
     ],
     "Outage": [
-        "your site shows error 500 on every page", "the app does not load since {n} o'clock", "the whole shop is down again",
+        "your site shows error 500 on every page",
+        "the app does not load since {n} o'clock",
+        "the whole shop is down again",
         "the server does not respond, nothing works",
     ],
     "Press": [
-        "I write for a newspaper and would like to interview your founder", "we are preparing an article about your company",
+        "I write for a newspaper and would like to interview your founder",
+        "we are preparing an article about your company",
         "could you send our magazine photos of the office?",
     ],
-}  # fmt: skip
+}
 _GREETINGS = ["Hi, ", "Hello,\n", "", "URGENT!!! ", "Dear team,\n\n", "hey ", "Good morning; ", 'Re: "your mail" - ']
-_ENDINGS = ["", " thanks", "\n\nBest,\nAnna", " :-(", " Grüße, Jürgen", " Please hurry!", " 谢谢", '\n-- \nSent from my "phone"']
+_ENDINGS = [
+    "",
+    " thanks",
+    "\n\nBest,\nAnna",
+    " :-(",
+    " Grüße, Jürgen",
+    " Please hurry!",
+    " 谢谢",
+    '\n-- \nSent from my "phone"',
+]
 _SPELLINGS = {"Billing": ["Billing", "billing", "Billing ", "Billing", "Billing"]}
 
 
@@ -73,7 +106,9 @@ def write_tickets(file: Path, seed: int = 11) -> Path:
         writer = csv.DictWriter(opened, ["Ticket", "Subject", "Message", "Team", "Created"], delimiter=";")
         writer.writeheader()
         for number, row in enumerate(rows, start=1):
-            writer.writerow({"Ticket": 1000 + number, "Created": f"2026-0{1 + number % 9}-{1 + number % 28:02d}", **row})
+            writer.writerow(
+                {"Ticket": 1000 + number, "Created": f"2026-0{1 + number % 9}-{1 + number % 28:02d}", **row}
+            )
     return file
 
 
