@@ -15,6 +15,7 @@ import torch
 
 from fs_fwdllm.core.direction import make_distribution
 from fs_fwdllm.core.replay import DEFAULT_CHUNK, Replayer
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdate, decode
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.method import ClientWorker, Replica
@@ -65,7 +66,7 @@ scalar_cases = pytest.mark.parametrize("case", SCALAR_CASES)
 
 
 def momentum_bits(replayer: Replayer) -> list[bytes]:
-    return [buffer.numpy().tobytes() for buffer in replayer.momentum or ()]
+    return [buffer.cpu().numpy().tobytes() for buffer in replayer.momentum or ()]
 
 
 def assert_equal_bits(replica: Replica, federation: Federation) -> None:
@@ -113,6 +114,22 @@ def check_every_round(federation: Federation) -> None:
 @scalar_cases
 def test_every_client_holds_the_servers_bits_after_every_round(world: World, case: str) -> None:
     check_every_round(Federation(world.config(SCALAR_CASES[case]), separate_workers=True))
+
+
+@pytest.mark.parametrize("case", PORTABLE_CASES)
+def test_so_does_a_client_without_pytorch(world: World, case: str) -> None:
+    """It has the names and values of the start, and frames; the server's tensors may be on an accelerator."""
+    federation = Federation(world.config(SCALAR_CASES[case]))
+    server = federation.server
+    start = {name: tensor.detach().cpu().numpy().copy() for name, tensor in
+             zip(server.trainables.names, server.trainables.tensors, strict=True)}  # fmt: skip
+    own = Replayer(Trainables(start), federation.config.seed, make_distribution(federation.config.fwdllm.direction))
+    replica = Replica(own)
+    for round_index in range(ROUNDS):
+        federation.round(round_index, [1, 2])
+        assignment = server.assign(round_index + 1, [4])[4]
+        replica.follow(assignment.catch_up, assignment.digest)
+        assert own.digest() == server.digest
 
 
 @pytest.mark.parametrize("case", LANGUAGE_MODEL_CASES)

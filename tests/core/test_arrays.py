@@ -1,7 +1,12 @@
-"""numpy and PyTorch give the same bits: every operation, every kind of record, every way to follow a server."""
+"""numpy and PyTorch give the same bits: every operation, every kind of record, every way to follow a server.
+
+With ``FS_FWDLLM_TEST_GPU`` set, PyTorch's half is on the accelerator: what a phone rebuilds with numpy must be what a
+server's GPU holds.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +37,8 @@ from fs_fwdllm.method.replica import Replica, apply_round_update
 from fs_fwdllm.model.inputs import batch_on
 from tests.core.rounds import RUN_SEED, SMALLEST, random_records, random_start, replayed
 
-TORCH = TorchArrays(torch.device("cpu"))
+DEVICE = torch.device("cuda" if os.environ.get("FS_FWDLLM_TEST_GPU") else "cpu")
+TORCH = TorchArrays(DEVICE)
 #: 12 federations of 15 rounds each.
 FEDERATIONS, ROUNDS = 12, 15
 
@@ -43,11 +49,11 @@ FACTORS = st.one_of(st.floats(-3, 3), st.just(3 * SMALLEST), st.just(0.1), st.ju
 
 
 def in_torch(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.copy())
+    return torch.from_numpy(values.copy()).to(DEVICE)
 
 
 def same_bits(ours: Array, theirs: Array) -> bool:
-    ours, theirs = (np.asarray(values, dtype=np.float32) for values in (ours, theirs))
+    ours, theirs = (np.asarray(arrays_of(values).to_numpy(values), dtype=np.float32) for values in (ours, theirs))
     return ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
 
 
@@ -134,7 +140,7 @@ def test_a_direction_along_the_reference_is_the_same_in_both_libraries():
 
 def test_a_perturbed_tensor_is_the_same_in_both_libraries():
     source = np.random.default_rng(1).normal(size=(31, 17)).astype(np.float32)
-    ours, theirs = np.empty_like(source), torch.empty(source.shape)
+    ours, theirs = np.empty_like(source), torch.empty(source.shape, device=DEVICE)
     perturb(source, ours, 1e-3, DirectionKey(1, 2), 3, Rademacher(), chunk=100)
     perturb(in_torch(source), theirs, 1e-3, DirectionKey(1, 2), 3, Rademacher())
     assert same_bits(ours, theirs) and not same_bits(ours, source)

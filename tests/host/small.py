@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ class World:
                 "llm.tok_len": 16,
             }
         defaults = {
+            **({"use_gpu": True} if os.environ.get("FS_FWDLLM_TEST_GPU") else {}),
             "seed": 5, "outdir": str(self.root / "runs"), "expname": "small", "threads": 1,
             "federate.client_num": 4, "federate.total_round_num": 5,
             "data.root": str(self.root), "data.splits": [0.8, 0.0, 0.2],
