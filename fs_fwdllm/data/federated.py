@@ -188,7 +188,11 @@ def _alpha(config: Config) -> float:
 def _clean(source: Source, config: Config) -> tuple[Source, list[str]]:
     """The rows that have a label, and what was found among the labels."""
     tables = [table for table in (source.train, source.test) if table is not None]
-    (train, *test), remarks = clean_labels(tables, config.fwdllm.data, data_task(config) == "regression")
+    own = config.fwdllm.data
+    (train, *test), remarks = clean_labels(tables, own, data_task(config) == "regression")
+    for table in (train, *test):
+        empty = sum(not text.strip() for text in table.joined(own.text, "fwdllm.data.text"))
+        remarks += [f"warning: {table.source}: {empty} of {len(table)} rows have an empty text"] if empty else []
     return replace(source, train=train, test=test[0] if test else None), remarks
 
 

@@ -145,6 +145,7 @@ def test_numbers_stay_numbers(write, configure, tokenizer, settings) -> None:
     held = [example for client in data.clients.values() for example in client.train]
     assert data.task == "regression" and data.label_names == []
     assert sorted(float(example.labels) for example in held) == [-100.0, -3.0, 0.5, 100.0]
+    assert "labels from -100 to 100, mean -0.625" in data_remarks(data)
     batch = collate(held, 0)
     assert batch.labels.dtype == np.float32 and batch.labels.shape == (4,)
     assert rows_fingerprint([held]) != rows_fingerprint(
@@ -220,3 +221,10 @@ def test_a_saved_regression_predicts_numbers(regression_run) -> None:
     assert one.probabilities == {} and float(one.label) != float(two.label)
     pipe = pipeline("text-classification", model=str(regression_run / "model"))
     assert pipe("w4 w5 w6", function_to_apply="none")[0]["score"] == pytest.approx(float(one.label), rel=1e-4)
+
+
+def test_empty_texts_are_counted(write, configure, tokenizer) -> None:
+    write("x.jsonl", [*rows("red", "green"), {"text": " ", "label": "red"}])
+    assert "1 of 3 rows have an empty text" in "\n".join(
+        data_remarks(load_federated_data(configure("x.jsonl@text"), tokenizer))
+    )

@@ -304,3 +304,11 @@ def test_a_test_file_with_impossible_questions_decides_for_both_splits(write, co
     settings = {**SETTINGS, "llm.tok_len": 24, "fwdllm.data.test_file": "test.json"}
     data = load_federated_data(configure("s.json@qa", settings), TOKENIZER)
     assert data.unanswerable and data.clients[1].train[0].reference.no_answer == 0
+
+
+def test_two_questions_of_one_name_stay_two(write, configure):
+    write("s.jsonl", [row(2, 3), row(4, 5), {**row(6, 7), "id": None}])
+    for kind, tok_len in (("qa", 24), ("llm", 100)):
+        settings = {"llm.tok_len": tok_len, "data.splits": [1.0, 0.0, 0.0], "federate.client_num": 1}
+        data = load_federated_data(configure(f"s.jsonl@{kind}", settings), TOKENIZER)
+        assert len(questions(data.clients[1].train)) == 3
