@@ -263,3 +263,9 @@ def test_what_cannot_be_shown_is_one_message(call, world, monkeypatch, arguments
     world.texts()
     done = call("data", "show", *arguments, code=2)
     assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_labels_that_are_numbers_are_shown_as_numbers(call, world):
+    world.write_rows("numbers.jsonl", [{"text": f"w{n % 9 + 3}", "label": n / 8} for n in range(40)])
+    shown = call("data", "show", world.root / "numbers.jsonl").output
+    assert "numbers" in shown and "4.875" in shown and "classes" not in shown

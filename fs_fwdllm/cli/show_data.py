@@ -86,7 +86,9 @@ def _tree(settings: dict[str, Any]) -> dict[str, Any]:
 def _show_facts(source: str, facts: FileFacts, tok_len: int) -> None:
     say(f"{source}: {facts.rows:,} rows, {facts.format}; read as data.type FILE@{facts.kind}")
     say(f"fields: {', '.join(facts.fields)}")
-    if facts.classes:
+    if facts.numbers.size:
+        print_table([_quantiles("label", facts.numbers, "{:,.4g}")], "numbers", "least", "median", "95 %", "most")
+    elif facts.classes:
         ordered = facts.classes.most_common()
         rows = [[name, f"{count:,}", f"{count / facts.rows:.1%}"] for name, count in ordered[:_LISTED_CLASSES]]
         print_table(rows, f"{len(ordered)} classes", "rows", "share")
@@ -132,10 +134,10 @@ def _show_lengths(facts: FileFacts, tok_len: int) -> None:
         say(f"warning: {lost:,} of them lose their whole answer, and are left out")
 
 
-def _quantiles(name: str, values: np.ndarray) -> list[str]:
+def _quantiles(name: str, values: np.ndarray, form: str = "{:,.0f}") -> list[str]:
     import numpy
 
-    return [name, *(f"{value:,.0f}" for value in numpy.quantile(values, [0, 0.5, 0.95, 1]))]
+    return [name, *(form.format(value) for value in numpy.quantile(values, [0, 0.5, 0.95, 1]))]
 
 
 def _show_clients(data: FederatedData) -> None:

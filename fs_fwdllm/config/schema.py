@@ -236,6 +236,9 @@ class FwdllmDataConfig(Section):
         description="how a conversation is written (@llm); auto is Alpaca's prompt for instructions, the texts as they "
         "are for prompt and completion, and the tokenizer's chat template, or plain without one, for messages",
     )
+    unanswerable: bool = Field(
+        False, description="questions may have no answer (FILE@qa); so it is anyway where one of the file has none"
+    )
     prompt: str = Field("{text}\nLabel:", description="what a language model reads to classify (FILE@text)")
     label_words: list[str] = Field([], description="words of the classes, in order; empty takes their names")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fs_fwdllm.data.conversations import MESSAGES
 from fs_fwdllm.data.rendering import Rendered
-from fs_fwdllm.data.squad import gold_answers
+from fs_fwdllm.data.squad import gold_answers, question_names
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.templates import PromptTemplate
 from fs_fwdllm.data.types import IGNORED_LABEL, Example, Reference
@@ -43,14 +43,14 @@ def conversation_examples(table: Table, template: PromptTemplate, tok_len: int) 
     if template.tokenizer.eos_token_id is None and template.name != "chat":
         logger.warning("the tokenizer has no end token: answers are taught without an end")
     encoded = template.encode([_rendered(table, row, template) for row in range(len(table))])
-    examples, rows, starts = [], [], []
+    examples, rows, starts, names = [], [], [], question_names(table)
     for row, (tokens, taught) in enumerate(encoded):
         taught[:1] = [False] * len(taught[:1])  # nothing precedes a text's first token that could predict it
         starts.append(taught.index(True) if True in taught else len(tokens))
         if True in taught[:tok_len]:
             ids = np.array(tokens[:tok_len], dtype=np.int32)
             labels = np.where(np.array(taught[:tok_len]), ids, np.int32(IGNORED_LABEL))
-            examples.append(Example(ids, labels, reference=_reference(table, row)))
+            examples.append(Example(ids, labels, reference=_reference(table, row, names[row])))
             rows.append(row)
     if not examples:
         raise DataError(
@@ -98,10 +98,9 @@ def report_left_out(table: Table, kept: int, reason: str) -> None:
         logger.warning("%s: %d of %d rows are left out: %s", table.source, len(table) - kept, len(table), reason)
 
 
-def _reference(table: Table, row: int) -> Reference | None:
+def _reference(table: Table, row: int, name: str) -> Reference | None:
     """What a generated answer is compared with; only rows with a list of right answers have one."""
     if not isinstance(table.records[row].get("answers"), list | dict) or not table.records[row].get("context"):
         return None
     (answers,) = gold_answers(table.take([row]))
-    name = str(table.records[row].get("id", table.numbers[row]))
     return Reference(name, tuple(answer["text"] for answer in answers))

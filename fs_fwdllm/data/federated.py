@@ -38,6 +38,7 @@ from fs_fwdllm.data.labels import class_names, clean_labels
 from fs_fwdllm.data.readers import CLIENT_FIELD, PRESPLIT, data_task, is_h5, parse_data_type
 from fs_fwdllm.data.sources import Source, read_source
 from fs_fwdllm.data.splitters import divide_shares, divide_stratified, split_iid, split_lda, split_meta, split_natural
+from fs_fwdllm.data.squad import has_unanswerable
 from fs_fwdllm.data.table import Table, category_codes
 from fs_fwdllm.data.templates import PromptTemplate, choose_template
 from fs_fwdllm.data.tokenising import Tokeniser
@@ -78,7 +79,8 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
         source, remarks = _clean(source, config)
     labels = class_names(source.train, source.labels, config) if task in ("classification", "label_words") else []
     template = _template(source, config, tokenizer) if task == "causal_lm" else None
-    tokenise = Tokeniser(config, tokenizer, task, labels, template)
+    unanswerable = task == "question_answering" and _some_unanswerable(source, config)
+    tokenise = Tokeniser(config, tokenizer, task, labels, template, unanswerable)
     pool = _Pool.of(source.train, _subsample(len(source.train), config), tokenise)
     given = None if source.test is None else _Pool.of(source.test, np.arange(len(source.test)), tokenise)
     parts = pool.positions(source.parts[0]) if source.parts else _split(pool.table, config)
@@ -106,6 +108,7 @@ def load_federated_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> F
         label_tokens=tokenise.label_tokens,
         remarks=remarks,
         template=template,
+        unanswerable=unanswerable,
     )
 
 
@@ -185,8 +188,18 @@ def _alpha(config: Config) -> float:
 def _clean(source: Source, config: Config) -> tuple[Source, list[str]]:
     """The rows that have a label, and what was found among the labels."""
     tables = [table for table in (source.train, source.test) if table is not None]
-    (train, *test), remarks = clean_labels(tables, config.fwdllm.data, data_task(config) == "regression")
+    own = config.fwdllm.data
+    (train, *test), remarks = clean_labels(tables, own, data_task(config) == "regression")
+    for table in (train, *test):
+        empty = sum(not text.strip() for text in table.joined(own.text, "fwdllm.data.text"))
+        remarks += [f"warning: {table.source}: {empty} of {len(table)} rows have an empty text"] if empty else []
     return replace(source, train=train, test=test[0] if test else None), remarks
+
+
+def _some_unanswerable(source: Source, config: Config) -> bool:
+    """Whether a question of any split has no answer, or may have none."""
+    tables = [table for table in (source.train, source.test) if table is not None]
+    return config.fwdllm.data.unanswerable or any(map(has_unanswerable, tables))
 
 
 def _divided(

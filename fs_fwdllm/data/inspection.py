@@ -17,7 +17,7 @@ import numpy as np
 
 from fs_fwdllm.config.schema import FwdllmDataConfig
 from fs_fwdllm.data.conversations import MESSAGES, as_conversations, form_of, recognise
-from fs_fwdllm.data.labels import is_empty_label, similar_names
+from fs_fwdllm.data.labels import is_empty_label, label_numbers, look_like_numbers, similar_names
 from fs_fwdllm.data.table import Table, name_of
 from fs_fwdllm.data.templates import choose_template
 from fs_fwdllm.data.whole_text import token_ids
@@ -41,6 +41,7 @@ class FileFacts:
         rows: how many there are.
         fields: names of the first row's fields.
         classes: rows per class; empty where there are no labels.
+        numbers: the labels, where they are numbers rather than classes.
         similar: groups of classes that differ only by case and white space.
         empty_labels, empty_texts: numbers of such rows in the file, from 1.
         repeated: groups of numbers of rows whose texts repeat each other.
@@ -56,6 +57,7 @@ class FileFacts:
     rows: int
     fields: list[str]
     classes: Counter[str] = field(default_factory=Counter)
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0))
     similar: list[list[str]] = field(default_factory=list)
     empty_labels: list[int] = field(default_factory=list)
     empty_texts: list[int] = field(default_factory=list)
@@ -80,7 +82,7 @@ def inspect_table(
     Raises:
         DataError: the rows have neither a known combination of fields nor those that ``own`` names.
     """
-    fields = [name for name in table.records[0] if not name.startswith("fs_fwdllm ")]
+    fields = [name for name in table.records[0] if table.has(name) and not name.startswith("fs_fwdllm ")]
     if kind == "text" or (not kind and _has(table, own.text) and _has(table, own.label)):
         return _texts(table, own, fields, tokenizer)
     try:
@@ -116,6 +118,9 @@ def _texts(
     texts = [" ".join(str(record[part]) for part in parts if record.get(part) is not None) for record in table.records]
     labels = ["" if is_empty_label(record.get(own.label)) else name_of(record[own.label]) for record in table.records]
     classes = Counter(label for label in labels if label)
+    numbers: list[float] = []
+    if own.regression or look_like_numbers(classes):
+        numbers = label_numbers(table.take(row for row, label in enumerate(labels) if label), own.label)
     repeated = _repeated(table, texts)
     label_of = dict(zip(table.numbers, labels, strict=True))
     return FileFacts(
@@ -124,6 +129,7 @@ def _texts(
         rows=len(table),
         fields=fields,
         classes=classes,
+        numbers=np.array(numbers),
         similar=similar_names(list(classes)),
         empty_labels=[number for number, label in label_of.items() if not label],
         empty_texts=_empty(table, texts),

@@ -14,14 +14,22 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fs_fwdllm.config.schema import Config, FwdllmDataConfig
 from fs_fwdllm.data.table import Table, name_of, sorted_names
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 
-__all__ = ["class_names", "clean_labels", "is_empty_label", "label_indices", "label_numbers", "similar_names"]
+__all__ = [
+    "class_names",
+    "clean_labels",
+    "is_empty_label",
+    "label_indices",
+    "label_numbers",
+    "look_like_numbers",
+    "similar_names",
+]
 
 #: Groups of similar names, and rows, that a message lists.
 _LISTED = 5
@@ -168,9 +176,14 @@ def _merged(table: Table, field: str, canonical: dict[str, str]) -> Table:
     return Table(table.source, records, table.numbers)
 
 
+def look_like_numbers(names: Collection[str]) -> bool:
+    """Whether labels are hardly meant as classes: many, all numbers, and not all whole."""
+    are_numbers = all(_NUMBER.fullmatch(name) for name in names) and any("." in name for name in names)
+    return len(names) >= _MANY_NUMBERS and are_numbers
+
+
 def _numbers_warning(counts: Counter[str]) -> list[str]:
-    are_numbers = all(_NUMBER.fullmatch(name) for name in counts) and any("." in name for name in counts)
-    if len(counts) < _MANY_NUMBERS or not are_numbers:
+    if not look_like_numbers(counts):
         return []
     some = ", ".join(list(counts)[:3])
     return [

@@ -15,6 +15,7 @@ et al., arXiv:1810.04805.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from fs_fwdllm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["gold_answers", "is_squad_document", "span_examples", "squad_rows"]
+__all__ = ["gold_answers", "has_unanswerable", "is_squad_document", "question_names", "span_examples", "squad_rows"]
 
 logger = logging.getLogger("fs_fwdllm.data")
 
@@ -83,6 +84,19 @@ def gold_answers(table: Table) -> list[list[dict[str, Any]]]:
     return found
 
 
+def question_names(table: Table) -> list[str]:
+    """A name for every question: its ``id``, or its row where it has none, or where another has the same."""
+    names = [name_of(record.get("id", "")) for record in table.records]
+    counts = Counter(names)
+    rows = zip(names, table.numbers, strict=True)
+    return [name if name and counts[name] == 1 else f"{name}, row {number}".lstrip(", ") for name, number in rows]
+
+
+def has_unanswerable(table: Table) -> bool:
+    """Whether a question of the table has no answer. Raises as :func:`gold_answers`."""
+    return not all(gold_answers(table))
+
+
 def _one_each(answers: Any) -> Any:
     """A list of answers from the lists of their parts, as Hugging Face's copies have them; others as they are."""
     if not isinstance(answers, dict):
@@ -103,12 +117,13 @@ def _check_answer(answer: Any, context: str, place: str) -> None:
 
 
 def span_examples(
-    table: Table, tokenizer: PreTrainedTokenizerBase, tok_len: int, stride: int
+    table: Table, tokenizer: PreTrainedTokenizerBase, tok_len: int, stride: int, unanswerable: bool = False
 ) -> tuple[list[list[Example]], list[int]]:
     """Tokenise questions with their contexts.
 
     Args:
         stride: tokens that neighbouring windows share.
+        unanswerable: a question may have no answer; so it is in any case where one of the table has none.
 
     Returns:
         The windows of each question, and for each question the row it is of.
@@ -120,8 +135,8 @@ def span_examples(
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError("data.type NAME@qa: needs a fast tokenizer, which knows the characters under a token")
     questions, contexts, answers = table.texts("question"), table.texts("context"), gold_answers(table)
-    names = table.names("id") if table.has("id") else [str(number) for number in table.numbers]
-    silence = _no_answer_token(tokenizer) if not all(answers) else None
+    names = question_names(table)
+    silence = _no_answer_token(tokenizer) if unanswerable or not all(answers) else None
     groups, rows = [], []
     for first in range(0, len(table), _ROWS_PER_CALL):
         part = range(first, min(first + _ROWS_PER_CALL, len(table)))

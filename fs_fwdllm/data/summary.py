@@ -22,6 +22,8 @@ def data_remarks(data: FederatedData) -> list[str]:
         counts = [_counts(data.label_names, examples) for examples in (_all(held), data.test)]
         remarks.append(_classes(data.label_names, *counts))
         remarks += _absent(data.label_names, *counts)
+    if data.task == "regression":
+        remarks += _numbers(_all(held), data.test)
     remarks += _known_already(_all(held), data.test)
     if len(held) > 1:
         remarks.append(f"training rows of a client: {spread([len(examples) for examples in held])}")
@@ -37,6 +39,19 @@ def spread(sizes: Sequence[int]) -> str:
 
 def _all(parts: Iterable[Sequence[Example]]) -> list[Example]:
     return [example for part in parts for example in part]
+
+
+def _numbers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """The range of the numbers, and what always answering their mean would score."""
+    known, wanted = ([float(example.labels) for example in examples] for examples in (train, test))
+    if not known:
+        return []
+    mean = sum(known) / len(known)
+    remark = f"labels from {min(known):g} to {max(known):g}, mean {mean:.4g}"
+    if wanted:
+        error = sum((number - mean) ** 2 for number in wanted) / len(wanted)
+        remark += f"; always answering the mean has an mse of {error:.4g} on the test rows"
+    return [remark]
 
 
 def _known_already(train: Iterable[Example], test: Sequence[Example]) -> list[str]:

@@ -26,6 +26,7 @@ class Tokeniser:
     Args:
         labels: the classes in index order; empty for tasks without.
         template: how a conversation is written; only a language model's answers need one.
+        unanswerable: a question may have no answer, though ``fwdllm.data.unanswerable`` does not say so.
 
     Raises:
         ConfigError: there are not as many ``fwdllm.data.label_words`` as classes, or the tokenizer cannot tell them
@@ -39,12 +40,14 @@ class Tokeniser:
         task: Task,
         labels: list[str],
         template: PromptTemplate | None = None,
+        unanswerable: bool = False,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._task = task
         self._labels = labels
         self._template = template
+        self._unanswerable = unanswerable or config.fwdllm.data.unanswerable
         self._words: LabelWords | None = None
         if task == "label_words":
             words = config.fwdllm.data.label_words or labels
@@ -65,7 +68,9 @@ class Tokeniser:
         """
         tok_len = self._config.llm.tok_len
         if self._task == "question_answering":
-            groups, rows = span_examples(table, self._tokenizer, tok_len, self._config.fwdllm.data.stride)
+            groups, rows = span_examples(
+                table, self._tokenizer, tok_len, self._config.fwdllm.data.stride, self._unanswerable
+            )
         else:
             examples, rows = self._one_each(table, tok_len)
             groups = [[example] for example in examples]

@@ -139,6 +139,7 @@ class FederatedData:
         label_tokens: for ``label_words`` the token that stands for each class, in index order.
         remarks: what a user should know of how the data was read.
         template: how the texts of a language model's answers were written; ``None`` for other tasks.
+        unanswerable: whether questions about contexts may have no answer.
     """
 
     task: Task
@@ -149,3 +150,4 @@ class FederatedData:
     label_tokens: list[int] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     template: PromptTemplate | None = None
+    unanswerable: bool = False

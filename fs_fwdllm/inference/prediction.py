@@ -55,9 +55,10 @@ class Prediction:
     """What a model says of one text.
 
     Attributes:
-        label: the likeliest class by its name; for a question the answer, cut from the context. Empty for a text
-            without a token, of which a model can say nothing.
-        probabilities: ``{class: probability}`` in the order of the classes; empty for questions.
+        label: the likeliest class by its name; for a question the answer, cut from the context, empty if the model
+            finds none; for a model of numbers the number. Empty for a text without a token, of which a model can say
+            nothing.
+        probabilities: ``{class: probability}`` in the order of the classes; empty for questions and numbers.
     """
 
     label: str
@@ -77,24 +78,29 @@ def text_fields(config: Config) -> list[str]:
 def classify(trained: Predictor, table: Table, batch_size: int) -> list[Prediction]:
     """A prediction for every row of a table that has the training's text fields."""
     config = trained.config
-    labelled = [{**record, config.fwdllm.data.label: trained.classes[0]} for record in table.records]
+    numbers = trained.task == "regression"
+    placeholder = "0" if numbers else trained.classes[0]
+    labelled = [{**record, config.fwdllm.data.label: placeholder} for record in table.records]
     groups, rows = _tokenised(trained, Table(table.source, labelled, table.numbers))
     predictions = [Prediction("", {}) for _ in range(len(table))]
-    for index, probabilities in zip(*_probabilities(trained, groups, rows, batch_size), strict=True):
-        by_class = dict(zip(trained.classes, probabilities, strict=True))
+    for index, outputs in zip(*_outputs(trained, groups, rows, batch_size), strict=True):
+        if numbers:
+            predictions[index] = Prediction(f"{float(outputs):.6g}", {})
+            continue
+        by_class = dict(zip(trained.classes, torch.softmax(outputs, dim=-1).tolist(), strict=True))
         predictions[index] = Prediction(max(by_class, key=by_class.__getitem__), by_class)
     return predictions
 
 
-def _probabilities(
+def _outputs(
     trained: Predictor, groups: list[list[Example]], rows: list[int], batch_size: int
-) -> tuple[list[int], list[list[float]]]:
-    """The rows, those of like length together, and the classes' probabilities of each."""
+) -> tuple[list[int], list[torch.Tensor]]:
+    """The rows, those of like length together, and the model's outputs for each, ``[classes]``."""
     examples = [group[0] for group in groups]
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    found: list[list[float]] = []
+    found: list[torch.Tensor] = []
     for batch in evaluation_batches(examples, batch_size, trained.tokenizer.pad_token_id):
-        found += torch.softmax(trained.objective.on(batch).logits(), dim=-1).tolist()
+        found += trained.objective.on(batch).logits().cpu().unbind()
     return [rows[index] for index in order], found
 
 

@@ -124,7 +124,7 @@ class TrainedModel:
             ConfigError: as :meth:`predict`.
         """
         self._refuse_a_writer("predict")
-        table = read_table(Path(file), self.config.fwdllm.data.columns)
+        table = self._read(file)
         if self.task == "question_answering":
             questions, contexts = table.texts("question"), table.texts("context")
             return table.records, answer_questions(self, questions, contexts, batch_size)
@@ -168,7 +168,7 @@ class TrainedModel:
         self, file: str | Path, *, sampling: Sampling | None = None, batch_size: int = _TEXTS_AT_ONCE
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """The rows of a file of instructions or conversations, and the model's answer to each. Raises as above."""
-        table = read_table(Path(file), self.config.fwdllm.data.columns)
+        table = self._read(file)
         return table.records, self._answers(questions_of(table), sampling, batch_size)
 
     def chat(self, *, system: str = "", sampling: Sampling | None = None) -> Conversation:
@@ -181,6 +181,9 @@ class TrainedModel:
             limit=None if positions is None else max(1, positions - chosen.max_new_tokens),
             system=system,
         )
+
+    def _read(self, file: str | Path) -> Table:
+        return read_table(Path(file), self.config.fwdllm.data.columns, self.config.fwdllm.data.encoding)
 
     def _answers(self, questions: Sequence[Messages], sampling: Sampling | None, batch_size: int) -> list[str]:
         chosen, template = sampling or Sampling(), self.template

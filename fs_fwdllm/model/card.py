@@ -18,12 +18,14 @@ __all__ = ["model_card", "results_of"]
 
 _PIPELINES = {
     "classification": "text-classification",
+    "regression": "text-classification",
     "question_answering": "question-answering",
     "causal_lm": "text-generation",
     "label_words": "text-generation",
 }
 _AUTO_CLASSES = {
     "classification": "ModelForSequenceClassification",
+    "regression": "ModelForSequenceClassification",
     "question_answering": "ModelForQuestionAnswering",
     "causal_lm": "ModelForCausalLM",
     "label_words": "ModelForCausalLM",

@@ -134,10 +134,10 @@ class SavedFacts:
         """The same with what the run reached."""
         return replace(self, results=results)
 
-    def with_template(self, name: str) -> SavedFacts:
-        """The same with the prompt template that ``fwdllm.data.template: auto`` came to."""
+    def with_data(self, **settings: Any) -> SavedFacts:
+        """The same with what keys of ``fwdllm.data`` came to: ``template`` instead of ``auto``, for one."""
         own = self.tree.get("fwdllm", {})
-        data = {**own.get("data", {}), "template": name}
+        data = {**own.get("data", {}), **settings}
         return replace(self, tree={**self.tree, "fwdllm": {**own, "data": data}})
 
     def config(self, location: str | Path | None = None) -> Config:

@@ -219,7 +219,9 @@ class Session:
             results=dict(results or {}),
         )
         if self.data.template is not None:
-            facts = facts.with_template(self.data.template.name)
+            facts = facts.with_data(template=self.data.template.name)
+        if self.data.unanswerable:
+            facts = facts.with_data(unanswerable=True)
         values = dict(zip(trainables.names, trainables.tensors, strict=True))
         return save_trained(self.loaded, folder, values, facts, suffix)
 

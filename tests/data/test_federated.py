@@ -181,7 +181,7 @@ def test_a_splitter_by_category_needs_categories(write, configure, tokenizer, sp
         ({"fwdllm.data.text": "txt"}, DataError, r"row 1: has no field 'txt'.*did you mean 'text'"),
         ({"fwdllm.data.natural": "who", "data.splitter": "natural"}, DataError, r"'who' \(named by fwdllm\.data\.nat"),
         ({"fwdllm.data.test_file": "tset.jsonl"}, DataError, r"tset\.jsonl: does not exist"),
-        ({"fwdllm.data.test_file": "x.txt"}, ConfigError, r"x\.txt: its ending must be one of"),
+        ({"fwdllm.data.test_file": "x.doc"}, ConfigError, r"x\.doc: its ending must be one of"),
     ],
 )
 def test_what_does_not_fit_is_refused(write, configure, tokenizer, settings, error, message) -> None:

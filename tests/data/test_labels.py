@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 import pytest
-import yaml
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, pipeline
 
+from fs_fwdllm import load
 from fs_fwdllm.config import parse_config
 from fs_fwdllm.data import collate, load_federated_data
 from fs_fwdllm.data.splitters import divide_stratified
@@ -145,6 +145,7 @@ def test_numbers_stay_numbers(write, configure, tokenizer, settings) -> None:
     held = [example for client in data.clients.values() for example in client.train]
     assert data.task == "regression" and data.label_names == []
     assert sorted(float(example.labels) for example in held) == [-100.0, -3.0, 0.5, 100.0]
+    assert "labels from -100 to 100, mean -0.625" in data_remarks(data)
     batch = collate(held, 0)
     assert batch.labels.dtype == np.float32 and batch.labels.shape == (4,)
     assert rows_fingerprint([held]) != rows_fingerprint(
@@ -177,34 +178,53 @@ def test_metrics_of_numbers_by_hand() -> None:
     assert math.isnan(constant["pearson"]) and constant["mse"] == pytest.approx(3.5)
 
 
-@pytest.mark.parametrize("method", ["fedfwd", "fedavg"])
-def test_a_run_learns_numbers_and_saves_a_regression(tmp_path, method) -> None:
-    save_tiny_model(tmp_path / "model", "bert")
+@pytest.fixture(scope="module", params=["fedfwd", "fedavg"])
+def regression_run(request, tmp_path_factory):
+    """The folder of a run that learns numbers."""
+    folder = tmp_path_factory.mktemp("numbers")
+    save_tiny_model(folder / "model", "bert")
     lines = [
         {"text": " ".join(f"w{3 + (number * step) % 90}" for step in range(1, 6)), "label": number % 5}
         for number in range(40)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     config = parse_config(
-        yaml.safe_load(
-            f"""
-            outdir: {tmp_path / "runs"}
-            expname: numbers
-            federate: {{method: {method}, client_num: 2, total_round_num: 3}}
-            data: {{root: {tmp_path}, type: rows.jsonl@text, splits: [0.8, 0.0, 0.2]}}
-            model: {{type: "{tmp_path / "model"}@transformers", task: SequenceClassification, num_labels: 1}}
-            llm: {{tok_len: 16, adapter: {{use: true, args: [{{adapter_method: head}}]}}}}
-            train: {{optimizer: {{lr: 0.05}}}}
-            dataloader: {{batch_size: 8}}
-            """
-        )
+        {
+            "outdir": str(folder / "runs"),
+            "expname": "numbers",
+            "federate": {"method": request.param, "client_num": 2, "total_round_num": 3},
+            "data": {"root": str(folder), "type": "rows.jsonl@text", "splits": [0.8, 0.0, 0.2]},
+            "model": {"type": f"{folder / 'model'}@transformers", "task": "SequenceClassification", "num_labels": 1},
+            "llm": {"tok_len": 16, "adapter": {"use": True, "args": [{"adapter_method": "head"}]}},
+            "train": {"optimizer": {"lr": 0.05}},
+            "dataloader": {"batch_size": 8},
+        }
     )
     assert make_plan(config).rows()
     local.run(config)
-    record = [json.loads(line) for line in (tmp_path / "runs/numbers/metrics.jsonl").read_text().splitlines()]
+    return folder / "runs/numbers"
+
+
+def test_a_run_learns_numbers_and_saves_a_regression(regression_run) -> None:
+    record = [json.loads(line) for line in (regression_run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line["eval"] for line in record if line.get("eval")]
     assert set(evaluations[-1]) == {"loss", "mse", "mae", "pearson", "spearman"}
     assert evaluations[-1]["loss"] == pytest.approx(evaluations[-1]["mse"], rel=1e-4)
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs/numbers/model")
+    saved = AutoModelForSequenceClassification.from_pretrained(regression_run / "model")
     assert saved.config.problem_type == "regression" and saved.config.num_labels == 1
+
+
+def test_a_saved_regression_predicts_numbers(regression_run) -> None:
+    trained = load(regression_run)
+    (one, two) = trained.predict(["w4 w5 w6", "w80 w81"])
+    assert one.probabilities == {} and float(one.label) != float(two.label)
+    pipe = pipeline("text-classification", model=str(regression_run / "model"))
+    assert pipe("w4 w5 w6", function_to_apply="none")[0]["score"] == pytest.approx(float(one.label), rel=1e-4)
+
+
+def test_empty_texts_are_counted(write, configure, tokenizer) -> None:
+    write("x.jsonl", [*rows("red", "green"), {"text": " ", "label": "red"}])
+    assert "1 of 3 rows have an empty text" in "\n".join(
+        data_remarks(load_federated_data(configure("x.jsonl@text"), tokenizer))
+    )

@@ -287,3 +287,28 @@ def test_a_document_with_impossible_questions_is_read_by_both_kinds_of_model(wri
     assert len(taught) == 5
     for example in taught:
         assert TOKENIZER.decode(example.labels[example.labels != IGNORED_LABEL]) == "[EOS]"
+
+
+def test_a_configuration_may_say_that_questions_have_no_answer(write, configure):
+    write("s.json", document())
+    plain = load_federated_data(configure("s.json@qa", {**SETTINGS, "llm.tok_len": 24}), TOKENIZER)
+    assert not plain.unanswerable and plain.clients[1].train[0].reference.no_answer is None
+    said = configure("s.json@qa", {**SETTINGS, "llm.tok_len": 24, "fwdllm.data.unanswerable": True})
+    silent = load_federated_data(said, TOKENIZER)
+    assert silent.unanswerable and silent.clients[1].train[0].reference.no_answer == 0
+
+
+def test_a_test_file_with_impossible_questions_decides_for_both_splits(write, configure):
+    write("s.json", document())
+    write("test.json", [unanswerable()])
+    settings = {**SETTINGS, "llm.tok_len": 24, "fwdllm.data.test_file": "test.json"}
+    data = load_federated_data(configure("s.json@qa", settings), TOKENIZER)
+    assert data.unanswerable and data.clients[1].train[0].reference.no_answer == 0
+
+
+def test_two_questions_of_one_name_stay_two(write, configure):
+    write("s.jsonl", [row(2, 3), row(4, 5), {**row(6, 7), "id": None}])
+    for kind, tok_len in (("qa", 24), ("llm", 100)):
+        settings = {"llm.tok_len": tok_len, "data.splits": [1.0, 0.0, 0.0], "federate.client_num": 1}
+        data = load_federated_data(configure(f"s.jsonl@{kind}", settings), TOKENIZER)
+        assert len(questions(data.clients[1].train)) == 3

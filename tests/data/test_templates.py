@@ -9,7 +9,8 @@ import logging
 import pytest
 
 from fs_fwdllm.data.conversations import as_conversations
-from fs_fwdllm.data.examples import classification_examples, conversation_examples, label_indices
+from fs_fwdllm.data.examples import classification_examples, conversation_examples
+from fs_fwdllm.data.labels import label_indices
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.data.templates import PromptTemplate, user_says
 from fs_fwdllm.errors import ConfigError, DataError
