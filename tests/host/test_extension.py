@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from fs_fwdllm.cli.main import app
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.running import keeping, local
+from fs_fwdllm.running import keeping
 from fs_fwdllm.running.extension import depends_on_total_rounds, describe_extension
 from fs_fwdllm.running.local import resume, run
+from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, World, read_jsonl
 from tests.host.test_resume import comparable
 
@@ -74,7 +75,7 @@ def test_a_kill_right_after_the_new_number_was_written(world: World, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "_train", die)
+        patch.setattr(Session, "open", die)
         with pytest.raises(KeyboardInterrupt):
             resume(path, rounds=4)
     resume(path)

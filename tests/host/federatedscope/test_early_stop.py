@@ -54,8 +54,8 @@ def test_a_run_ends_where_federatedscope_would_end_it(
 
 
 _SETTINGS: dict[str, Any] = {
-    "federate.method": "FedAvg", "federate.make_global_eval": False, "eval.freq": 1, "data.splits": [0.4, 0.3, 0.3],
-    "eval.best_res_update_round_wise_key": "val_loss", "train.optimizer.lr": 0.5, "federate.total_round_num": 8,
+    "federate.method": "fedfwd", "federate.make_global_eval": False, "eval.freq": 1, "data.splits": [0.4, 0.3, 0.3],
+    "eval.best_res_update_round_wise_key": "val_loss", "train.optimizer.lr": 3.0, "federate.total_round_num": 8,
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_the_best_round_and_the_end_are_the_local_hosts(
 
 def test_no_run_stops_early_unless_its_file_says_so(world: World, launcher: Starter, tmp_path: Path) -> None:
     """The host's own default is a patience of 5, and one key has one meaning."""
-    cfg = write_config(world, {**_SETTINGS, "data.type": presplit(world), "train.optimizer.lr": 1.0})
+    cfg = write_config(world, {**_SETTINGS, "data.type": presplit(world)})
     cfg.write_text(cfg.read_text().replace("early_stop:\n  patience: 0\n", ""))
     assert "early_stop" not in cfg.read_text()
     federation = Federation(cfg, tmp_path, launcher)
