@@ -24,6 +24,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError, ModelError, nearest, shown
 from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, DEFAULT_REDUCTION_FACTOR
+from fs_fwdllm.model.facts import FACTS_FILE
 from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["folder_named", "initial_folder", "start_from"]
@@ -239,8 +240,8 @@ def _require_same_classes(folder: Path, model: Any) -> None:
     if (folder / _MODEL_CONFIG).is_file():
         by_index = _read_json(folder / _MODEL_CONFIG).get("id2label")
         theirs = [by_index[key] for key in sorted(by_index, key=int)] if isinstance(by_index, dict) else None
-    elif (folder / _FACTS).is_file():
-        theirs = _read_json(folder / _FACTS).get("classes") or None
+    elif (folder / FACTS_FILE).is_file():
+        theirs = _read_json(folder / FACTS_FILE).get("classes") or None
     if theirs is None or not getattr(model.config, "label2id", None):
         return
     ours = [model.config.id2label[index] for index in sorted(model.config.id2label)]
@@ -249,9 +250,6 @@ def _require_same_classes(folder: Path, model: Any) -> None:
             f"fwdllm.init_adapter {str(folder)!r}: was trained on the classes {shown(theirs)}, but the data has "
             f"{shown(ours)}; name them in that order in fwdllm.data.labels"
         )
-
-
-_FACTS = "fs_fwdllm.json"
 
 
 def _are_numbers(names: list[str]) -> bool:

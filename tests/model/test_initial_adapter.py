@@ -195,7 +195,7 @@ def test_a_model_of_another_base_is_refused(base: Path, tmp_path: Path, method: 
         load(base, method, saved)
 
 
-@pytest.mark.parametrize("method", ["full", "head"])
+@pytest.mark.parametrize("method", ["full", "head", "lora", "bottleneck"])
 def test_classes_in_another_order_are_refused(base: Path, tmp_path: Path, method: str) -> None:
     saved = save_trained(load(base, method), tmp_path / "run")
     config = tiny_config(base, method)
