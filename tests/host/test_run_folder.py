@@ -20,7 +20,7 @@ from fs_fwdllm.report.files import disk_errors_named
 from fs_fwdllm.running.local import resume, run
 from tests.host.small import METHODS, World, read_jsonl
 
-_WAITS_S = 60.0
+_WAITS_S = 240.0
 #: Holds the folder it is given until somebody writes to it.
 _HOLD = """
 import sys

@@ -55,7 +55,7 @@ def test_a_run_ends_where_federatedscope_would_end_it(
 
 _SETTINGS: dict[str, Any] = {
     "federate.method": "fedfwd", "federate.make_global_eval": False, "eval.freq": 1, "data.splits": [0.4, 0.3, 0.3],
-    "eval.best_res_update_round_wise_key": "val_loss", "train.optimizer.lr": 3.0, "federate.total_round_num": 8,
+    "eval.best_res_update_round_wise_key": "val_loss", "train.optimizer.lr": 30.0, "federate.total_round_num": 8,
 }  # fmt: skip
 
 
@@ -72,7 +72,8 @@ def test_the_best_round_and_the_end_are_the_local_hosts(
 ) -> None:
     """The host would not stop at all where only its server evaluates."""
     data = {"data.type": presplit(world, rows=16), "federate.make_global_eval": global_evaluation}
-    federation = Federation(write_config(world, {**_SETTINGS, **data, "early_stop.patience": 2}), tmp_path, launcher)
+    stop = {"early_stop.patience": 2, "early_stop.delta": 1000.0}
+    federation = Federation(write_config(world, {**_SETTINGS, **data, **stop}), tmp_path, launcher)
     local = federation.local()
     federation.standalone()
     (here,) = (tmp_path / "local").iterdir()
