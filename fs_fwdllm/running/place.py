@@ -40,7 +40,7 @@ class SavePlace:
             return cls(None, 0)
         place = cls(folder_named(config.federate.save_to), config.federate.save_freq)
         assert place.path is not None
-        for path in (place.path, place._beside("final")):
+        for path in (place.path, place._beside("final"), place.path.with_name("base_model")):
             if not _may_be_replaced(path):
                 raise ConfigError(
                     f"federate.save_to {config.federate.save_to!r}: {path} exists and is not a folder that a run "
