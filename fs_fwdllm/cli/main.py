@@ -168,9 +168,14 @@ def cost(
 
 
 @app.command()
-def resume(run: RunArgument) -> None:
-    """Go on with a stopped run from its last checkpoint."""
-    owner_of(run).resume(run)
+def resume(
+    run: RunArgument,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rounds in all; a finished run goes on to round N.")
+    ] = None,
+) -> None:
+    """Go on with a stopped run from its last checkpoint, or give a finished one more rounds."""
+    owner_of(run).resume(run, rounds)
 
 
 @app.command(

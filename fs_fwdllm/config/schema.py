@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from fs_fwdllm.config.methods import DEFAULT_METHOD, MethodFacts, facts_for
 from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
 from fs_fwdllm.core.direction import DIRECTIONS
-from fs_fwdllm.errors import nearest
+from fs_fwdllm.errors import ConfigError, nearest
 
 __all__ = [
     "BlockDownloadConfig",
@@ -66,9 +66,14 @@ class FederateConfig(Section):
     online_aggr: bool = host_only(False)
     process_num: int = host_only(1)
     data_weighted_aggr: bool = host_only(False)
-    save_to: str = host_only("")
-    restore_from: str = host_only("")
-    save_freq: int = host_only(-1)
+    save_to: str = Field(
+        "",
+        description="also save there: the best round in PATH, the last in final_PATH; a folder each, without .ckpt",
+    )
+    restore_from: str = Field("", description="start from the adapter in this folder, as fwdllm.init_adapter")
+    save_freq: int = Field(
+        -1, ge=-1, description="with save_to: also save every N-th round, as N_PATH; not above 0 is never"
+    )
     save_client_model: bool = host_only(False)
     unseen_clients_rate: float = host_only(0.0)
     join_in_info: list[Any] = host_only([])
@@ -177,16 +182,24 @@ class EvalConfig(Section):
     metrics: list[str] = Field([], description="metrics to report besides the loss; empty is all of the task's")
     split: list[str] = Field(["test", "val"], description="splits to evaluate; the first one with samples is used")
     report: list[str] = host_only(["weighted_avg", "avg", "fairness", "raw"])
-    best_res_update_round_wise_key: str = host_only("val_loss")
+    best_res_update_round_wise_key: str = Field(
+        "val_loss",
+        description="what the best round is chosen by: SPLIT_METRIC, SPLIT val or test; where that split has no "
+        "sample, the same metric of the split that is evaluated",
+    )
     count_flops: bool = host_only(True)
     monitoring: list[str] = host_only([])
     base: float = host_only(0.0)
 
 
 class EarlyStopConfig(Section):
-    patience: int = host_only(5)
-    delta: float = host_only(0.0)
-    improve_indicator_mode: str = host_only("best")
+    patience: int = Field(
+        0, ge=0, description="stop after so many evaluations in a row without improvement; 0 never stops"
+    )
+    delta: float = Field(0.0, ge=0, description="smallest change of the value that is an improvement")
+    improve_indicator_mode: Literal["best", "mean"] = Field(
+        "best", description="improved on what: the best so far, or the mean of the last patience evaluations"
+    )
 
 
 class TrainerConfig(Section):
@@ -340,6 +353,14 @@ class FwdllmConfig(Section):
     )
     min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")
+    saved_round: Literal["best", "last"] = Field(
+        "best",
+        description="the round in adapter/ (or model/); with best, by eval.best_res_update_round_wise_key, the last is "
+        "beside it in adapter-last/",
+    )
+    init_adapter: str = Field(
+        "", description="start from the adapter (or model) in this folder: of a run, or PEFT's; empty starts anew"
+    )
     accept_changed_inputs: bool = Field(
         False, description="continue a run although its data or its model's files have changed since"
     )
@@ -435,6 +456,21 @@ class Config(Section):
     def extension(self, name: str) -> Any:
         """The section ``fwdllm.ext.NAME`` as the model its package announces, all defaults where a file has none."""
         return EXTENSIONS[name].model_validate(self.fwdllm.ext.get(name, {}))
+
+    @property
+    def initial_adapter(self) -> str:
+        """The folder whose adapter a run starts from; empty if it starts anew.
+
+        Raises:
+            ConfigError: two keys name two folders.
+        """
+        own, hosts = self.fwdllm.init_adapter, self.federate.restore_from
+        if own and hosts and own != hosts:
+            raise ConfigError(
+                f"federate.restore_from {hosts!r}: contradicts fwdllm.init_adapter {own!r}; both say what a run "
+                "starts from, so keep one"
+            )
+        return own or hosts
 
     def ignored_keys(self) -> list[str]:
         """Dotted names of the keys this configuration sets that only FederatedScope gives a meaning to."""

@@ -9,6 +9,7 @@ heavy is imported here, and no framework.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ class Host:
 
     Attributes:
         name: what ``--host`` calls it.
-        module: has ``run_file(cfg, overrides)`` and, unless ``resume_advice`` is set, ``resume(run)``. It is imported
-            when one of them is called.
+        module: has ``run_file(cfg, overrides)`` and, unless ``resume_advice`` is set, ``resume(run)``, which may take
+            ``rounds`` too. It is imported when one of them is called.
         option: which of :data:`FILE_OPTIONS` names its file.
         marker: a file that it writes into the folder of every run it makes. Folders without any host's marker are
             ``local``'s.
@@ -56,15 +57,23 @@ class Host:
         """Train as the file ``cfg`` with ``key value`` overrides says. Raises what the host's own function does."""
         importlib.import_module(self.module).run_file(cfg, overrides)
 
-    def resume(self, run: Path) -> None:
-        """Continue the interrupted run in a folder. Raises what the host's own function does, and
+    def resume(self, run: Path, rounds: int | None = None) -> None:
+        """Continue the run in a folder, with another number of rounds in all if told. Raises what the host's own
+        function does, and
 
         Raises:
             ConfigError: runs of this host are continued in another way, which the message says.
         """
         if self.resume_advice:
-            raise ConfigError(f"{run}: {self.resume_advice.format(run=run)}")
-        importlib.import_module(self.module).resume(run)
+            more = "" if rounds is None else f" federate.total_round_num {rounds}"
+            raise ConfigError(f"{run}: {self.resume_advice.format(run=run)}{more}")
+        resume = importlib.import_module(self.module).resume
+        if rounds is None:
+            resume(run)
+        elif "rounds" in inspect.signature(resume).parameters:
+            resume(run, rounds=rounds)
+        else:
+            raise ConfigError(f"--rounds {rounds}: runs of host {self.name!r} cannot be given another number of rounds")
 
     def find_framework(self) -> str:
         """Where its framework was found; empty if it needs none. Raises as :attr:`framework` does."""

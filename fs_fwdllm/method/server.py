@@ -238,16 +238,15 @@ class RoundServer(ABC):
         if self.failed_rounds >= self.settings.max_failed_rounds:
             raise TrainingStalledError(
                 f"round {self.round_index}: no usable update for {self.failed_rounds} rounds in a row "
-                f"(last reasons: {rejected}); with 'not_finite' lower train.optimizer.lr or raise fwdllm.radius. "
-                f"The last checkpoint is intact; fwdllm.max_failed_rounds is {self.settings.max_failed_rounds}"
+                f"(last reasons: {rejected}); with 'not_finite' lower train.optimizer.lr or raise fwdllm.radius; "
+                f"fwdllm.max_failed_rounds is {self.settings.max_failed_rounds}"
             )
 
     def _require_finite(self) -> None:
         """Raises :class:`~fs_fwdllm.errors.TrainingStalledError` if a step has left the range of float32."""
         if not self.trainables.is_finite():
             raise TrainingStalledError(
-                f"round {self.round_index}: the step left the range of float32; lower train.optimizer.lr. The last "
-                "checkpoint is intact"
+                f"round {self.round_index}: the step left the range of float32; lower train.optimizer.lr"
             )
 
     def _report(

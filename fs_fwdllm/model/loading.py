@@ -29,6 +29,7 @@ from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import make_float32_masters
+from fs_fwdllm.model.initial_adapter import initial_folder, start_from
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.source import ModelSource, model_source
@@ -126,6 +127,7 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     model = attach(method, Request(model, source.task, head, config.seed, arguments))
     if not blocks:  # a block has its masters only while it is visited
         make_float32_masters(model, _places_of_head(model, head))
+    start_from(initial_folder(config), model, method, arguments)
     facts = SavedFacts.of_run(
         config,
         source,

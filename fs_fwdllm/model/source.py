@@ -17,7 +17,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 
-__all__ = ["ModelSource", "model_source", "model_task"]
+__all__ = ["ModelSource", "folder_files", "model_source", "model_task"]
 
 _END_BYTES = 64 << 10
 
@@ -48,13 +48,14 @@ class ModelSource:
         return Path(self.location).is_dir()
 
     def files(self) -> str:
-        """What tells this model's files from changed ones, cheaply: names, sizes, and both ends of each; empty for a
-        name
-        on the hub."""
-        if not self.is_local:
-            return ""
-        paths = sorted(path for path in Path(self.location).iterdir() if path.is_file())
-        return "\n".join(f"{path.name} {path.stat().st_size} {_ends_of(path)}" for path in paths)
+        """What tells this model's files from changed ones, as :func:`folder_files`; empty for a name on the hub."""
+        return folder_files(Path(self.location)) if self.is_local else ""
+
+
+def folder_files(folder: Path) -> str:
+    """What tells a folder's files from changed ones, cheaply: names, sizes, and both ends of each."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return "\n".join(f"{path.name} {path.stat().st_size} {_ends_of(path)}" for path in paths)
 
 
 def _ends_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,22 @@ from fs_fwdllm.errors import CheckpointError
 __all__ = ["disk_errors_named", "write_text_atomically"]
 
 
+#: How libraries written in Rust (safetensors, tokenizers) say what the system refused, in exceptions of their own.
+_FOREIGN = re.compile(r"(?:[A-Z][^:]*: )*(.*) \(os error \d+\)")
+_REMEDY = "make room or permission, then continue from the last checkpoint with 'fs-fwdllm resume'"
+
+
 @contextmanager
-def disk_errors_named(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block into a :class:`CheckpointError` that names ``path`` and the remedy."""
+def disk_errors_named(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn what the system refuses the block into a :class:`CheckpointError` that names ``path`` and the remedy."""
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or permission, then continue from the "
-            f"last checkpoint with 'fs-fwdllm resume'"
-        ) from error
+    except Exception as error:
+        foreign = _FOREIGN.search(str(error))
+        if not isinstance(error, OSError) and not foreign:
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or (foreign[1] if foreign else error)
+        raise CheckpointError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:

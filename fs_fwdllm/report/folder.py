@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
 from fs_fwdllm.config import Config, dump_config, load_config
 from fs_fwdllm.errors import CheckpointError, ConfigError, nearest
-from fs_fwdllm.report.files import write_text_atomically
+from fs_fwdllm.report.files import disk_errors_named, write_text_atomically
 
-__all__ = ["RunFolder"]
+__all__ = ["CHECKPOINT_FILES", "RunFolder"]
+
+#: The checkpoint whose parameters have been looked at, and a younger one that nobody has looked at yet.
+CHECKPOINT_FILES = ("state.safetensors", "unproven.safetensors")
 
 #: Where run folders are looked for when a folder that is none was named.
 _DEPTHS = ("*/", "*/*/")
+_LOCK = ".lock"
+#: What a file or folder is called while it is written, beside its place: ``.NAME.RANDOM`` and ``.NAME-RANDOM``.
+_UNFINISHED = re.compile(
+    r"\.(config\.yaml|metrics\.jsonl|bytes\.csv|report\.png|wandb-id|\w+\.safetensors)\..+|\.(adapter|model|base_model)(-last)?-.+"
+)
+#: A folder that was moved aside while the new one took its place.
+_RETIRED = re.compile(r"\.((?:adapter|model|base_model)(?:-last)?)-[^-]+-old")
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,58 @@ class RunFolder:
         found = (path for depth in _DEPTHS for path in self.path.glob(f"{depth}{self.metrics_path.name}"))
         return sorted(path.parent for path in found)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in this folder; one that dies, however it does, gives it back.
+
+        The process may take it again and again. What a process that was killed left half-written is removed.
+
+        Raises:
+            CheckpointError: another process holds it, or the lock cannot be made.
+        """
+        lock = FileLock(self.path.resolve() / _LOCK, timeout=0, is_singleton=True, thread_local=False)
+        with disk_errors_named(self.path / _LOCK):
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise CheckpointError(
+                    f"{self.path}: another process is working in this run folder; wait until it has ended, or end it, "
+                    "and then resume"
+                ) from error
+        try:
+            if lock.lock_counter == 1:
+                self._remove_unfinished()
+            yield
+        finally:
+            if lock.lock_counter == 1:
+                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who opened it meanwhile looks again
+            lock.release()
+
+    def _remove_unfinished(self) -> None:
+        for place in (self.path, self.checkpoint_path):
+            for path in sorted(place.glob(".*")):
+                retired = _RETIRED.fullmatch(path.name)
+                if retired and not (place / retired[1]).exists():
+                    os.replace(path, place / retired[1])
+                elif _UNFINISHED.fullmatch(path.name) and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif _UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def give_rounds(self, rounds: int) -> None:
+        """Write ``config.yaml`` anew with another ``federate.total_round_num``.
+
+        Raises:
+            ConfigError: it is not a number of rounds.
+            CheckpointError: the file cannot be written.
+        """
+        config = self.config()
+        try:
+            config.federate.total_round_num = rounds
+        except ValidationError as error:
+            raise ConfigError(f"--rounds {rounds}: must be a whole number from 1 on") from error
+        write_text_atomically(self.config_path, dump_config(config))
+
     def config(self) -> Config:
         """The resolved configuration of the run.
 
@@ -117,6 +187,16 @@ class RunFolder:
     def checkpoint_path(self) -> Path:
         """Folder of what a resumed run needs."""
         return self.path / "checkpoint"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return any((self.checkpoint_path / name).is_file() for name in CHECKPOINT_FILES)
+
+    @property
+    def best_path(self) -> Path:
+        """The parameters of the best round so far, while a run is under way."""
+        return self.checkpoint_path / "best.safetensors"
 
     @property
     def adapter_path(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -78,11 +78,11 @@ class RunReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._opened:
+        # The error that stopped the run is the one to be seen, not that a full disk has no room for the log of it.
+        with suppress(FwdLLMError) if kind is not None else nullcontext(), self._opened:
             self._console.stop_bar()
-            if kind is not None and self.folder.checkpoint_path.exists():
-                with suppress(FwdLLMError):  # the error that stopped the run is the one to be seen
-                    self.say(f"stopped after round {self._last_round}; go on with: fs-fwdllm resume {self.folder.path}")
+            if kind is not None and self.folder.has_checkpoint:
+                self.say(f"stopped after round {self._last_round}; go on with: fs-fwdllm resume {self.folder.path}")
 
     def say(self, text: str) -> None:
         """Print a remark about the run, and keep it in ``console.log``."""

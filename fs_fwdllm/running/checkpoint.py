@@ -1,32 +1,34 @@
-"""Checkpoints: one file, written atomically, from which a run continues as if it had never stopped.
+"""Checkpoints: from which a run continues as if it had never stopped.
 
-The file is safetensors (nothing is unpickled): the server's tensors, and in its metadata one JSON object with the round
-to continue with, the counters of the accounting, and fingerprints of the configuration and of what it names (rows,
-classes, model). A CRC-32 over all of it tells a damaged file from a good one: a flipped bit would otherwise be trained
-on.
+One file (:mod:`.state_file`) has the server's tensors, the round to continue with, what the evaluations said so far,
+the counters of the accounting, and fingerprints of the configuration and of what it names (rows, classes, model).
+
+A checkpoint is *proven* when a loss was measured at its parameters, by an evaluation or by the clients of the next
+round, and had not exploded. One that is not may already hold what a bad step left, so it gets a file of its own, and
+the last proven one stays until it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import zlib
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.report.folder import CHECKPOINT_FILES
+from fs_fwdllm.running.state_file import read_state, write_state
 
-__all__ = ["Checkpoint", "config_fingerprint", "read_checkpoint", "require_same_inputs", "write_checkpoint"]
+__all__ = [
+    "Checkpoint", "config_fingerprint", "is_of", "prove_checkpoint", "read_checkpoint",
+    "require_same_inputs", "withdraw_checkpoint", "write_checkpoint",
+]  # fmt: skip
 
-_FILE = "state.safetensors"
+_FILE, _UNPROVEN = CHECKPOINT_FILES
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Checkpoint:
         counters: cumulative accounting (bytes, passes, seconds).
         fingerprint: of the configuration that made it.
         inputs: fingerprints of what the configuration names, by what a user calls it.
+        evaluations: what early stopping looks back on: the value by which rounds are compared, of each evaluation.
+        total_rounds: how many rounds the run was to have when this was written.
     """
 
     next_round: int
@@ -47,6 +51,8 @@ class Checkpoint:
     counters: dict[str, float]
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
+    evaluations: list[float] = field(default_factory=list)
+    total_rounds: int = 0
 
 
 def require_same_inputs(checkpoint: Checkpoint, now: Mapping[str, str], place: Path) -> None:
@@ -62,66 +68,61 @@ def require_same_inputs(checkpoint: Checkpoint, now: Mapping[str, str], place: P
 
 def config_fingerprint(config: Config) -> str:
     """A digest of everything that determines the result; where it is written and how long a host waits do not."""
-    neutral_keys = {"deadline_s": 1.0, "accept_changed_inputs": False}
-    own = config.fwdllm.model_copy(update=neutral_keys)
-    neutral = config.model_copy(update={"outdir": "", "expname": "", "fwdllm": own})
+    own = config.fwdllm.model_copy(update={"deadline_s": 1.0, "accept_changed_inputs": False, "saved_round": "best"})
+    federate = config.federate.model_copy(update={"save_to": "", "save_freq": -1})
+    neutral = config.model_copy(update={"outdir": "", "expname": "", "federate": federate, "fwdllm": own})
     return hashlib.blake2b(dump_config(neutral).encode(), digest_size=16).hexdigest()
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to ``folder``; a crash at any moment leaves the previous one or this one."""
-    about = {
-        "next_round": checkpoint.next_round,
-        "numbers": checkpoint.numbers,
-        "counters": checkpoint.counters,
-        "fingerprint": checkpoint.fingerprint,
-        "inputs": checkpoint.inputs,
-    }
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
-    text = json.dumps(about)
-    metadata = {"fs_fwdllm": text, "crc32": _checksum(text, tensors)}
-    temporary = folder / f".{_FILE}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / _FILE)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{folder / _FILE}: cannot be written ({reason}); the previous checkpoint is intact"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def is_of(checkpoint: Checkpoint, config: Config) -> bool:
+    """Whether ``config`` made the checkpoint. Only the number of rounds may be another: a run may be given more, and
+    says so (:mod:`.extension`)."""
+    as_it_was = config.federate.model_copy(update={"total_round_num": checkpoint.total_rounds})
+    return checkpoint.fingerprint == config_fingerprint(config.model_copy(update={"federate": as_it_was}))
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, proven: bool = True) -> None:
+    """Write ``checkpoint`` to ``folder``; a crash at any moment leaves the previous one or this one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    about = {item.name: getattr(checkpoint, item.name) for item in fields(Checkpoint) if item.name != "tensors"}
+    before = any((folder / name).is_file() for name in CHECKPOINT_FILES)
+    spared = "the previous checkpoint is intact" if before else "there is no earlier checkpoint"
+    write_state(folder / (_FILE if proven else _UNPROVEN), about, checkpoint.tensors, spared)
+    if proven:
+        (folder / _UNPROVEN).unlink(missing_ok=True)
+
+
+def prove_checkpoint(folder: Path) -> None:
+    """The newest checkpoint turned out well: it takes the place of the last proven one."""
+    if (folder / _UNPROVEN).is_file():
+        os.replace(folder / _UNPROVEN, folder / _FILE)
+
+
+def withdraw_checkpoint(folder: Path) -> None:
+    """The newest checkpoint may hold what a bad step left: go back to the last proven one, if there is one."""
+    if (folder / _FILE).is_file():
+        (folder / _UNPROVEN).unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Inverse of :func:`write_checkpoint`.
+    """The newest checkpoint in ``folder``.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = folder / _FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no checkpoint there; a run writes one after its first round")
+    paths = [folder / name for name in CHECKPOINT_FILES if (folder / name).is_file()]
+    if not paths:
+        raise CheckpointError(f"{folder / _FILE}: no checkpoint there; a run writes one after its first round")
+    # A run killed while it proved one leaves an older one beside it.
+    return max((_read(path) for path in paths), key=lambda checkpoint: checkpoint.next_round)
+
+
+def _read(path: Path) -> Checkpoint:
+    about, tensors = read_state(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            text, checksum = metadata["fs_fwdllm"], metadata["crc32"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if checksum != _checksum(text, tensors):
-            raise ValueError("its checksum does not fit its content")
-        return Checkpoint(tensors=tensors, **json.loads(text))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        return Checkpoint(tensors=tensors, **about)
+    except TypeError as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint of ours ({error})") from error
-
-
-def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """CRC-32 of the text and of every tensor's name, type, shape and bytes."""
-    checksum = zlib.crc32(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"

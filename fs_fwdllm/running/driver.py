@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,20 +24,15 @@ from rich.console import Console
 from fs_fwdllm.config import Config
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, encode
 from fs_fwdllm.data.types import Example
-from fs_fwdllm.errors import CheckpointError, WireError
+from fs_fwdllm.errors import CheckpointError, FwdLLMError, TrainingStalledError, WireError
 from fs_fwdllm.method import ClientWorker, RoundReport, RoundServer, assemble_server
 from fs_fwdllm.model.card import results_of
 from fs_fwdllm.report import RunFolder, RunReporter
 from fs_fwdllm.report.record import method_name
-from fs_fwdllm.report.sinks import read_lines
 from fs_fwdllm.running.accounting import Accounting
-from fs_fwdllm.running.checkpoint import (
-    Checkpoint,
-    config_fingerprint,
-    read_checkpoint,
-    require_same_inputs,
-    write_checkpoint,
-)
+from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, is_of, read_checkpoint, require_same_inputs
+from fs_fwdllm.running.extension import describe_extension
+from fs_fwdllm.running.keeping import Keeper, Kept
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
 from fs_fwdllm.running.saved import check_saved
 from fs_fwdllm.running.session import Session
@@ -84,10 +80,12 @@ def read_own_checkpoint(folder: RunFolder) -> Checkpoint:
     """The checkpoint in a run folder, if the folder's configuration is still the one that made it.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or the configuration was changed.
+        CheckpointError: there is none, it is damaged, the configuration was changed, or another process is at it.
     """
-    checkpoint = read_checkpoint(folder.checkpoint_path)
-    if checkpoint.fingerprint != config_fingerprint(folder.config()):
+    with folder.locked():
+        checkpoint = read_checkpoint(folder.checkpoint_path)
+        changed = not is_of(checkpoint, folder.config())
+    if changed:
         raise CheckpointError(f"{folder.config_path}: was changed after the checkpoint was written; start a new run")
     return checkpoint
 
@@ -130,42 +128,51 @@ class RunDriver:
         self._answers: list[ClientUpdate] = []
         self._unreadable: dict[int, str] = {}
         self._report: RoundReport | None = None
-        self._start_loss: float | None = None
-        self._evaluated: tuple[int, Mapping[str, Any]] = (-1, {})
+        self._rounds_before = self.total_rounds if checkpoint is None else checkpoint.total_rounds
         if checkpoint is None:
             # New weights are drawn from the seed: who loads the same model holds the same bits, as digests prove.
             for client in session.client_samples:
                 self.server.note_holds(client, self.server.digest)
         else:
-            if not session.config.fwdllm.accept_changed_inputs:
-                require_same_inputs(checkpoint, session.inputs, folder.path)
-            self.next_round = checkpoint.next_round
-            lines = [line for line in read_lines(folder) if line.get("eval")]
-            self._start_loss = _loss_of(lines[0]["eval"]) if lines else None
-            if lines and checkpoint.inputs == session.inputs:  # of other data or another base it says nothing now
-                self._evaluated = (lines[-1]["round"], lines[-1]["eval"])
-            self.server.load_state(checkpoint.tensors, checkpoint.numbers)
-            self.accounting.restore(checkpoint.counters)
-            if worker is not None:
-                worker.load_state(_unprefixed(checkpoint.tensors, _WORKER))
-        self._reporter = RunReporter(
-            folder,
-            session.config,
-            total_rounds=self.total_rounds,
-            start_round=self.next_round + 1 if self.next_round else 0,
-            console=console,
-        )
-        self.say = self._reporter.say
+            self._continue_from(checkpoint)
+        with ExitStack() as opened:
+            opened.enter_context(folder.locked())
+            self._reporter = RunReporter(
+                folder,
+                session.config,
+                total_rounds=self.total_rounds,
+                start_round=self.next_round + 1 if self.next_round else 0,
+                console=console,
+            )
+            opened.push(self._reporter)
+            self.say = self._reporter.say
+            self.keeper = Keeper(session, folder, checkpoint, self.say)
+            self._opened = opened.pop_all()
+
+    def _continue_from(self, checkpoint: Checkpoint) -> None:
+        if not self.session.config.fwdllm.accept_changed_inputs:
+            require_same_inputs(checkpoint, self.session.inputs, self.folder.path)
+        self.next_round = checkpoint.next_round
+        self.server.load_state(checkpoint.tensors, checkpoint.numbers)
+        self.accounting.restore(checkpoint.counters)
+        if self._worker is not None:
+            self._worker.load_state(_unprefixed(checkpoint.tensors, _WORKER))
 
     def __enter__(self) -> RunDriver:
         self._reporter.__enter__()
         self.session.announce(self.say)
+        if self.total_rounds != self._rounds_before:
+            self.say(describe_extension(self.session.config, self._rounds_before, self.next_round))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._reporter.__exit__(kind, error, trace)
+        with self._opened:
+            if kind is not None and issubclass(kind, TrainingStalledError):
+                with suppress(FwdLLMError):  # the error that stopped the run is the one to be seen
+                    self.keeper.stop_for_ruin()
+            self._opened.pop_all().__exit__(kind, error, trace)
 
     @property
     def total_rounds(self) -> int:
@@ -173,7 +180,7 @@ class RunDriver:
 
     @property
     def finished(self) -> bool:
-        return self.next_round >= self.total_rounds
+        return self.next_round >= self.total_rounds or self.keeper.says_stop
 
     @property
     def answered(self) -> int:
@@ -193,7 +200,7 @@ class RunDriver:
 
     def record_start(self, evaluation: dict[str, float] | None) -> None:
         """Write the line of round 0: the model before training."""
-        self._start_loss = _loss_of(evaluation)
+        self.keeper.note_start(evaluation)
         line = {"round": 0, "digest": self.server.digest.hex(), "eval": evaluation}
         self._reporter.round({**line, **self.accounting.columns()})
 
@@ -270,38 +277,42 @@ class RunDriver:
         line = {**_line(self._report), **self.accounting.columns()}
         if evaluation is not None:
             line["eval"] = evaluation
-            self._evaluated = (self.next_round + 1, evaluation)
         self._reporter.round(line, traffic)
-        loss = _loss_of(evaluation)
-        if loss is not None and self._start_loss is not None:
-            self.session.watch_evaluation(self.next_round + 1, loss, self._start_loss, self.say)
+        self._watch(evaluation)
         # After its line: a run killed in between repeats the round, and the line is written anew.
+        self.keeper.note_round(self._report, evaluation, self.server.trainables)
         due = self.session.checkpoints_after(self.next_round)
         self.next_round += 1
-        if due:
+        if due or self.finished:
             self._write_checkpoint()
 
+    def _watch(self, evaluation: dict[str, float] | None) -> None:
+        loss, start = _loss_of(evaluation), self.keeper.losses.start
+        if loss is not None and start is not None:
+            self.session.watch_evaluation(self.next_round + 1, loss, start, self.say)
+
     def finish(self) -> Path:
-        """Save what was trained, check it, and close the report. Returns the saved adapter's or model's folder."""
+        """Save what was trained, the best round and the last, and close the report. Returns the folder for use."""
         line = {"round": self.next_round, "digest": self.server.digest.hex(), **self.accounting.columns()}
-        trainables, results = self.server.trainables, self._results(line)
-        trained = self.session.save(self.folder.path, trainables, results)
+        last = Kept(self.next_round, self.server.digest.hex(), self.keeper.last_evaluation, self.server.trainables)
+        kept = self.keeper.finish(last, lambda item: self._results(line, item))
         if self.session.config.fwdllm.check_saved:
-            check_saved(self.session, trained, trainables, self._last_evaluation, self.say)
-        self._reporter.finish({**line, "saved": trained.name})
-        return trained
+            used = kept[0]  # the other is written by the same hands, and loading takes time
+            check_saved(self.session, used.path, used.trainables, used.evaluation, self.say)
+        line |= self.keeper.columns(kept)
+        if self.next_round < self.total_rounds:
+            line["stopped_early"] = True
+            self.say(f"stopped early after round {self.next_round}: {self.keeper.why_it_stops()}")
+        self._reporter.finish(line)
+        self.say(self.keeper.describe(kept))
+        return kept[0].path
 
-    @property
-    def _last_evaluation(self) -> Mapping[str, Any] | None:
-        """The evaluation of the parameters as they are now."""
-        round_number, evaluation = self._evaluated
-        return evaluation if round_number == self.next_round else None
-
-    def _results(self, line: dict[str, object]) -> dict[str, Any]:
+    def _results(self, line: dict[str, object], kept: Kept) -> dict[str, Any]:
         """What the model card says of the run."""
         config, held = self.session.config, self.session.client_samples
         data = f"{config.data.type}, {sum(held.values()):,} training samples on {len(held)} clients"
-        return {"method": method_name(config), "data": data, **results_of(line, self._last_evaluation)}
+        known = {**line, "round": kept.round, "digest": kept.digest}
+        return {"method": method_name(config), "data": data, **results_of(known, kept.evaluation)}
 
     @torch.no_grad()
     def _write_checkpoint(self) -> None:
@@ -313,8 +324,10 @@ class RunDriver:
             counters=self.accounting.counters(),
             fingerprint=config_fingerprint(self.session.config),
             inputs=self.session.inputs,
+            evaluations=self.keeper.evaluations,
+            total_rounds=self.total_rounds,
         )
-        write_checkpoint(self.folder.checkpoint_path, checkpoint)
+        self.keeper.write_checkpoint(checkpoint)
 
 
 def _loss_of(evaluation: Mapping[str, Any] | None) -> float | None:

@@ -14,6 +14,7 @@ from fs_fwdllm.config import Config, load_config
 from fs_fwdllm.method import assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
+from fs_fwdllm.running.extension import give_rounds
 from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
@@ -39,15 +40,22 @@ def run_file(cfg: Path, overrides: list[str]) -> Path:
     return run(load_config(cfg, overrides))
 
 
-def resume(path: str | Path) -> Path:
+def resume(path: str | Path, rounds: int | None = None) -> Path:
     """Continue an interrupted run from its last checkpoint; the result is the uninterrupted run's, bit for bit.
 
+    Args:
+        rounds: how many rounds it is to have in all, instead of what its configuration says. A finished run goes on.
+
     Raises:
-        CheckpointError: no run or no checkpoint there, or its configuration was changed.
+        CheckpointError: no run or no checkpoint there, its configuration was changed, or another process works in it.
+        ConfigError: it has done as many ``rounds`` already.
     """
     folder = RunFolder.open(path)
-    checkpoint = read_own_checkpoint(folder)
-    return _train(Session.open(folder.config()), folder, checkpoint)
+    with folder.locked():
+        checkpoint = read_own_checkpoint(folder)
+        if rounds is not None:
+            give_rounds(folder, checkpoint, rounds)
+        return _train(Session.open(folder.config()), folder, checkpoint)
 
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:

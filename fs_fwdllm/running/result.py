@@ -64,10 +64,14 @@ def run(config: Config) -> RunResult:
     return RunResult(local.run(config))
 
 
-def resume(path: str | Path) -> RunResult:
+def resume(path: str | Path, rounds: int | None = None) -> RunResult:
     """Continue an interrupted run from its last checkpoint; the result is the uninterrupted run's, bit for bit.
 
+    Args:
+        rounds: how many rounds it is to have in all, instead of what its configuration says. A finished run goes on.
+
     Raises:
-        CheckpointError: no run or no checkpoint there, or its configuration was changed.
+        CheckpointError: no run or no checkpoint there, its configuration was changed, or another process works in it.
+        ConfigError: it has done as many ``rounds`` already.
     """
-    return RunResult(local.resume(path))
+    return RunResult(local.resume(path, rounds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +26,12 @@ from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination,
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
-from fs_fwdllm.model.source import model_task
+from fs_fwdllm.model.facts import SavedFacts
+from fs_fwdllm.model.initial_adapter import initial_folder
+from fs_fwdllm.model.saving import write_folder
+from fs_fwdllm.model.source import folder_files, model_task
+from fs_fwdllm.model.trainable_parts import PARTS
+from fs_fwdllm.running.choice import Choice, choose
 
 __all__ = ["Session"]
 
@@ -52,6 +57,8 @@ class Session:
     client_samples: dict[int, int]
     _metrics: list[str]
     evaluation_batches: list[Batch] = field(default_factory=list)
+    choosing_batches: list[Batch] = field(default_factory=list)
+    choice: Choice | None = None
     _warned: bool = False
     _told_divergence: bool = False
 
@@ -68,7 +75,7 @@ class Session:
         session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
         if not session.client_samples:
             raise DataError("no client holds a training sample; check data.splits, federate.client_num and the file")
-        session.evaluation_batches = session._evaluation_split(tokenizer.pad_token_id)
+        session._cut_evaluation(tokenizer.pad_token_id)
         return session
 
     @classmethod
@@ -99,6 +106,7 @@ class Session:
             device=device,
             client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
             _metrics=check_metrics(config.eval.metrics, data.task),
+            choice=choose(config, data.task, _splits_with_samples(data)),
         )
 
     def announce(self, say: Callable[[str], None]) -> None:
@@ -133,6 +141,14 @@ class Session:
             found.append(
                 f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "
                 f"{train.optimizer.lr}: {train.train_strategy} can give a client the learning rate 0"
+            )
+        choice, start = self.choice, self.config.initial_adapter
+        if start:
+            found.append(f"starts from the parameters in {start}")
+        if choice is not None and choice.split == "test" and self.compares_rounds:
+            found.append(
+                f"warning: the best round is chosen by {choice.in_words} on the test split, so that its numbers there "
+                "are too good; give data.splits a validation share, or set fwdllm.saved_round: last"
             )
         ignored = self.config.ignored_keys()
         if ignored:
@@ -170,12 +186,14 @@ class Session:
         """Fingerprints of what this process was given beside the configuration, by what a user calls it."""
         held = [split for _, client in sorted(self.data.clients.items()) for split in (client.train, client.val)]
         tested = [client.test for _, client in sorted(self.data.clients.items())]
-        return {
+        known = {
             "the training rows": rows_fingerprint(held),
             "the test rows": rows_fingerprint([*tested, self.data.test, self.data.val]),
             "the classes": _fingerprint("\0".join(self.data.label_names)),
             "the model's files": _fingerprint(self.loaded.source.files()),
         }
+        place = initial_folder(self.config)
+        return known if place is None else {**known, "the initial adapter's files": _fingerprint(folder_files(place))}
 
     def evaluates_after(self, round_index: int) -> bool:
         """Whether to evaluate after this round (always after the last)."""
@@ -186,14 +204,37 @@ class Session:
         return self._due(round_index, self.config.fwdllm.checkpoint_every)
 
     def evaluate(self, trainables: Trainables) -> dict[str, Any] | None:
-        """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample."""
+        """Metrics of the server's parameters on the evaluation split; ``None`` if there is no such sample.
+
+        Where rounds are compared by another split, its value is among them, under :attr:`Choice.key`.
+        """
         if not self.evaluation_batches:
             return None
+        choice = self.choice
+        by_it = [choice.metric] if choice is not None and choice.metric != "loss" else []
+        reported = [*self._metrics, *(by_it if choice and choice.is_reported else ())]
         with self.at(trainables):
-            return evaluate(
-                self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
-                self.loaded.tokenizer,
-            )  # fmt: skip
+            found = self._measure(self.evaluation_batches, dict.fromkeys(reported))
+            if choice is not None and self.choosing_batches:
+                found[choice.key] = self._measure(self.choosing_batches, by_it)[choice.metric]
+        return found
+
+    def _measure(self, batches: list[Batch], metrics: Iterable[str]) -> dict[str, Any]:
+        return evaluate(self.parts.objective, batches, [*metrics], self.data.label_names, self.loaded.tokenizer)
+
+    @property
+    def total_rounds(self) -> int:
+        return self.config.federate.total_round_num
+
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether :meth:`save` writes an adapter, rather than a whole model."""
+        return PARTS[self.loaded.peft_method].saved_as != "model"
+
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether evaluations decide anything: which round is saved, or when to stop."""
+        return self.config.fwdllm.saved_round == "best" or self.config.early_stop.patience > 0
 
     @contextmanager
     def at(self, trainables: Trainables) -> Iterator[None]:
@@ -206,12 +247,19 @@ class Session:
     def save(
         self, folder: Path, trainables: Trainables, results: Mapping[str, Any] | None = None, suffix: str = ""
     ) -> Path:
-        """Write the trained adapter or model in Hugging Face's format.
+        """Write the trained adapter or model in Hugging Face's format below ``folder``, and return its own folder.
 
         Args:
             results: what the model card says of the run, by the names of ``metrics.jsonl``.
             suffix: of the folder's name: ``-last`` gives ``adapter-last``.
         """
+        return save_trained(self.loaded, folder, _named(trainables), self._facts(results), suffix)
+
+    def save_as(self, target: Path, trainables: Trainables, results: Mapping[str, Any] | None = None) -> None:
+        """As :meth:`save`, to the folder ``target`` itself."""
+        write_folder(self.loaded, target.absolute(), _named(trainables), self._facts(results))
+
+    def _facts(self, results: Mapping[str, Any] | None) -> SavedFacts:
         facts = replace(
             self.loaded.facts,
             task=self.data.task,
@@ -220,22 +268,34 @@ class Session:
         )
         if self.data.template is not None:
             facts = facts.with_data(template=self.data.template.name)
-        if self.data.unanswerable:
-            facts = facts.with_data(unanswerable=True)
-        values = dict(zip(trainables.names, trainables.tensors, strict=True))
-        return save_trained(self.loaded, folder, values, facts, suffix)
+        return facts.with_data(unanswerable=True) if self.data.unanswerable else facts
 
     def _due(self, round_index: int, every: int) -> bool:
         done = round_index + 1
         return done == self.config.federate.total_round_num or (every > 0 and done % every == 0)
 
-    def _evaluation_split(self, pad_token_id: int) -> list[Batch]:
-        for name in self.config.eval.split:
-            examples = {"test": self.data.test, "val": self.data.val}.get(name, [])
-            if examples:
-                size = max(_EVALUATION_BATCH, self.config.dataloader.batch_size)
-                return cut_evaluation_batches(examples, size, pad_token_id, name)
-        return []
+    def _cut_evaluation(self, pad_token_id: int) -> None:
+        """Cut the split that is reported on, and, where rounds are chosen by another, that one too."""
+        size = max(_EVALUATION_BATCH, self.config.dataloader.batch_size)
+        splits = {"test": self.data.test, "val": self.data.val}
+
+        def cut(names: Iterable[str]) -> list[Batch]:
+            name = next((name for name in names if splits.get(name)), "")
+            return cut_evaluation_batches(splits[name], size, pad_token_id, name) if name else []
+
+        self.evaluation_batches = cut(self.config.eval.split)
+        if self.compares_rounds and self.choice is not None and not self.choice.is_reported:
+            self.choosing_batches = cut([self.choice.split])
+
+
+def _named(trainables: Trainables) -> dict[str, torch.Tensor]:
+    return dict(zip(trainables.names, trainables.tensors, strict=True))
+
+
+def _splits_with_samples(data: FederatedData) -> set[str]:
+    """The evaluated splits that somebody here holds a sample of."""
+    holders = [*data.clients.values(), data]
+    return {name for name in ("val", "test") if any(getattr(holder, name) for holder in holders)}
 
 
 #: What data a model is for, in the words of ``data.type``.

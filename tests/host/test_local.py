@@ -64,7 +64,8 @@ def test_a_run_leaves_what_it_promises(world: World, method: str, language_model
     blocks = FACTS[method].trains_blocks
     saved = "model" if blocks else "adapter"
     names = {file.name for file in path.iterdir()} - {"base_model"}
-    assert names == {"config.yaml", "metrics.jsonl", "bytes.csv", "console.log", "report.png", "checkpoint", saved}
+    files = {"config.yaml", "metrics.jsonl", "bytes.csv", "console.log", "report.png", "checkpoint"}
+    assert names == {*files, saved, f"{saved}-last"}
     start, *rounds, final = lines_of(path)
     assert set(start) == COLUMNS | {"eval"}
     assert [line["round"] for line in (start, *rounds, final)] == [0, 1, 2, 3, 4, 5, 5]
@@ -73,8 +74,9 @@ def test_a_run_leaves_what_it_promises(world: World, method: str, language_model
         assert set(line["loss"]) == set(line["learning_rate"]) == {"1", "2", "3", "4"}
         assert line["rejected"] == {} and len(bytes.fromhex(line["digest"])) == 16
         assert line["train_loss"] == pytest.approx(sum(line["loss"].values()) / 4, rel=0.1)
-    assert set(final) == COLUMNS | {"final", "saved"}
-    assert final["final"] is True and final["saved"] == saved
+    about_what_is_saved = {"saved", "saved_round", "saved_digest", "saved_last", "chosen_by", "best"}
+    assert set(final) == COLUMNS | {"final"} | about_what_is_saved
+    assert final["final"] is True and (final["saved"], final["saved_last"]) == (saved, f"{saved}-last")
     assert final["digest"] == rounds[-1]["digest"]
     assert len({line["digest"] for line in (start, *rounds)}) == 6
     metrics = {"loss", "token_accuracy", "perplexity"} if language_model else {
@@ -126,7 +128,7 @@ def test_the_adapter_is_one_that_peft_loads(world: World, method: str, language_
     options = {} if language_model else {"num_labels": len(CLASSES)}
     with quiet_transformers():
         base = loader.from_pretrained(config.model.type.rpartition("@")[0], **options)
-        loaded: nn.Module = PeftModel.from_pretrained(base, path / "adapter").eval()
+        loaded: nn.Module = PeftModel.from_pretrained(base, path / "adapter-last").eval()
     batch = batch_on("cpu", session.evaluation_batches[0])
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
@@ -275,10 +277,10 @@ def test_the_most_memory_never_falls_though_the_kernel_may_read_it_lower(monkeyp
 def test_what_has_no_effect_here_is_said_by_run_and_plan_alike(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {**METHODS["mezo"], "federate.save_to": "x.ckpt", "use_gpu": True, "federate.total_round_num": 1}
+    settings = {**METHODS["mezo"], "federate.use_ss": True, "use_gpu": True, "federate.total_round_num": 1}
     config = world.config(settings)
     remarks = make_plan(config).remarks
-    assert any("federate.save_to" in remark for remark in remarks)
+    assert any("federate.use_ss" in remark for remark in remarks)
     assert torch.cuda.is_available() or any("no accelerator is found" in remark for remark in remarks)
     run(config)
     said = " ".join(capsys.readouterr().out.split())

@@ -13,7 +13,7 @@ import pytest
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import CheckpointError
 from fs_fwdllm.method import ClientWorker
-from fs_fwdllm.running import driver
+from fs_fwdllm.running import keeping
 from fs_fwdllm.running.local import resume, run
 from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, World, bits_of, read_jsonl
@@ -71,8 +71,8 @@ def comparable(path: Path) -> tuple[list[dict[str, Any]], str, str]:
         {key: value for key, value in line.items() if key not in _VARYING}
         for line in read_jsonl(path / "metrics.jsonl")
     ]
-    adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
-    return lines, (path / "bytes.csv").read_text(encoding="utf-8"), adapter.hex()
+    saved = [(path / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "adapter-last")]
+    return lines, (path / "bytes.csv").read_text(encoding="utf-8"), b"".join(saved).hex()
 
 
 def started(config: Config, before: set[Path]) -> Path:
@@ -115,15 +115,15 @@ def test_a_run_killed_between_its_line_and_its_checkpoint(
 ) -> None:
     config = world.config(CASES[case])
     whole = run(config)
-    original = driver.write_checkpoint
+    original = keeping.write_checkpoint
 
-    def die(folder: Path, checkpoint: Any) -> None:
+    def die(folder: Path, checkpoint: Any, **proven: bool) -> None:
         if checkpoint.next_round == 3:
             raise KeyboardInterrupt
-        original(folder, checkpoint)
+        original(folder, checkpoint, **proven)
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "write_checkpoint", die)
+        patch.setattr(keeping, "write_checkpoint", die)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     path = started(config, {whole})

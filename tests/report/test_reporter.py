@@ -139,6 +139,7 @@ def test_an_interrupted_run_says_how_to_go_on_only_if_it_can(config: Config, qui
     for has_checkpoint in (False, True):
         if has_checkpoint:
             folder.checkpoint_path.mkdir()
+            (folder.checkpoint_path / "state.safetensors").touch()
         with (
             pytest.raises(KeyboardInterrupt),
             RunReporter(folder, config, total_rounds=9, start_round=1, console=quiet) as reporter,

@@ -24,8 +24,11 @@ __all__ = ["check_command_line", "with_found_file"]
 _OPTION = "--cfg"
 
 
-def check_command_line(arguments: Sequence[str], host: Any) -> None:
+def check_command_line(arguments: Sequence[str], host: Any) -> dict[str, Any]:
     """Check ``--cfg FILE key value ...`` if it asks for a run of ours; say nothing of other runs.
+
+    Returns:
+        What a run of ours was told, as sections; empty where that cannot be seen.
 
     Args:
         host: the host's configuration with its defaults, to tell its keys from misspelt ones.
@@ -38,14 +41,16 @@ def check_command_line(arguments: Sequence[str], host: Any) -> None:
     try:
         known, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError:
-        return
+        return {}
     overrides = _without_options(rest)
     if not known.cfg or len(overrides) % 2:
-        return  # the host says what is wrong
+        return {}  # the host says what is wrong
     tree = read_tree(Path(known.cfg))
     apply_overrides(tree, overrides)
-    if _is_ours(tree):
-        parse_config(_ours(tree, Config, host))
+    if not _is_ours(tree):
+        return {}
+    parse_config(_ours(tree, Config, host))
+    return tree
 
 
 def with_found_file(arguments: Sequence[str]) -> list[str]:

@@ -69,7 +69,9 @@ def load_data(config: Any, client_configs: Any) -> Any:
     if not is_ours(config):
         run_state.close()
         return _presplit_for_host(config) if presplit else None
-    check_command_line(sys.argv[1:], config)
+    said = check_command_line(sys.argv[1:], config)
+    if said and "patience" not in (said.get("early_stop") or {}):
+        config.early_stop.patience = Config().early_stop.patience  # as everywhere: no run stops early unless told to
     refuse_unsupported(config)
     refuse_client_settings(client_configs)
     _make_place_for(config.federate.save_to)

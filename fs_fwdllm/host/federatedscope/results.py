@@ -7,7 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LogLines", "latest_evaluation", "results_in"]
+from fs_fwdllm.running.choice import Choice
+
+__all__ = ["LogLines", "latest_evaluation", "results_in", "with_value_to_choose_by"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
@@ -41,6 +43,16 @@ def latest_evaluation(history: Mapping[str, Any], splits: Sequence[str]) -> dict
                 loss = values.pop("avg_loss", values.get("loss", float("nan")))
                 return {"loss": loss, **{key: value for key, value in values.items() if key not in _LEFT_OUT}}
     return None
+
+
+def with_value_to_choose_by(
+    evaluation: dict[str, float] | None, history: Mapping[str, Any], choice: Choice | None
+) -> dict[str, float] | None:
+    """``evaluation`` and the value that rounds are compared by, where that is of another split."""
+    if evaluation is None or choice is None or choice.is_reported:
+        return evaluation
+    value = (latest_evaluation(history, [choice.split]) or {}).get(choice.metric)
+    return evaluation if value is None else {**evaluation, choice.key: value}
 
 
 class LogLines(io.TextIOBase):

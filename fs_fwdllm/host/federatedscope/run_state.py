@@ -27,7 +27,8 @@ from fs_fwdllm.host.federatedscope import HOST, RUN_FOLDER
 from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
-from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint
+from fs_fwdllm.running.checkpoint import Checkpoint, is_of, read_checkpoint
+from fs_fwdllm.running.keeping import take_over_best
 from fs_fwdllm.running.session import Session
 
 __all__ = [
@@ -171,14 +172,17 @@ def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoi
     source = Path(process.restore_from)
     if not process.restore_from or not source.is_dir():
         return folder, None
-    checkpoint = read_checkpoint(RunFolder.open(source).checkpoint_path)
-    if checkpoint.fingerprint != config_fingerprint(process.config):
+    before = RunFolder.open(source)
+    with before.locked():
+        checkpoint = read_checkpoint(before.checkpoint_path)
+    if not is_of(checkpoint, process.config):
         raise CheckpointError(
             f"federate.restore_from {str(source)!r}: that run had another configuration; a run continues with the one "
             "it was started with"
         )
     if checkpoint.next_round >= process.config.federate.total_round_num:
         raise CheckpointError(f"federate.restore_from {str(source)!r}: that run has finished; nothing is left to do")
+    take_over_best(before, folder)
     return folder, checkpoint
 
 

@@ -25,7 +25,7 @@ from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.federatedscope import run_state
 from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
-from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in
+from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in, with_value_to_choose_by
 from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.transport import dispatch, frame_in, next_message
 from fs_fwdllm.running.driver import RunDriver
@@ -182,8 +182,14 @@ class FwdLLMServer(MemberServer):
 
     def check_and_save(self) -> None:
         """After an evaluation: record it, let the host save and decide on stopping, then go on."""
-        self.driver.record(latest_evaluation(self.history_results, self._cfg.eval.split))
+        evaluation = latest_evaluation(self.history_results, self._cfg.eval.split)
+        choice = self._process.session.choice
+        self.driver.record(with_value_to_choose_by(evaluation, self.history_results, choice))
+        self.early_stopper = _DriversStop(self.driver)
         super().check_and_save()
+        if not self.is_finish and self.driver.finished:  # the host asks nobody where only the server evaluates
+            self.save_best_results()
+            self.terminate()
         if not self.is_finish:
             self._open_round()
 
@@ -269,6 +275,17 @@ class FwdLLMServer(MemberServer):
                 f"federate.restore_from {str(self.driver.folder.path)!r} when they are back"
             )
         self._close_round()
+
+
+class _DriversStop:
+    """Stands where the host expects its early stopping, which a resumed run would have to begin anew."""
+
+    def __init__(self, driver: RunDriver) -> None:
+        self._driver = driver
+
+    def track_and_check(self, history: Any) -> bool:
+        """Whether ``early_stop.*`` ends the run before its last round."""
+        return self._driver.finished and self._driver.next_round < self._driver.total_rounds
 
 
 class TrainedParameters:

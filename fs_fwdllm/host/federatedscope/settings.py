@@ -97,6 +97,7 @@ def config_from_host(node: Any) -> Config:
     """
     config = parse_config(_tree(node, Config, ""))
     config.wandb.use = False  # the host tracks the run
+    config.federate.save_to = config.federate.restore_from = ""  # the host saves in its own format, and reads it
     return config
 
 
@@ -178,6 +179,8 @@ def complete(node: Any, splits_with_data: list[str]) -> None:
     node.eval.split = [split for split in node.eval.split if split in splits_with_data] or node.eval.split
     key = node.eval.best_res_update_round_wise_key
     split, _, metric = key.partition("_")
+    if split in splits_with_data and split in ("val", "test") and split not in node.eval.split:
+        node.eval.split = [*node.eval.split, split]  # rounds are chosen by it, whatever is reported on
     if split not in node.eval.split and splits_with_data:
         node.eval.best_res_update_round_wise_key = f"{node.eval.split[0]}_{metric or 'loss'}"
         logger.warning(

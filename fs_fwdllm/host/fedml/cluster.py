@@ -33,6 +33,7 @@ from fs_fwdllm.method import check_combination
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.running.driver import read_own_checkpoint
+from fs_fwdllm.running.extension import give_rounds
 
 __all__ = ["explain_failure", "resume", "run", "write_addresses"]
 
@@ -65,15 +66,17 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     return _carry_out(settings, folder, resume=False)
 
 
-def resume(path: str | Path) -> Path:
-    """Continue an interrupted run from its last checkpoint; the result is the uninterrupted run's, bit for bit.
+def resume(path: str | Path, rounds: int | None = None) -> Path:
+    """Continue a run from its last checkpoint, as :func:`fs_fwdllm.running.local.resume`.
 
     Raises:
-        CheckpointError: no run or no checkpoint there, or its configuration was changed.
+        CheckpointError, ConfigError: as there.
         HostError: as :func:`run`.
     """
     folder = RunFolder.open(path)
-    read_own_checkpoint(folder)
+    checkpoint = read_own_checkpoint(folder)
+    if rounds is not None:
+        give_rounds(folder, checkpoint, rounds)
     import_fedml()
     return _carry_out(read_settings(folder.path / HOST.marker), folder, resume=True)
 

@@ -221,6 +221,20 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert comparable(stopped) == comparable(whole)
 
 
+def test_a_finished_run_goes_on_to_more_rounds(world: FedMLWorld) -> None:
+    path = run(world.file("forward", "sp"))
+    resume(path, rounds=5)
+    assert comparable(path) == comparable(run_locally(world.config("forward", **{"federate.total_round_num": 5})))
+
+
+def test_a_run_stops_early_where_the_local_host_does(world: FedMLWorld) -> None:
+    """FedML counts its rounds to the end; ours is over before."""
+    settings = {"early_stop.patience": 2, "early_stop.delta": 1000.0, "federate.total_round_num": 8}
+    path = run(world.file("fedavg", "sp", **settings))
+    assert comparable(path) == comparable(run_locally(world.config("fedavg", **settings)))
+    assert read_jsonl(path / "metrics.jsonl")[-1]["round"] == 3
+
+
 def test_an_error_of_ours_reaches_the_caller(world: FedMLWorld) -> None:
     with pytest.raises(ConfigError, match="sample_client_num 9: only 4 clients"):
         run(world.file("mezo", "sp", {"client_num_per_round": 9}))
