@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -23,6 +22,7 @@ from fs_fwdllm.cli.doctor import examine
 from fs_fwdllm.cli.trained import COMMANDS as COMMANDS_FOR_TRAINED
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
 from fs_fwdllm.host.hosts import FILE_OPTIONS, HOSTS, owner_of
+from fs_fwdllm.report.terminal import loading, print_facts, say
 
 __all__ = ["app", "main"]
 
@@ -102,13 +102,9 @@ def run(
 def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round."""
     config = _read_config(cfg, overrides)
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
-    for name, value in forecast.rows():
-        table.add_row(Text(name), Text(value))
-    Console(highlight=False).print(table)
+    with loading(f"{config.model.type} and {config.data.type}"):
+        forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
+    print_facts(Console(highlight=False), forecast.rows())
     for remark in forecast.remarks:
         _say(remark)
 
@@ -145,9 +141,11 @@ def compare(
     """Compare several runs: one picture, one table."""
     from fs_fwdllm.report import compare_runs
 
-    picture, table = compare_runs(runs, output)
-    Console(highlight=False).print(table)
-    _say(f"picture {picture}")
+    compared = compare_runs(runs, output)
+    if compared.warning:
+        _say(compared.warning)
+    Console(highlight=False).print(compared.result, compared.costs)
+    _say(f"picture {compared.picture}")
 
 
 @app.command()
@@ -162,9 +160,11 @@ def cost(
     """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model."""
     from fs_fwdllm.report import DEVICES_FILE, analyse_costs, read_device_model
 
-    picture, table = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
-    Console(highlight=False).print(table)
-    _say(f"picture {picture}")
+    costs = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
+    Console(highlight=False).print(costs.measured, *costs.modelled)
+    for remark in costs.remarks:
+        _say(remark)
+    _say(f"picture {costs.picture}")
 
 
 @app.command()
@@ -211,10 +211,8 @@ def hook_remove(path: Checkout) -> None:
 @app.command()
 def doctor() -> None:
     """Say which versions, devices, extras and hosts are found here."""
-    table = Table("what", "found", "hint")
-    for finding in examine():
-        table.add_row(Text(finding.name), Text(finding.found), Text(finding.hint))
-    Console(highlight=False).print(table)
+    facts = [(finding.name, f"{finding.found}\n{finding.hint}".strip()) for finding in examine()]
+    print_facts(Console(highlight=False), facts)
 
 
 def main() -> None:
@@ -242,7 +240,7 @@ def _refuse_stray_options(overrides: list[str] | None) -> None:
 
 
 def _say(text: str) -> None:
-    Console(highlight=False).print(text, markup=False, soft_wrap=True)
+    say(Console(highlight=False), text)
 
 
 def _say_on_stderr(text: str, style: str) -> None:

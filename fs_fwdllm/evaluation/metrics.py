@@ -10,7 +10,7 @@ of the best span over all windows of a question. Exact match and F1 are SQuAD's,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 
+from fs_fwdllm.config.schema import LOSS_WORDS
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 from fs_fwdllm.evaluation.answers import BestSpans, judge
 from fs_fwdllm.evaluation.generation import generate_answers
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "of_classes"]
+__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "majority_scores", "of_classes"]
 
 _OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
 
@@ -43,7 +44,7 @@ METRICS_ON_REQUEST: dict[Task, tuple[str, ...]] = {
     "question_answering": (),
 }
 #: FederatedScope's names for the same things.
-_ALIASES = {"acc": "accuracy", "f1": "macro_f1", "loss": "loss", "avg_loss": "loss", "total": "loss"}
+_ALIASES = {"acc": "accuracy", "f1": "macro_f1", **dict.fromkeys(LOSS_WORDS, "loss")}
 
 
 def check_metrics(names: Sequence[str], task: Task) -> list[str]:
@@ -66,12 +67,14 @@ def evaluate(
     metrics: Sequence[str],
     label_names: Sequence[str] = (),
     tokenizer: Any = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Mean loss per label and the named metrics over ``batches``.
 
     Args:
         label_names: the classes in index order, for ``per_class``.
         tokenizer: turns generated tokens to text, for a language model's ``exact_match`` and ``f1``.
+        progress: is told, before the first batch and after each, how many are done and how many there are.
 
     Returns:
         Numbers by name; ``per_class`` is a mapping of lists (see :func:`_per_class`).
@@ -79,8 +82,10 @@ def evaluate(
     Raises:
         DataError: exact match is asked for, but the data has no reference answers.
     """
+    generates = objective.task == "causal_lm" and bool({"exact_match", "f1"} & set(metrics))
+    total = len(batches) * (1 + generates)
     total_loss, predictions, targets, spans = 0.0, [], [], BestSpans()
-    for batch in batches:
+    for batch in _watched(batches, 0, total, progress):
         batch_loss = objective.on(batch)
         logits = batch_loss.logits()
         total_loss += float(F.cross_entropy(logits, batch_loss.targets, reduction="sum"))
@@ -95,11 +100,35 @@ def evaluate(
         known |= judge(spans.answers, spans.gold)
     elif objective.task == "causal_lm":
         known |= _of_tokens(known["loss"], predicted, actual)
-        if {"exact_match", "f1"} & set(metrics):
-            known |= _of_generated(objective, batches, tokenizer)
+        if generates:
+            known |= _of_generated(objective, _watched(batches, len(batches), total, progress), tokenizer)
     else:
         known |= of_classes(predicted, actual, metrics, label_names)
     return {name: known[name] for name in ("loss", *metrics)}
+
+
+def majority_scores(batches: Sequence[Batch], metrics: Sequence[str]) -> dict[str, float]:
+    """What always answering the most frequent class reaches in the named metrics of a classification.
+
+    Returns:
+        ``majority_accuracy`` always, and for ``macro_f1`` and ``binary_f1`` a number of that name; Matthews correlation
+        is zero by definition.
+    """
+    actual = np.concatenate([batch.labels for batch in batches]).reshape(-1)
+    most_frequent = np.full_like(actual, np.bincount(actual).argmax())
+    named = [name for name in ("accuracy", "macro_f1", "binary_f1") if name == "accuracy" or name in metrics]
+    found = of_classes(most_frequent, actual, named, ())
+    return {f"majority_{name}": found[name] for name in named}
+
+
+def _watched(
+    batches: Sequence[Batch], before: int, total: int, progress: Callable[[int, int], None]
+) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        if not before + number:
+            progress(0, total)
+        yield batch
+        progress(before + number + 1, total)
 
 
 def _of_tokens(loss: float, predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
@@ -107,7 +136,7 @@ def _of_tokens(loss: float, predicted: np.ndarray, actual: np.ndarray) -> dict[s
     return {"token_accuracy": float((predicted == actual).mean()), "perplexity": perplexity}
 
 
-def _of_generated(objective: Objective, batches: Sequence[Batch], tokenizer: Any) -> dict[str, float]:
+def _of_generated(objective: Objective, batches: Iterable[Batch], tokenizer: Any) -> dict[str, float]:
     answers, gold = generate_answers(objective.model, batches, tokenizer)
     if not gold:
         raise DataError("eval.metrics exact_match and f1: need data with reference answers, such as SQuAD's file@llm")

@@ -30,6 +30,7 @@ from fs_fwdllm.report import RunFolder, RunReporter
 from fs_fwdllm.report.record import method_name
 from fs_fwdllm.report.sinks import read_lines
 from fs_fwdllm.running.accounting import Accounting
+from fs_fwdllm.running.arithmetic import model_facts
 from fs_fwdllm.running.checkpoint import (
     Checkpoint,
     config_fingerprint,
@@ -129,6 +130,7 @@ class RunDriver:
         self.missing: set[int] = set()
         self._answers: list[ClientUpdate] = []
         self._unreadable: dict[int, str] = {}
+        self._asked = 0
         self._report: RoundReport | None = None
         self._start_loss: float | None = None
         self._evaluated: tuple[int, Mapping[str, Any]] = (-1, {})
@@ -156,6 +158,7 @@ class RunDriver:
             console=console,
         )
         self.say = self._reporter.say
+        session.progress = self._reporter.evaluating
 
     def __enter__(self) -> RunDriver:
         self._reporter.__enter__()
@@ -194,7 +197,8 @@ class RunDriver:
     def record_start(self, evaluation: dict[str, float] | None) -> None:
         """Write the line of round 0: the model before training."""
         self._start_loss = _loss_of(evaluation)
-        line = {"round": 0, "digest": self.server.digest.hex(), "eval": evaluation}
+        facts = model_facts(self.session.parts, self.session.data)
+        line = {"round": 0, "digest": self.server.digest.hex(), "model": facts, "eval": evaluation}
         self._reporter.round({**line, **self.accounting.columns()})
 
     def open_round(self) -> dict[int, bytes]:
@@ -205,6 +209,8 @@ class RunDriver:
         for client, frame in frames.items():
             self.accounting.ledger.download(client, frame)
         self.missing, self._answers, self._unreadable = set(frames), [], {}
+        self._asked = len(frames)
+        self._reporter.answered(0, self._asked)
         return frames
 
     def reopen_for(self, client: int) -> bytes:
@@ -232,6 +238,7 @@ class RunDriver:
         named in the round's report."""
         self.accounting.ledger.upload(client, frame)
         self.missing.discard(client)
+        self._reporter.answered(self._asked - len(self.missing), self._asked)
         try:
             update = decode(frame)
             if not isinstance(update, ClientUpdate):

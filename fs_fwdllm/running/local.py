@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fs_fwdllm.config import Config, load_config
 from fs_fwdllm.method import assemble_worker
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.report.terminal import loading
 from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
 from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
@@ -29,7 +30,8 @@ def run(config: Config) -> Path:
     Raises:
         FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
     """
-    session = Session.open(config)
+    with loading(f"{config.model.type} and {config.data.type}"):
+        session = Session.open(config)
     clients_per_round(config, len(session.client_samples))  # refused before there is a folder
     return _train(session, RunFolder.create(config), None)
 
@@ -46,8 +48,10 @@ def resume(path: str | Path) -> Path:
         CheckpointError: no run or no checkpoint there, or its configuration was changed.
     """
     folder = RunFolder.open(path)
-    checkpoint = read_own_checkpoint(folder)
-    return _train(Session.open(folder.config()), folder, checkpoint)
+    checkpoint, config = read_own_checkpoint(folder), folder.config()
+    with loading(f"{config.model.type} and {config.data.type}"):
+        session = Session.open(config)
+    return _train(session, folder, checkpoint)
 
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:

@@ -20,7 +20,7 @@ from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.data.types import rows_fingerprint
 from fs_fwdllm.errors import ConfigError, DataError
-from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
+from fs_fwdllm.evaluation.metrics import check_metrics, evaluate, majority_scores
 from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, recipe_of
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
@@ -51,6 +51,8 @@ class Session:
     client_samples: dict[int, int]
     _metrics: list[str]
     evaluation_batches: list[Batch] = field(default_factory=list)
+    #: Told, while an evaluation goes on, how many batches are done and how many there are.
+    progress: Callable[[int, int], None] = lambda done, total: None
     _warned: bool = False
     _told_divergence: bool = False
 
@@ -189,10 +191,13 @@ class Session:
         if not self.evaluation_batches:
             return None
         with self.at(trainables):
-            return evaluate(
+            results = evaluate(
                 self.parts.objective, self.evaluation_batches, self._metrics, self.data.label_names,
-                self.loaded.tokenizer,
+                self.loaded.tokenizer, self.progress,
             )  # fmt: skip
+        if self.data.task in ("classification", "label_words"):
+            results = {**majority_scores(self.evaluation_batches, self._metrics), **results}
+        return {"loss": results.pop("loss"), **results}
 
     @contextmanager
     def at(self, trainables: Trainables) -> Iterator[None]:
