@@ -144,7 +144,9 @@ def compare(
     compared = compare_runs(runs, output)
     if compared.warning:
         _say(compared.warning)
-    Console(highlight=False).print(compared.result, compared.costs)
+    console = Console(highlight=False)
+    print_facts(console, compared.legend)
+    console.print(compared.result, compared.costs)
     _say(f"picture {compared.picture}")
 
 

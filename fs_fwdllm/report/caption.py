@@ -27,16 +27,18 @@ def given_facts(record: RunRecord) -> list[str]:
     config = record.config
     federate, train = config.federate, config.train
     facts = record.model_facts
-    trained = f" ({facts['trainable_parameters']:,} of {facts['parameters']:,} parameters)" if facts else ""
+    trained = (
+        f" ({facts['trainable_parameters']:,} of {facts['parameters']:,} parameters)" if "parameters" in facts else ""
+    )
     clients = facts.get("clients") or federate.client_num or "all"
     return [
         f"model {short_name(config.model.type)}",
         f"data {short_name(config.data.type)}",
         f"trained {adapter_name(config)}{trained}",
         f"{_asked(config)} of {clients} clients a round",
+        f"seed {config.seed}",
         f"batch {config.dataloader.batch_size}, {train.local_update_steps} local {_steps(config)}",
         f"{train.optimizer.type}, learning rate {train.optimizer.lr:g} ({train.scheduler.type or 'constant'})",
-        f"seed {config.seed}",
     ]
 
 

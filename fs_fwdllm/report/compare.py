@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -43,9 +44,17 @@ _FAR_APART = 20.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """A picture, what the runs reached and what they cost, and a warning if they are not of one task (else empty)."""
+    """What comparing runs gives.
+
+    Attributes:
+        picture: the file.
+        legend: number and label of each group of runs.
+        result, costs: what they reached, and what that took.
+        warning: said if the runs are not of one task; else empty.
+    """
 
     picture: Path
+    legend: list[tuple[str, str]]
     result: Table
     costs: Table
     warning: str
@@ -70,7 +79,8 @@ def compare_runs(paths: Sequence[str | Path], output: str | Path) -> Comparison:
     y, y_label = common_curve(records)
     warning = incomparable(groups)
     picture = _draw(groups, y, y_label, warning, Path(output))
-    return Comparison(picture, _result_table(groups, y, y_label), _cost_table(groups), warning)
+    legend = [(str(number + 1), group.label) for number, group in enumerate(groups)]
+    return Comparison(picture, legend, _result_table(groups, y, y_label), _cost_table(groups), warning)
 
 
 def load_runs(paths: Sequence[str | Path], command: str) -> list[RunRecord]:
@@ -100,9 +110,10 @@ def _draw(groups: Sequence[RunGroup], y: str, y_label: str, warning: str, output
     figure, axes = new_figure(2, 3, *_SIZE_PX, title="", caption=f"all of them: {' · '.join(common)}" if common else "")
     by_round, losses, *by_cost, ends = axes
     _draw_curves(by_round, groups, "round", y, y_label)
-    majority = {summary.majority for group in groups for summary in group.summaries}
-    if len(majority) == 1 and None not in majority:
-        by_round.axhline(max(majority), color=GREY, linestyle="--", linewidth=1.2)  # type: ignore[type-var]
+    majorities = [summary.majority for group in groups if _is_own(group, y) for summary in group.summaries]
+    known = [majority for majority in majorities if majority is not None]
+    if known and not warning:
+        by_round.axhline(fmean(known), color=GREY, linestyle="--", linewidth=1.2, label="most frequent class, always")
     has_evaluation = y != "train_loss" and y != "eval.loss"
     _draw_curves(losses, groups, "round", *(("eval.loss", "evaluation loss") if has_evaluation else _TRAINING))
     for axis, x in zip(by_cost, [name for name in X_AXES if name != "round"], strict=True):
@@ -128,7 +139,8 @@ def _draw_curves(axis: Axes, groups: Sequence[RunGroup], x: str, y: str, y_label
             high = [mean + spread for mean, spread in zip(curve.y, curve.spread, strict=True)]
             axis.fill_between(curve.x, low, high, color=colour, alpha=0.18, linewidth=0)
         width_pt = 3.2 - 1.6 * number / len(groups)
-        draw(axis, curve.x, curve.y, label=group.label, colour=colour, width_pt=width_pt, style=LINE_STYLES[number])
+        label = f"{number + 1}  {group.label}"
+        draw(axis, curve.x, curve.y, label=label, colour=colour, width_pt=width_pt, style=LINE_STYLES[number])
     ends = [curve.x[-1] for curve in curves if curve.x]
     far_apart = x in _LOG_AXES and min(ends, default=0) > 0 and max(ends) > _FAR_APART * min(ends)
     (label_log_axes if far_apart else label_axes)(axis, x, y_label)
@@ -218,5 +230,6 @@ def _table(groups: Sequence[RunGroup], columns: dict[str, Callable[[RunGroup], s
     shown = {name: values for name, values in cells.items() if any(value != "-" for value in values)}
     table = compact_table("run", *shown, title=title)
     for number, group in enumerate(groups):
-        table.add_row(Text(group.label), *(Text(values[number]) for values in shown.values()))
+        more = f" and {len(group.records) - 1} more" if len(group.records) > 1 else ""
+        table.add_row(Text(f"{number + 1} {group.name}{more}"), *(Text(values[number]) for values in shown.values()))
     return table

@@ -89,7 +89,7 @@ class RunConsole:
         self._console = console or Console(highlight=False)
         self._settings = settings
         self._total_rounds = total_rounds
-        self._pace = Pace(total_rounds)
+        self._pace = Pace(total_rounds, time.monotonic)
         self._majority = "" if start_round <= 1 else None
         self._log_path = folder.console_path
         with disk_errors_named(self._log_path):
@@ -135,7 +135,7 @@ class RunConsole:
         self._pace.answered(done, asked)
         if self._bar is not None:
             self._bar.answered(done, asked, self._pace.left_s())
-        elif done < asked and self._silent():
+        elif 0 < done < asked and self._silent():
             self._say_once(f"round {self._pace.open_round}: {done} of {asked} clients have answered{self._left()}")
 
     def evaluating(self, done: int, total: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -17,17 +18,28 @@ from rich.text import Text
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.report.compare import common_curve, load_runs
 from fs_fwdllm.report.device_model import DeviceModel, PassCost, modelled_seconds, pass_cost
-from fs_fwdllm.report.figure import COLOURS, LINE_STYLES, draw, label_modelled_time, new_figure, save_figure
+from fs_fwdllm.report.figure import (
+    COLOURS,
+    GREY,
+    LINE_STYLES,
+    draw,
+    label_modelled_time,
+    new_figure,
+    save_figure,
+    shortened,
+)
 from fs_fwdllm.report.groups import run_names
 from fs_fwdllm.report.record import LOWER_IS_BETTER, RunRecord
 from fs_fwdllm.report.terminal import compact_table
 from fs_fwdllm.report.traffic import read_traffic
 from fs_fwdllm.report.units import byte_unit, format_bytes, format_metric, format_seconds, short_count
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["CostReport", "analyse_costs"]
 
-_PANEL_PX = (620, 460)
-_COLUMNS = 3
+_SIZE_PX = (1600, 1000)
 
 
 @dataclass(frozen=True)
@@ -161,9 +173,7 @@ def _measured_table(costs: Sequence[_Costs]) -> Table:
 
 
 def _modelled_table(costs: Sequence[_Costs], model: DeviceModel) -> Table:
-    table = compact_table(
-        "run", *model.devices, title="modelled time of the run (a dash: the device cannot do the work)"
-    )
+    table = compact_table("run", *model.devices, title="modelled time of the run")
     for run in costs:
         table.add_row(Text(run.label), *(format_seconds(run.whole_s(name)) for name in model.devices))
     return table
@@ -178,37 +188,63 @@ def _target_table(costs: Sequence[_Costs], model: DeviceModel, target: str) -> T
 
 
 def _draw(costs: Sequence[_Costs], model: DeviceModel, y_label: str, output: Path) -> Path:
-    """Bars of what was measured, then the curve against each device's modelled time."""
+    """Bars of what was measured; below them the modelled time by device, and the curve against two devices' time."""
+    caption = "\n".join(_remarks(costs, model))
+    title = "costs: measured above, modelled time below"
+    figure, axes = new_figure(2, 3, *_SIZE_PX, title=title, caption=caption)
     traffic = [(run.upload_bytes + run.download_bytes) / max(1, run.client_rounds) for run in costs]
     divisor, unit = byte_unit(max(traffic))
-    bars = {
-        "peak RSS of the process [MiB]": [run.peak_rss_mib or 0.0 for run in costs],
-        f"a client's bytes in a round [{unit}]": [value / divisor for value in traffic],
-        "passes, forward + backward": [run.forward_passes + run.backward_passes for run in costs],
-    }
-    lines = 1 + -(-len(model.devices) // _COLUMNS)
-    size = (_PANEL_PX[0] * _COLUMNS, _PANEL_PX[1] * lines)
-    caption = "\n".join(_remarks(costs, model))
-    figure, axes = new_figure(
-        lines, _COLUMNS, *size, title="costs: measured above, modelled time below", caption=caption
-    )
-    for axis, (name, values) in zip(axes, bars.items(), strict=False):
-        shown = axis.barh(range(len(values)), values, color=COLOURS[: len(values)])
-        axis.bar_label(shown, fmt="{:,.4g}", padding=4, fontsize=10)
-        axis.margins(x=0.2)
-        axis.set_axisbelow(True)
-        axis.set_yticks(range(len(values)), [run.label for run in costs], parse_math=False)
-        axis.invert_yaxis()
-        axis.set_xlabel(name, fontsize=11)
-    for axis, device in zip(axes[_COLUMNS:], model.devices, strict=False):
-        for number, run in enumerate(costs):
-            pairs = zip(run.seconds[device] or [], run.scores, strict=False)
-            points = [(x, score) for x, score in pairs if score is not None and x > 0]
-            xs, ys = [x for x, _ in points], [score for _, score in points]
-            draw(axis, xs, ys, label=run.label, colour=COLOURS[number], style=LINE_STYLES[number])
-        if not any(run.seconds[device] for run in costs):
-            axis.text(0.5, 0.5, "no run can be modelled", transform=axis.transAxes, ha="center", color="#777777")
-        label_modelled_time(axis, device, y_label)
-    for axis in axes[_COLUMNS + len(model.devices) :]:
-        axis.set_visible(False)
+    passes = [run.forward_passes + run.backward_passes for run in costs]
+    _draw_bars(axes[0], costs, [run.peak_rss_mib or 0.0 for run in costs], "peak RSS of the process [MiB]")
+    _draw_bars(axes[1], costs, [value / divisor for value in traffic], f"a client's bytes in a round [{unit}]")
+    _draw_bars(axes[2], costs, passes, "passes, forward + backward", list(map(short_count, passes)))
+    _draw_times(axes[3], costs, model)
+    first, *others = model.devices
+    _draw_curves(axes[4], costs, first, y_label)
+    if others:
+        _draw_curves(axes[5], costs, others[-1], y_label)
+    axes[5].set_visible(bool(others))
     return save_figure(figure, output)
+
+
+def _draw_bars(
+    axis: Axes, costs: Sequence[_Costs], values: Sequence[float], x_label: str, labels: Sequence[str] | None = None
+) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    bars = axis.barh(range(len(values)), values, color=COLOURS[: len(values)])
+    axis.bar_label(bars, labels=labels or [f"{value:,.4g}" for value in values], padding=4, fontsize=10)
+    axis.margins(x=0.2)
+    axis.set_axisbelow(True)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_yticks(range(len(values)), [shortened(run.label) for run in costs], parse_math=False)
+    axis.invert_yaxis()
+    axis.set_xlabel(x_label, fontsize=11)
+
+
+def _draw_times(axis: Axes, costs: Sequence[_Costs], model: DeviceModel) -> None:
+    """For each device a bar a run; no bar where the device cannot do the work."""
+    height = 0.8 / len(costs)
+    for number, run in enumerate(costs):
+        for row, device in enumerate(model.devices):
+            seconds = run.whole_s(device)
+            place = row + (number - (len(costs) - 1) / 2) * height
+            bars = axis.barh([place], [seconds or 0.0], height, color=COLOURS[number])
+            axis.bar_label(bars, labels=[format_seconds(seconds)], padding=4, fontsize=9)
+    axis.margins(x=0.3)
+    axis.set_axisbelow(True)
+    axis.set_yticks(range(len(model.devices)), list(map(shortened, model.devices)), parse_math=False)
+    axis.invert_yaxis()
+    axis.xaxis.set_ticklabels([])
+    axis.set_xlabel("modelled time of the whole run", fontsize=11)
+
+
+def _draw_curves(axis: Axes, costs: Sequence[_Costs], device: str, y_label: str) -> None:
+    for number, run in enumerate(costs):
+        pairs = zip(run.seconds[device] or [], run.scores, strict=False)
+        points = [(x, score) for x, score in pairs if score is not None and x > 0]
+        xs, ys = [x for x, _ in points], [score for _, score in points]
+        draw(axis, xs, ys, label=run.label, colour=COLOURS[number], style=LINE_STYLES[number])
+    if not any(run.seconds[device] for run in costs):
+        axis.text(0.5, 0.5, "no run can be modelled", transform=axis.transAxes, ha="center", color=GREY)
+    label_modelled_time(axis, device, y_label)

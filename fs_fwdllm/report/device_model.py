@@ -123,7 +123,8 @@ def pass_cost(record: RunRecord, model: DeviceModel) -> PassCost | None:
     forward = (whole - kept + kept / max(1, facts["passes_per_step"])) / reference
     text = f"a forward pass has {whole / 1e9:.3g} GFLOP, {whole / reference:.2g} times that of the constants"
     if kept:
-        text += f"; {kept / whole:.1%} of it is kept and charged once a step"
+        share = f"{kept / whole:.0%}" if kept < 0.995 * whole else "nearly all"
+        text += f"; {share} of it is kept and charged once a step"
     return PassCost(forward, (whole - kept) / reference, text)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS", "GREY", "LINE_STYLES", "X_AXES", "draw", "label_axes", "label_log_axes", "label_modelled_time",
-    "new_figure", "save_figure", "show_legend", "smoothed", "write_caption", "write_warning",
+    "new_figure", "save_figure", "shortened", "show_legend", "smoothed", "write_caption", "write_warning",
 ]  # fmt: skip
 
 #: Okabe and Ito's palette, which people with any colour vision can tell apart.
@@ -46,6 +46,15 @@ X_AXES = {
     "seconds": "time [s]",
 }
 
+#: Times that people have in mind, for a logarithmic axis.
+_TIMES_S: dict[float, str] = {
+    **{count * 10**power: f"{count * 10**power:g} s" for power in (-3, -2, -1, 0) for count in (1, 2, 5)},
+    **{count: f"{count} s" for count in (10, 30)},
+    **{60 * count: f"{count} min" for count in (1, 2, 5, 10, 30)},
+    **{3600 * count: f"{count} h" for count in (1, 2, 5, 12)},
+    **{86400 * count: f"{count} d" for count in (1, 2, 5, 10, 20, 50, 100)},
+}
+_MOST_TIMES = 7
 _DOTS_PER_INCH = 100
 _FEW_POINTS = 40
 #: Part of a curve that a smoothed point is the mean of.
@@ -108,6 +117,11 @@ def _as_it_is(label: str) -> str:
     return (f" {label}" if label.startswith("_") else label).replace("$", r"\$")
 
 
+def shortened(name: str, characters: int = 22) -> str:
+    """A name that fits beside an axis."""
+    return name if len(name) <= characters else f"{name[: characters - 1]}…"
+
+
 def smoothed(values: Sequence[float]) -> list[float]:
     """Running means over a tenth of the points, half of it at the ends; short series stay as they are."""
     reach = int(len(values) * _SMOOTHED_SHARE / 2)
@@ -167,8 +181,15 @@ def label_log_axes(axis: Axes, x: str, y_label: str) -> None:
 
 def label_modelled_time(axis: Axes, device: str, y_label: str) -> None:
     """Label both axes of a curve against the time that a model says a device would take, from seconds to weeks."""
+    from matplotlib.ticker import NullLocator
+
     axis.set_xscale("log", nonpositive="mask")
-    axis.set_xlabel(f"modelled time on {device} [s] (logarithmic)", fontsize=11)
+    low, high = axis.get_xlim()
+    shown = [second for second in _TIMES_S if low <= second <= high]
+    shown = shown[:: 1 + len(shown) // _MOST_TIMES]
+    axis.set_xticks(shown, [_TIMES_S[second] for second in shown])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(f"modelled time on {device} (logarithmic)", fontsize=11)
     axis.set_ylabel(y_label, fontsize=11)
 
 

@@ -18,7 +18,10 @@ from fs_fwdllm.report.record import RunRecord, RunSummary, method_name, short_na
 __all__ = ["Curve", "RunGroup", "group_runs", "incomparable", "run_names"]
 
 #: Keys that say where a run is kept and watched, and not what it does.
-_ELSEWHERE = ("seed", "outdir", "expname", "wandb.", "fwdllm.checkpoint_every", "fwdllm.tensorboard", "fwdllm.log_")
+_ELSEWHERE = (
+    "seed", "outdir", "expname", "wandb.", "eval.freq", "eval.metrics", "fwdllm.checkpoint_every", "fwdllm.tensorboard",
+    "fwdllm.log_clients",
+)  # fmt: skip
 #: Keys of which a method's name tells the sum.
 _OF_METHOD = ("federate.method", "trainer.type", "fwdllm.estimator", "fwdllm.probes")
 #: Keys without which two curves are not of one task.
@@ -48,9 +51,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs of one configuration with different seeds, and what to call them."""
+    """Runs of one configuration with different seeds.
+
+    Attributes:
+        label: what the configuration says and other groups' do not.
+        name: the first run's, and how many others there are.
+    """
 
     label: str
+    name: str
     records: list[RunRecord]
     summaries: list[RunSummary]
 
@@ -85,8 +94,9 @@ def _points(record: RunRecord, x: str, y: str) -> dict[int, tuple[float, float]]
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
     """The groups in the order of their first runs. A seed that comes twice begins a group of its own."""
     grouped: list[tuple[dict[str, str], list[RunRecord]]] = []
+    without_meaning = {key for record in records for key in record.config.ignored_keys()}
     for record in records:
-        settings = _settings(record.config)
+        settings = {key: value for key, value in _settings(record.config).items() if key not in without_meaning}
         home = next(
             (held for known, held in grouped if known == settings and record.config.seed not in _seeds(held)), None
         )
@@ -94,10 +104,10 @@ def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
             grouped.append((settings, [record]))
         else:
             home.append(record)
-    labels = _labels(grouped)
+    labels, names = _labels(grouped), run_names([held[0] for _, held in grouped])
     return [
-        RunGroup(label, held, [record.summary() for record in held])
-        for label, (_, held) in zip(labels, grouped, strict=True)
+        RunGroup(label, name, held, [record.summary() for record in held])
+        for label, name, (_, held) in zip(labels, names, grouped, strict=True)
     ]
 
 
@@ -108,8 +118,7 @@ def _seeds(records: Sequence[RunRecord]) -> set[int]:
 def _settings(config: Config) -> dict[str, str]:
     """Every setting that makes a run what it is, by dotted key, as text."""
     flat = _flat(config.model_dump(mode="json"))
-    without_meaning = (*_ELSEWHERE, *config.ignored_keys())
-    return {key: value for key, value in flat.items() if not key.startswith(without_meaning)}
+    return {key: value for key, value in flat.items() if not key.startswith(_ELSEWHERE)}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -28,6 +28,7 @@ from fs_fwdllm.report.figure import (
     label_axes,
     new_figure,
     save_figure,
+    shortened,
     show_legend,
     smoothed,
 )
@@ -114,7 +115,7 @@ def _draw_classes(axis: Axes, record: RunRecord) -> None:
     if len(scores) > _CLASSES_SHOWN:
         half = _CLASSES_SHOWN // 2
         shown = [*scores[:half], *scores[-half:]]
-    names = [f"{_shortened(score.name)} ({score.rows:,})" for score in shown]
+    names = [f"{shortened(score.name)} ({score.rows:,})" for score in shown]
     axis.barh(range(len(shown)), [score.f1 or 0.0 for score in shown], color=COLOURS[2])
     axis.set_yticks(range(len(shown)), names, fontsize=8 if len(shown) > 10 else 10, parse_math=False)
     axis.grid(False, axis="y")
@@ -122,10 +123,6 @@ def _draw_classes(axis: Axes, record: RunRecord) -> None:
     left_out = len(scores) - len(shown)
     of_which = f"; the {left_out} between are left out" if left_out else ""
     axis.set_xlabel(f"F1 of a class (evaluation rows){of_which}", fontsize=11)
-
-
-def _shortened(name: str, characters: int = 22) -> str:
-    return name if len(name) <= characters else f"{name[: characters - 1]}…"
 
 
 def _client_losses(line: dict[str, object]) -> list[float]:
