@@ -118,11 +118,27 @@ def profile(
     ),
     probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
     passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
+    rates: Annotated[
+        bool, typer.Option("--rates", help="Only search the learning rate of what the file trains, e.g. for MeZO.")
+    ] = False,
 ) -> None:
     """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
     config = _read_config(cfg, overrides)
     profiler = importlib.import_module("fs_fwdllm.profiler")
-    _say(f"use it with: fs-fwdllm run --cfg {profiler.run_profile(config, output, probes, passes, _say)}")
+    pairs = list(zip((overrides or [])[::2], (overrides or [])[1::2], strict=False))
+    left_out = [pair for pair in pairs if pair[0] in profiler.TRIAL_KEYS]
+    kept = _read_config(cfg, [part for pair in pairs if pair not in left_out for part in pair])
+    found = (
+        profiler.run_rate_search(config, output, passes, kept)
+        if rates
+        else profiler.run_profile(config, output, probes, passes, kept)
+    )
+    if left_out and found.winner is not None:
+        _say(f"winner.yaml leaves out {', '.join(' '.join(pair) for pair in left_out)}, which shortened the trials")
+    if found.winner is not None:
+        _say(f"use it with: fs-fwdllm run --cfg {found.winner}")
+    if not found.finished:
+        raise typer.Exit(_EXIT_OF_INTERRUPT)
 
 
 @app.command()
