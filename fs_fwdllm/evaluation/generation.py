@@ -6,7 +6,7 @@ together; generation keeps the keys and values of earlier tokens, which changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np

@@ -30,6 +30,7 @@ from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
 from fs_fwdllm.method import assemble_server, assemble_worker
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
+from fs_fwdllm.report.record import evaluation_metric
 from fs_fwdllm.running.driver import answer
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
 from fs_fwdllm.running.session import Session
@@ -325,6 +326,6 @@ def _with_rate(config: Config, learning_rate: float) -> Config:
 
 
 def _evaluate(session: Session, trainables: object) -> tuple[float, float]:
-    results = dict(session.evaluate(trainables) or {})  # type: ignore[arg-type]
-    loss = results.pop("loss")
-    return loss, next(iter(results.values()), math.nan)
+    results = session.evaluate(trainables) or {}  # type: ignore[arg-type]
+    metric = evaluation_metric(results, session.config.eval)
+    return results["loss"], math.nan if metric in (None, "loss") else results[metric]

@@ -196,8 +196,8 @@ class Session:
                 self.loaded.tokenizer, self.progress,
             )  # fmt: skip
         if self.data.task in ("classification", "label_words"):
-            results = {**majority_scores(self.evaluation_batches, self._metrics), **results}
-        return {"loss": results.pop("loss"), **results}
+            results |= majority_scores(self.evaluation_batches, self._metrics)
+        return results
 
     @contextmanager
     def at(self, trainables: Trainables) -> Iterator[None]:
