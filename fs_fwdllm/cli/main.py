@@ -102,7 +102,7 @@ def run(
 def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round."""
     config = _read_config(cfg, overrides)
-    with loading(f"{config.model.type} and {config.data.type}"):
+    with loading(config):
         forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
     print_facts(Console(highlight=False), forecast.rows())
     for remark in forecast.remarks:

@@ -122,7 +122,7 @@ def run_rate_search(
 def _open(config: Config, console: Console) -> tuple[Session, str]:
     """The session, judged on validation rows where there are any, and the name of the split that is used."""
     order = config.eval.model_copy(update={"split": ["val", "test"]})
-    with loading(f"{config.model.type} and {config.data.type}", console):
+    with loading(config, console):
         session = Session.open(config.model_copy(update={"eval": order}))
     check_profile(session)
     if session.data.val:

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from fs_fwdllm.config import Config
+from fs_fwdllm.report.record import short_name
 from fs_fwdllm.report.units import format_seconds
 
 __all__ = ["compact_table", "loading", "print_facts", "say"]
@@ -52,8 +54,9 @@ def compact_table(*columns: str, title: str = "") -> Table:
 
 
 @contextmanager
-def loading(what: str, console: Console | None = None) -> Iterator[None]:
-    """Say that ``what`` is being loaded, and how long it took if that was worth a remark."""
+def loading(config: Config, console: Console | None = None) -> Iterator[None]:
+    """Say that a configuration's model and data are being loaded, and how long it took."""
+    what = f"{short_name(config.model.type)} and {short_name(config.data.type)}"
     console = console or Console(highlight=False)
     started = time.perf_counter()
     with console.status(Text(f"loading {what}")) if console.is_terminal else _plainly(console, f"loading {what}"):

@@ -30,7 +30,7 @@ def run(config: Config) -> Path:
     Raises:
         FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
     """
-    with loading(f"{config.model.type} and {config.data.type}"):
+    with loading(config):
         session = Session.open(config)
     clients_per_round(config, len(session.client_samples))  # refused before there is a folder
     return _train(session, RunFolder.create(config), None)
@@ -49,7 +49,7 @@ def resume(path: str | Path) -> Path:
     """
     folder = RunFolder.open(path)
     checkpoint, config = read_own_checkpoint(folder), folder.config()
-    with loading(f"{config.model.type} and {config.data.type}"):
+    with loading(config):
         session = Session.open(config)
     return _train(session, folder, checkpoint)
 

@@ -63,11 +63,12 @@ def test_facts_stand_below_each_other() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_loading_is_told(terminal: bool) -> None:
+def test_loading_is_told(config: Config, terminal: bool) -> None:
     console = screen(terminal=terminal)
-    with loading("some/model", console):
+    config.model.type, config.data.type = f"{PATH}/some/model@huggingface_llm", "rows.csv@text"
+    with loading(config, console):
         pass
-    assert "loading some/model" in shown(console) and "loaded in 0.0 s" in shown(console)
+    assert "loading some/model and rows.csv@text" in shown(console) and "loaded in 0.0 s" in shown(console)
 
 
 def test_every_table_fits_80_columns(
