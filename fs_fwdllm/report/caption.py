@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.report.record import RunRecord, short_name
 from fs_fwdllm.report.units import format_bytes, format_count, format_seconds
 
-__all__ = ["adapter_name", "caption_of", "given_facts"]
+__all__ = ["adapter_name", "caption_of", "given_facts", "joined"]
 
 
 def adapter_name(config: Config) -> str:
@@ -46,13 +47,18 @@ def caption_of(record: RunRecord) -> str:
     """What was given, and what it cost."""
     summary = record.summary()
     cost = [
-        f"{summary.rounds:,} rounds",
+        "1 round" if summary.rounds == 1 else f"{summary.rounds:,} rounds",
         f"{format_count(summary.forward_passes)} forward and {format_count(summary.backward_passes)} backward passes",
         f"{format_bytes(summary.upload_bytes)} up, {format_bytes(summary.download_bytes)} down",
         format_seconds(summary.duration_s),
         "" if summary.peak_rss_mib is None else f"peak {summary.peak_rss_mib:.0f} MiB",
     ]
-    return " · ".join(fact for fact in [*given_facts(record), *cost] if fact)
+    return joined([*given_facts(record), *cost])
+
+
+def joined(facts: Sequence[str]) -> str:
+    """Facts in a row, which is never broken before a separator."""
+    return "\u00a0· ".join(fact for fact in facts if fact)
 
 
 def _asked(config: Config) -> str:

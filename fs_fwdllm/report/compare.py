@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.report.caption import given_facts
+from fs_fwdllm.report.caption import given_facts, joined
 from fs_fwdllm.report.figure import (
     COLOURS,
     GREY,
@@ -107,7 +107,7 @@ def common_curve(records: Sequence[RunRecord]) -> tuple[str, str]:
 def _draw(groups: Sequence[RunGroup], y: str, y_label: str, warning: str, output: Path) -> Path:
     every = [given_facts(record) for group in groups for record in group.records]
     common = [fact for fact in every[0] if all(fact in facts for facts in every)]
-    figure, axes = new_figure(2, 3, *_SIZE_PX, title="", caption=f"all of them: {' · '.join(common)}" if common else "")
+    figure, axes = new_figure(2, 3, *_SIZE_PX, title="", caption=f"all of them: {joined(common)}" if common else "")
     by_round, losses, *by_cost, ends = axes
     _draw_curves(by_round, groups, "round", y, y_label)
     majorities = [summary.majority for group in groups if _is_own(group, y) for summary in group.summaries]

@@ -146,6 +146,9 @@ def label_axes(axis: Axes, x: str, y_label: str, *, y_is_bytes: bool = False) ->
         label = f"{label} [{_tick_bytes(axis.xaxis)}]"
     else:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=x == "round"))
+    low, high = axis.get_xlim()
+    if x == "round" and high - low < 1:  # a single round
+        axis.set_xticks([round((low + high) / 2)])
     if x == "forward_passes":
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_xlabel(label, fontsize=11)
