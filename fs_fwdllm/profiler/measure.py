@@ -8,34 +8,28 @@ each, and the best of them all; the baseline of every claim is the same configur
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from fs_fwdllm.config import Config
 from fs_fwdllm.config.methods import examples_of
 from fs_fwdllm.core.direction import DirectionKey, direction_seed
 from fs_fwdllm.core.replay import Contributions, add_contributions
-from fs_fwdllm.core.trainables import Trainables, flatten
-from fs_fwdllm.core.wire import ClientUpdate, decode, encode
+from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.data import client_batches
-from fs_fwdllm.data.types import IGNORED_LABEL, Batch
-from fs_fwdllm.errors import ConfigError, DivergenceError, FwdLLMError, TrainingStalledError
+from fs_fwdllm.data.types import Batch
+from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
-from fs_fwdllm.method import assemble_server, assemble_worker
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
-from fs_fwdllm.report.record import evaluation_metric
-from fs_fwdllm.running.driver import answer
-from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.profiler.trial import Trial, evaluate_at, run_trial
+from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
-__all__ = ["Budget", "Lead", "Measured", "Trial", "Watch", "check_profile", "lead", "measure", "rank", "search_rates"]
+__all__ = ["Budget", "Lead", "Measured", "Watch", "check_profile", "lead", "measure", "rank", "search_rates"]
 
 #: Told what is being done, and the share of the candidate's work that is over.
 Watch = Callable[[str, float], None]
@@ -184,17 +178,17 @@ def _measure(session: Session, candidate: Candidate, budget: Budget, before_byte
         expected_cosine=math.sqrt(budget.probes / (budget.probes + count - 1)),
         memory_bytes=estimate_memory(session, per_round, steps, before_bytes).peak_bytes,
         dense_bytes=session.parts.trainables.bytes,
-        loss_before=_evaluate(session, session.parts.trainables)[0],
+        loss_before=evaluate_at(session, session.parts.trainables)[0],
     )
     done = budget.similarity
     short = []
     for rate in _rates(session, budget):
         watch(f"learning rate {rate:g}", done / budget.whole)
-        short.append(_trial(session, budget.of_a_rate, rate))
+        short.append(run_trial(session, budget.of_a_rate, rate))
         done += budget.of_a_rate
     chosen = min(short, key=lambda trial: trial.loss_after).learning_rate
     watch(f"trial at learning rate {chosen:g}", done / budget.whole)
-    best = _trial(session, budget.forward_passes, chosen)
+    best = run_trial(session, budget.forward_passes, chosen)
     return replace(
         found,
         loss_after=best.loss_after,
@@ -214,7 +208,7 @@ def search_rates(session: Session, budget: Budget, watch: Watch) -> Iterator[Tri
     check_profile(session)
     for number, rate in enumerate(_rates(session, budget)):
         watch(f"learning rate {rate:g}", number / len(budget.rate_factors))
-        yield _trial(session, budget.forward_passes, rate)
+        yield run_trial(session, budget.forward_passes, rate)
 
 
 def _rates(session: Session, budget: Budget) -> list[float]:
@@ -260,72 +254,3 @@ def _cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> fl
     a, b = flatten(first).astype("float64"), flatten(second).astype("float64")
     norms = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norms if norms else 0.0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Rounds at one learning rate: evaluation loss and metric after them, the loss of each label, and the seconds."""
-
-    loss_after: float
-    metric: float
-    learning_rate: float
-    seconds: float
-    row_losses: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
-
-
-def _trial(session: Session, forward_passes: int, learning_rate: float) -> Trial:
-    """Rounds of the configured method until the forward passes are spent; then the evaluation loss."""
-    config = _with_rate(session.config, learning_rate)
-    start = session.parts.trainables.copy_values()
-    started = time.perf_counter()
-    try:
-        parts = session.parts.with_config(config)
-        worker, server = assemble_worker(parts), assemble_server(parts, session.client_samples)
-        spent = round_index = 0
-        available = sorted(session.client_samples)
-        per_round = clients_per_round(config, len(available))
-        while spent < forward_passes:
-            clients = sample_clients(config.seed, round_index, available, per_round)
-            updates = [
-                decode(answer(worker, encode(given), session.data.clients[client].train))
-                for client, given in server.assign(round_index, clients).items()
-            ]
-            report = server.absorb(update for update in updates if isinstance(update, ClientUpdate))
-            spent, round_index = spent + max(report.forward_passes, 1), round_index + 1
-        loss, metric = _evaluate(replace(session, config=config), server.trainables)
-        losses = _row_losses(session, server.trainables)
-    except (TrainingStalledError, DivergenceError):
-        loss, metric, losses = math.inf, math.nan, np.zeros(0)
-    finally:
-        session.parts.trainables.load_values(start)
-    loss = loss if math.isfinite(loss) else math.inf
-    return Trial(loss, metric, learning_rate, time.perf_counter() - started, losses)
-
-
-@torch.no_grad()
-def _row_losses(session: Session, trainables: Trainables) -> np.ndarray:
-    """The loss of each label of the evaluation."""
-    found = []
-    with session.at(trainables):
-        for batch in session.evaluation_batches:
-            loss = session.parts.objective.on(batch)
-            labelled = loss.targets != IGNORED_LABEL
-            found.append(F.cross_entropy(loss.logits()[labelled], loss.targets[labelled], reduction="none").cpu())
-    return torch.cat(found).numpy()
-
-
-def _with_rate(config: Config, learning_rate: float) -> Config:
-    """``config`` at a constant learning rate."""
-    train = config.train.model_copy(
-        update={
-            "optimizer": config.train.optimizer.model_copy(update={"lr": learning_rate}),
-            "scheduler": config.train.scheduler.model_copy(update={"type": "constant", "warmup_ratio": 0.0}),
-        }
-    )
-    return config.model_copy(update={"train": train})
-
-
-def _evaluate(session: Session, trainables: object) -> tuple[float, float]:
-    results = session.evaluate(trainables) or {}  # type: ignore[arg-type]
-    metric = evaluation_metric(results, session.config.eval)
-    return results["loss"], math.nan if metric in (None, "loss") else results[metric]

@@ -15,7 +15,8 @@ from rich.text import Text
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.profiler.measure import Budget, Lead, Measured, Trial
+from fs_fwdllm.profiler.measure import Budget, Lead, Measured
+from fs_fwdllm.profiler.trial import Trial
 from fs_fwdllm.report.figure import COLOURS, GREY, new_figure, save_figure, show_legend
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.report.terminal import compact_table

@@ -18,8 +18,9 @@ from rich.text import Text
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.profiler.candidates import candidates_for
-from fs_fwdllm.profiler.measure import Budget, Measured, Trial, Watch, check_profile, lead, measure, rank, search_rates
+from fs_fwdllm.profiler.measure import Budget, Measured, Watch, check_profile, lead, measure, rank, search_rates
 from fs_fwdllm.profiler.report import describe_lead, profile_table, rate_table, write_profile, write_winner
+from fs_fwdllm.profiler.trial import Trial
 from fs_fwdllm.report.terminal import loading, say
 from fs_fwdllm.report.units import format_metric, format_seconds
 from fs_fwdllm.running.session import Session

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +12,7 @@ from rich.text import Text
 from fs_fwdllm.report.record import RunRecord
 from fs_fwdllm.report.terminal import compact_table
 
-__all__ = ["ClassScore", "class_scores", "class_table"]
+__all__ = ["ClassScore", "class_scores", "class_table", "scores_of"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ def class_scores(record: RunRecord) -> list[ClassScore]:
     """The classes of a run's last evaluation that has ``per_class``; none if there is no such evaluation."""
     evaluations = (line.get("eval") or {} for line in reversed(record.rounds))
     found = next((evaluation["per_class"] for evaluation in evaluations if evaluation.get("per_class")), None)
-    if not found:
-        return []
-    table = found["confusion"]
-    return [_score(name, table, code) for code, name in enumerate(found["labels"])]
+    return scores_of(found) if found else []
+
+
+def scores_of(per_class: Mapping[str, Any]) -> list[ClassScore]:
+    """The classes of an evaluation's ``per_class``."""
+    table = per_class["confusion"]
+    return [_score(name, table, code) for code, name in enumerate(per_class["labels"])]
 
 
 def _score(name: str, table: list[list[int]], code: int) -> ClassScore:
