@@ -119,7 +119,7 @@ def profile(
     probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
     passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
     rates: Annotated[
-        bool, typer.Option("--rates", help="Only search the learning rate of what the file trains, e.g. for MeZO.")
+        bool, typer.Option("--rates", help="Only search the learning rate of what the file trains, as it trains it.")
     ] = False,
 ) -> None:
     """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
