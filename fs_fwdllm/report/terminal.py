@@ -11,15 +11,17 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from fs_fwdllm.config import Config
-from fs_fwdllm.report.record import short_name
 from fs_fwdllm.report.units import format_seconds
+
+if TYPE_CHECKING:
+    from fs_fwdllm.config import Config
 
 __all__ = ["compact_table", "loading", "print_facts", "say"]
 
@@ -56,6 +58,8 @@ def compact_table(*columns: str, title: str = "") -> Table:
 @contextmanager
 def loading(config: Config, console: Console | None = None) -> Iterator[None]:
     """Say that a configuration's model and data are being loaded, and how long it took."""
+    from fs_fwdllm.report.record import short_name  # not before it is needed: the command line prints without numpy
+
     what = f"{short_name(config.model.type)} and {short_name(config.data.type)}"
     console = console or Console(highlight=False)
     started = time.perf_counter()
