@@ -188,12 +188,12 @@ def in_a_process(what: str, config: Config) -> Any:
 @pytest.mark.slow
 def test_predicted_memory_where_all_parameters_are_trained(tmp_path: Path, method: str, train: dict[str, Any]) -> None:
     """Of the whole process, libraries included; a state that is never sent is not counted."""
-    save_tiny_model(tmp_path / "model", "bert", vocab_size=600_000)
+    save_tiny_model(tmp_path / "model", "bert", vocab_size=400_000)
     config = configuration(tmp_path, method, FULL, train=train)
     config.federate.total_round_num = 1
     peak_bytes = in_a_process("plan", config)
     measured_bytes = in_a_process("run", config)
-    assert measured_bytes / 1.4 < peak_bytes < 1.4 * measured_bytes
+    assert measured_bytes / 1.6 < peak_bytes < 1.6 * measured_bytes
 
 
 def test_the_peak_counts_the_larger_of_work_and_evaluation() -> None:
