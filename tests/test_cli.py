@@ -150,7 +150,7 @@ def test_a_host_of_another_package_runs_resumes_and_is_examined(
     assert call("run", "--host", "mine", "--cfg", cfg, "seed", "7").exit_code == 0
     assert call("resume", tmp_path).exit_code == 0
     assert throw_away == [("run", cfg, ["seed", "7"]), ("go", tmp_path)]
-    assert re.search(r"host mine\s+\S\s+ready; framework 7 found", call("doctor").stdout)
+    assert re.search(r"host mine\s+ready; framework 7 found", call("doctor").stdout)
     assert "mine" in call("run", "--host", "mein", "--cfg", cfg).stderr
     assert call("run", "--host", "mine", "--cf", cfg).exit_code == 2
 
@@ -163,7 +163,7 @@ def test_a_host_says_why_it_cannot_be_used_or_continued(call: Callable[..., Resu
     try:
         (tmp_path / "m").touch()
         assert f"{tmp_path}: ask {tmp_path}" in call("resume", tmp_path).stderr
-        assert re.search(r"host mine\s+\S\s+not usable here\s+\S\s+pip install it", call("doctor").stdout)
+        assert re.search(r"host mine\s+not usable here\s+pip install it", call("doctor").stdout)
     finally:
         HOSTS.unregister("mine")
 
@@ -260,8 +260,8 @@ def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..
     stand_in("forecast.plan", make_plan=lambda config: Plan(config.seed))
     done = call("plan", "--cfg", cfg, "seed", "77")
     assert done.exit_code == 0
-    assert re.search(r"seed of \[it\]\s+\S\s+77", done.stdout)
-    assert re.search(r"upload per round\s+\S\s+42 B", done.stdout)
+    assert re.search(r"seed of \[it\]\s+77", done.stdout)
+    assert re.search(r"upload per round\s+42 B", done.stdout)
     assert "warning: [nothing] is done with it" in done.stdout
 
 
@@ -290,7 +290,7 @@ def test_doctor_tells_what_is_found_and_what_to_do_about_the_rest(
     assert done.exit_code == 0
     for name in ("Python", "torch", "transformers", "peft", "numpy", "accelerator", "torch threads", "host local"):
         assert name in done.stdout
-    assert re.search(r"extra wandb\s+\S\s+not found\s+\S\s+pip install 'fs-fwdllm\[wandb\]'", done.stdout)
+    assert re.search(r"extra wandb\s+not found\s+pip install 'fs-fwdllm\[wandb\]'", done.stdout)
 
 
 def test_doctor_works_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_a_decoder_classifies_by_label_words(call, world, method):
     call("run", "--cfg", cfg)
     (run,) = (world.root / "runs").iterdir()
     first, last = [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if line.get("eval")][::2]
-    assert set(last) == {"loss", "accuracy", "majority_accuracy", "macro_f1", "mcc"}
+    assert set(last) == {"loss", "accuracy", "majority_accuracy", "macro_f1", "majority_macro_f1", "mcc"}
     assert last["loss"] != first["loss"]
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -23,6 +22,7 @@ from fs_fwdllm.cli.doctor import examine
 from fs_fwdllm.cli.trained import COMMANDS as COMMANDS_FOR_TRAINED
 from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
 from fs_fwdllm.host.hosts import FILE_OPTIONS, HOSTS, owner_of
+from fs_fwdllm.report.terminal import loading, print_facts, say
 
 __all__ = ["app", "main"]
 
@@ -102,13 +102,9 @@ def run(
 def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
     """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round."""
     config = _read_config(cfg, overrides)
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
-    for name, value in forecast.rows():
-        table.add_row(Text(name), Text(value))
-    Console(highlight=False).print(table)
+    with loading(config):
+        forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
+    print_facts(Console(highlight=False), forecast.rows())
     for remark in forecast.remarks:
         _say(remark)
 
@@ -122,11 +118,27 @@ def profile(
     ),
     probes: Annotated[int, typer.Option(min=2, help="Directions of the gradient that is compared.")] = 64,
     passes: Annotated[int, typer.Option(min=1, help="Forward passes of each trial.")] = 400,
+    rates: Annotated[
+        bool, typer.Option("--rates", help="Only search the learning rate of what the file trains, as it trains it.")
+    ] = False,
 ) -> None:
     """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
     config = _read_config(cfg, overrides)
     profiler = importlib.import_module("fs_fwdllm.profiler")
-    _say(f"use it with: fs-fwdllm run --cfg {profiler.run_profile(config, output, probes, passes, _say)}")
+    pairs = list(zip((overrides or [])[::2], (overrides or [])[1::2], strict=False))
+    left_out = [pair for pair in pairs if pair[0] in profiler.TRIAL_KEYS]
+    kept = _read_config(cfg, [part for pair in pairs if pair not in left_out for part in pair])
+    found = (
+        profiler.run_rate_search(config, output, passes, kept)
+        if rates
+        else profiler.run_profile(config, output, probes, passes, kept)
+    )
+    if left_out and found.winner is not None:
+        _say(f"winner.yaml leaves out {', '.join(' '.join(pair) for pair in left_out)}, which shortened the trials")
+    if found.winner is not None:
+        _say(f"use it with: fs-fwdllm run --cfg {found.winner}")
+    if not found.finished:
+        raise typer.Exit(_EXIT_OF_INTERRUPT)
 
 
 @app.command()
@@ -145,9 +157,13 @@ def compare(
     """Compare several runs: one picture, one table."""
     from fs_fwdllm.report import compare_runs
 
-    picture, table = compare_runs(runs, output)
-    Console(highlight=False).print(table)
-    _say(f"picture {picture}")
+    compared = compare_runs(runs, output)
+    if compared.warning:
+        _say(compared.warning)
+    console = Console(highlight=False)
+    print_facts(console, compared.legend)
+    console.print(compared.result, compared.costs)
+    _say(f"picture {compared.picture}")
 
 
 @app.command()
@@ -162,9 +178,11 @@ def cost(
     """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model."""
     from fs_fwdllm.report import DEVICES_FILE, analyse_costs, read_device_model
 
-    picture, table = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
-    Console(highlight=False).print(table)
-    _say(f"picture {picture}")
+    costs = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
+    Console(highlight=False).print(costs.measured, *costs.modelled)
+    for remark in costs.remarks:
+        _say(remark)
+    _say(f"picture {costs.picture}")
 
 
 @app.command()
@@ -216,10 +234,8 @@ def hook_remove(path: Checkout) -> None:
 @app.command()
 def doctor() -> None:
     """Say which versions, devices, extras and hosts are found here."""
-    table = Table("what", "found", "hint")
-    for finding in examine():
-        table.add_row(Text(finding.name), Text(finding.found), Text(finding.hint))
-    Console(highlight=False).print(table)
+    facts = [(finding.name, f"{finding.found}\n{finding.hint}".strip()) for finding in examine()]
+    print_facts(Console(highlight=False), facts)
 
 
 def main() -> None:
@@ -247,7 +263,7 @@ def _refuse_stray_options(overrides: list[str] | None) -> None:
 
 
 def _say(text: str) -> None:
-    Console(highlight=False).print(text, markup=False, soft_wrap=True)
+    say(Console(highlight=False), text)
 
 
 def _say_on_stderr(text: str, style: str) -> None:

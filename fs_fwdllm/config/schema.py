@@ -177,6 +177,10 @@ class TrainConfig(Section):
     data_para_dids: list[int] = host_only([])
 
 
+#: FederatedScope's words for the loss among the metrics.
+LOSS_WORDS = ("loss", "avg_loss", "total")
+
+
 class EvalConfig(Section):
     freq: int = Field(1, ge=-1, description="evaluate every N rounds and at the end; -1 only at the end")
     metrics: list[str] = Field([], description="metrics to report besides the loss; empty is all of the task's")
@@ -188,6 +192,12 @@ class EvalConfig(Section):
         "sample, the same metric of the split that is evaluated",
     )
     count_flops: bool = host_only(True)
+
+    @property
+    def judged_by_loss(self) -> bool:
+        """Whether the loss is the first metric that is asked for."""
+        return bool(self.metrics) and self.metrics[0] in LOSS_WORDS
+
     monitoring: list[str] = host_only([])
     base: float = host_only(0.0)
 
@@ -367,7 +377,10 @@ class FwdllmConfig(Section):
     check_saved: bool = Field(
         True, description="load what a run has saved at its end, and compare it with the run's own evaluation"
     )
-    tensorboard: bool = Field(False, description="also write TensorBoard event files")
+    tensorboard: bool = Field(False, description="also write TensorBoard event files, into the run folder")
+    log_clients: bool = Field(
+        False, description="send TensorBoard and Weights & Biases each client's loss and learning rate, too"
+    )
     gate: GateConfig = GateConfig()
     sampling: SamplingConfig = SamplingConfig()
     step: StepConfig = StepConfig()

@@ -6,7 +6,7 @@ together; generation keeps the keys and values of earlier tokens, which changes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 32
 
 
 def generate_answers(
-    model: Any, batches: Sequence[Batch], tokenizer: Any
+    model: Any, batches: Iterable[Batch], tokenizer: Any
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """``{question: what the model writes}`` and ``{question: right answers}`` for the samples with references."""
     answers: dict[str, str] = {}

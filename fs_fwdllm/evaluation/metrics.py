@@ -13,7 +13,7 @@ evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,16 @@ from sklearn.metrics import (
     mean_squared_error,
 )
 
+from fs_fwdllm.config.schema import LOSS_WORDS
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 from fs_fwdllm.evaluation.answers import BestSpans, judge, judge_apart
 from fs_fwdllm.evaluation.generation import generate_answers
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "of_classes", "of_numbers"]
+__all__ = [
+    "METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "majority_scores", "of_classes", "of_numbers"
+]  # fmt: skip
 
 _OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
 
@@ -59,7 +62,7 @@ METRICS_ON_REQUEST: dict[Task, tuple[str, ...]] = {
     "regression": ("r2",),
 }
 #: FederatedScope's names for the same things.
-_ALIASES = {"acc": "accuracy", "f1": "macro_f1", "loss": "loss", "avg_loss": "loss", "total": "loss"}
+_ALIASES = {"acc": "accuracy", "f1": "macro_f1", **dict.fromkeys(LOSS_WORDS, "loss")}
 
 
 def check_metrics(names: Sequence[str], task: Task) -> list[str]:
@@ -82,12 +85,14 @@ def evaluate(
     metrics: Sequence[str],
     label_names: Sequence[str] = (),
     tokenizer: Any = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Mean loss per label and the named metrics over ``batches``.
 
     Args:
         label_names: the classes in index order, for ``per_class``.
         tokenizer: turns generated tokens to text, for a language model's ``exact_match`` and ``f1``.
+        progress: is told, before the first batch and after each, how many are done and how many there are.
 
     Returns:
         Numbers by name; ``per_class`` is a mapping of lists (see :func:`_per_class`).
@@ -95,8 +100,10 @@ def evaluate(
     Raises:
         DataError: exact match is asked for, but the data has no reference answers.
     """
+    generates = objective.task == "causal_lm" and bool({*_OF_ANSWERS, *_OF_ANSWERS_APART} & set(metrics))
+    total = len(batches) * (1 + generates)
     total_loss, predictions, targets, spans = 0.0, [], [], BestSpans()
-    for batch in batches:
+    for batch in _watched(batches, 0, total, progress):
         batch_loss = objective.on(batch)
         logits = batch_loss.logits()
         total_loss += float(objective.readout.loss(logits, batch_loss.targets, reduction="sum"))
@@ -113,11 +120,35 @@ def evaluate(
         known |= of_numbers(predicted, actual)
     elif objective.task == "causal_lm":
         known |= _of_tokens(known["loss"], predicted, actual)
-        if {*_OF_ANSWERS, *_OF_ANSWERS_APART} & set(metrics):
-            known |= _of_generated(objective, batches, tokenizer)
+        if generates:
+            known |= _of_generated(objective, _watched(batches, len(batches), total, progress), tokenizer)
     else:
         known |= of_classes(predicted, actual, metrics, label_names)
     return {name: known[name] for name in ("loss", *metrics)}
+
+
+def majority_scores(batches: Sequence[Batch], metrics: Sequence[str]) -> dict[str, float]:
+    """What always answering the most frequent class reaches in the named metrics of a classification.
+
+    Returns:
+        ``majority_accuracy`` always, and for ``macro_f1`` and ``binary_f1`` a number of that name; Matthews correlation
+        is zero by definition.
+    """
+    actual = np.concatenate([batch.labels for batch in batches]).reshape(-1)
+    most_frequent = np.full_like(actual, np.bincount(actual).argmax())
+    named = [name for name in ("accuracy", "macro_f1", "binary_f1") if name == "accuracy" or name in metrics]
+    found = of_classes(most_frequent, actual, named, ())
+    return {f"majority_{name}": found[name] for name in named}
+
+
+def _watched(
+    batches: Sequence[Batch], before: int, total: int, progress: Callable[[int, int], None]
+) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        if not before + number:
+            progress(0, total)
+        yield batch
+        progress(before + number + 1, total)
 
 
 def _of_tokens(loss: float, predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
@@ -125,7 +156,7 @@ def _of_tokens(loss: float, predicted: np.ndarray, actual: np.ndarray) -> dict[s
     return {"token_accuracy": float((predicted == actual).mean()), "perplexity": perplexity}
 
 
-def _of_generated(objective: Objective, batches: Sequence[Batch], tokenizer: Any) -> dict[str, float]:
+def _of_generated(objective: Objective, batches: Iterable[Batch], tokenizer: Any) -> dict[str, float]:
     answers, gold = generate_answers(objective.model, batches, tokenizer)
     if not gold:
         raise DataError("eval.metrics exact_match and f1: need data with reference answers, such as SQuAD's file@llm")

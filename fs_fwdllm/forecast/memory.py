@@ -2,16 +2,18 @@
 
 It is for the local host, where one process plays the server and all clients::
 
-    peak = process + model + replicas + messages + prefix cache + max(work, evaluation)
+    peak = process + model + replicas + messages + prefix cache + max(work, evaluation + check)
 
 ``T`` are the bytes of the trainables in float32; ``points`` are the parameter points in one forward pass and ``copies``
 those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estimator.Footprint`):
 
 * process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers.
 * replicas: the server's ``T``; momentum ``2 T`` on scalars (server and client), ``T`` on dense gradients; ``2 T`` for
-  AdamW on the server; on scalars the log for clients that missed rounds, at most ``T``.
-* messages: a dense state exists as frame, message, unpacked message, payload and values: ``5 T``, twice that with
-  momentum on scalars. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is averaged.
+  AdamW on the server; on scalars the log for clients that missed rounds, as long as all uploads and at most ``T``.
+* messages: what a client is sent exists as frame, message, unpacked message, payload and values: five times the largest
+  frame that the played rounds send (:mod:`.dry_run`), or ``5 T`` where none were played (twice that with momentum on
+  scalars). A run on scalars whose clients keep up never sends a state; one that is resumed sends one, which is not
+  counted. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is averaged.
 * work, forward only: ``copies T`` (for full-parameter tuning one by one, the largest module), ``T`` for the starting
 point where clients move, and ``points * (layer + logits)``.
 * work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
@@ -20,18 +22,19 @@ point where clients move, and ``points * (layer + logits)``.
   ``1.5 logits``.
 * layer: the outputs of all linear layers of one block for one batch, and the scores where attention is eager.
   logits: two float32 numbers per labelled position and class.
-* blocks: replicas are the server's float32 model and the frames of its blocks in the model's dtype; messages
-  four times the model; work is 8 bytes (start, gradient), 8 (AdamW) and, for a half-precision model, 4 (master) per
-  parameter of the largest block, and the activations from the lowest layer on.
-* evaluation: ``layer + logits`` of the largest evaluation batch.
-* not counted: what checkpoints and the saved model copy for a moment (a few ``T``), and the heap's fragmentation. With
-  all parameters trained, the part above libraries and data has been measured at up to 2.6 times the estimate.
+* blocks: replicas are the server's float32 model and the frames of blocks that are kept for clients that lack them, at
+  most the model and no more than the largest assignment; messages four times that assignment; work is 8 bytes (start,
+  gradient), 8 (AdamW) and, for a half-precision model, 4 (master) per parameter of the largest block, and the
+  activations from the lowest layer on.
+* evaluation: ``layer + logits`` of the largest evaluation batch. check: the model once more, which a run loads at its
+  end to compare what it has saved (``fwdllm.check_saved``).
+* not counted: what checkpoints and the saved model copy for a moment (a few ``T``), and the heap's fragmentation.
 * prefix cache: what one batch occupies, measured, for all samples; at most its budget.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -50,7 +53,7 @@ from fs_fwdllm.method.cybgd.forecast import visit_bytes
 from fs_fwdllm.model.source import model_task
 from fs_fwdllm.running.session import Session
 
-__all__ = ["MemoryEstimate", "estimate_memory", "resident_bytes"]
+__all__ = ["MemoryEstimate", "Traffic", "estimate_memory", "resident_bytes"]
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,21 @@ class MemoryEstimate:
     work_bytes: int
     evaluation_bytes: int
     prefix_cache_bytes: int
+    check_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The predicted peak."""
-        total: int = sum(getattr(self, item.name) for item in fields(self))
-        return total - min(self.work_bytes, self.evaluation_bytes)
+        held = self.process_bytes + self.model_bytes + self.replicas_bytes + self.messages_bytes
+        return held + self.prefix_cache_bytes + max(self.work_bytes, self.evaluation_bytes + self.check_bytes)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What played rounds carry: the largest frame to a client, and all uploads of the run."""
+
+    largest_download_bytes: int
+    upload_bytes: int
 
 
 def resident_bytes() -> int:
@@ -77,7 +89,9 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def estimate_memory(session: Session, clients_per_round: int, steps: int, before_loading_bytes: int) -> MemoryEstimate:
+def estimate_memory(
+    session: Session, clients_per_round: int, steps: int, before_loading_bytes: int, traffic: Traffic | None = None
+) -> MemoryEstimate:
     """The estimate for a loaded session.
 
     Args:
@@ -85,6 +99,7 @@ def estimate_memory(session: Session, clients_per_round: int, steps: int, before
         steps: most local steps of a client in a round.
         before_loading_bytes: :func:`resident_bytes` before the session was opened; weights that are mapped but not yet
             read do not show in the resident memory of a loaded process, so this is a lower bound of its own part.
+        traffic: of played rounds; without it, messages carry all trainables.
     """
     model = session.loaded.model
     model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
@@ -96,14 +111,16 @@ def estimate_memory(session: Session, clients_per_round: int, steps: int, before
     work = _Pass(rows, max(len(example.input_ids) for example in examples), rows * max(map(_labels, examples)))
     forward_only = session.config.method.forward_only
     trainable_bytes = session.parts.trainables.bytes
+    traffic = traffic or Traffic(trainable_bytes, trainable_bytes)
     return MemoryEstimate(
         process_bytes=process_bytes,
         model_bytes=model_bytes,
-        replicas_bytes=_replicas(session.config, session.parts),
-        messages_bytes=_messages(session.config, trainable_bytes, clients_per_round),
+        replicas_bytes=_replicas(session.config, session.parts, traffic),
+        messages_bytes=_messages(session.config, trainable_bytes, clients_per_round, traffic),
         work_bytes=_forward_only(session, shape, work, steps) if forward_only else _backprop(session, shape, work),
         evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
         prefix_cache_bytes=_prefix_cache(session, examples),
+        check_bytes=model_bytes if session.config.fwdllm.check_saved else 0,
     )
 
 
@@ -178,25 +195,26 @@ def _evaluation_pass(batch: Batch) -> _Pass:
     return _Pass(rows, tokens, int((batch.labels != IGNORED_LABEL).sum()))
 
 
-def _replicas(config: Config, parts: Parts) -> int:
+def _replicas(config: Config, parts: Parts, traffic: Traffic) -> int:
     optimizer, own, facts = config.train.optimizer, config.fwdllm, config.method
     trainable_bytes = parts.trainables.bytes
     if facts.trains_blocks:  # the server's float32 blocks, and the frames of their views, which it keeps
-        return 4 * parts.trainables.count + trainable_bytes
-    copies = 1
+        return 4 * parts.trainables.count + min(trainable_bytes, traffic.largest_download_bytes)
+    copies, log_bytes = 1, 0
     if facts.forward_only:
         scalars = own.upload == "scalars"
-        copies += (2 if scalars else 1) * bool(own.server_momentum) + scalars
+        copies += (2 if scalars else 1) * bool(own.server_momentum)
+        log_bytes = min(trainable_bytes, traffic.upload_bytes) if scalars else 0
     elif not facts.clients_step:
         copies += 2 if optimizer.type == "AdamW" else bool(optimizer.momentum)
-    return copies * trainable_bytes
+    return copies * trainable_bytes + log_bytes
 
 
-def _messages(config: Config, trainable_bytes: int, clients_per_round: int) -> int:
-    if config.method.trains_blocks:
-        return 4 * trainable_bytes  # an assignment of every block, its frame, and both once more unpacked
+def _messages(config: Config, trainable_bytes: int, clients_per_round: int, traffic: Traffic) -> int:
+    if config.method.trains_blocks:  # an assignment of the blocks that a client lacks, its frame, and both unpacked
+        return 4 * traffic.largest_download_bytes
     if config.method.forward_only and config.fwdllm.upload == "scalars":
-        return (10 if config.fwdllm.server_momentum else 5) * trainable_bytes
+        return 5 * traffic.largest_download_bytes
     return (8 + clients_per_round) * trainable_bytes
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
-from fs_fwdllm.forecast.memory import MemoryEstimate, estimate_memory, resident_bytes
+from fs_fwdllm.forecast.memory import MemoryEstimate, Traffic, estimate_memory, resident_bytes
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.report.units import format_bytes, format_count
 from fs_fwdllm.running.session import Session
@@ -95,6 +95,7 @@ class Plan:
             ("  replicas and messages", copies),
             ("  work, or evaluation", f"{format_bytes(memory.work_bytes)}, {format_bytes(memory.evaluation_bytes)}"),
             ("  prefix cache", format_bytes(memory.prefix_cache_bytes)),
+            ("  check of what was saved", format_bytes(memory.check_bytes)),
         ]
 
     def _gate_rows(self) -> list[tuple[str, str]]:
@@ -129,6 +130,7 @@ def make_plan(config: Config) -> Plan:
     gate = config.fwdllm.gate
     longest = 1 if gate.kind == "none" else 1 + gate.max_repeats
     run = _whole_run(rounds, config)
+    traffic = Traffic(max(cost.download_bytes for clients in rounds for cost in clients), run.upload_bytes)
     return Plan(
         method=config.method.name,
         model=config.model.type,
@@ -147,7 +149,7 @@ def make_plan(config: Config) -> Plan:
         run=run,
         rounds_per_step=(1, longest),
         run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
-        memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes),
+        memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes, traffic),
         remarks=tuple(session.remarks()),
     )
 

@@ -10,6 +10,17 @@ evaluation loss. The trial decides.
 
 from fs_fwdllm.profiler.candidates import Candidate, candidates_for
 from fs_fwdllm.profiler.measure import Budget, Measured, measure, rank
-from fs_fwdllm.profiler.run import run_profile
+from fs_fwdllm.profiler.run import TRIAL_KEYS, Profile, run_profile, run_rate_search
 
-__all__ = ["Budget", "Candidate", "Measured", "candidates_for", "measure", "rank", "run_profile"]
+__all__ = [
+    "TRIAL_KEYS",
+    "Budget",
+    "Candidate",
+    "Measured",
+    "Profile",
+    "candidates_for",
+    "measure",
+    "rank",
+    "run_profile",
+    "run_rate_search",
+]

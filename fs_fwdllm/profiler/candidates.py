@@ -52,9 +52,15 @@ def candidates_for(config: Config, model: nn.Module, task: Task) -> list[Candida
     if task in ("classification", "question_answering"):
         found.append(_adapter("head", "head"))
     own = config.llm.adapter
-    if own.use and own.args and own.args[0] and own.args[0] not in [candidate.arguments for candidate in found]:
-        found.insert(0, Candidate("as configured", dict(own.args[0])))
+    if own.use and own.args and own.args[0]:
+        configured = Candidate("as configured", dict(own.args[0]))
+        found = [configured, *(candidate for candidate in found if not _same(candidate, configured))]
     return found
+
+
+def _same(first: Candidate, second: Candidate) -> bool:
+    """Whether two candidates train the same: dropout is never on here."""
+    return {**first.arguments, "lora_dropout": 0} == {**second.arguments, "lora_dropout": 0}
 
 
 def _adapter(method: str, name: str, **arguments: Any) -> Candidate:

@@ -1,4 +1,4 @@
-"""What a candidate is worth: similarity of gradients, cost, and a short trial.
+"""What a candidate is worth: similarity of gradients, cost, and a short trial; and which learning rate suits one.
 
 All candidates see the same clients, the same batches and the same number of forward passes. A learning rate that suits
 one number of parameters does not suit another, so several multiples of the configured rate get an eighth of the passes
@@ -8,31 +8,31 @@ each, and the best of them all; the baseline of every claim is the same configur
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
-from fs_fwdllm.config import Config
 from fs_fwdllm.config.methods import examples_of
 from fs_fwdllm.core.direction import DirectionKey, direction_seed
 from fs_fwdllm.core.replay import Contributions, add_contributions
 from fs_fwdllm.core.trainables import flatten
-from fs_fwdllm.core.wire import ClientUpdate, decode, encode
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.errors import ConfigError, FwdLLMError, TrainingStalledError
+from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
-from fs_fwdllm.method import assemble_server, assemble_worker
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
-from fs_fwdllm.running.driver import answer
-from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.profiler.trial import Trial, evaluate_at, run_trial
+from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
-__all__ = ["Budget", "Measured", "measure", "rank"]
+__all__ = ["Budget", "Lead", "Measured", "Watch", "check_profile", "lead", "measure", "rank", "search_rates"]
+
+#: Told what is being done, and the share of the candidate's work that is over.
+Watch = Callable[[str, float], None]
 
 #: Part of a trial's passes that goes into judging one learning rate.
 _SHARE_OF_A_RATE = 8
@@ -54,6 +54,21 @@ class Budget:
     forward_passes: int = 400
     rate_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
 
+    @property
+    def whole(self) -> int:
+        """Forward passes of a candidate, about."""
+        return self.similarity + self.forward_passes + len(self.rate_factors) * self.of_a_rate
+
+    @property
+    def similarity(self) -> int:
+        """Forward passes, about, that the similarity takes."""
+        return 2 * self.probes * self.batches
+
+    @property
+    def of_a_rate(self) -> int:
+        """Forward passes of judging one learning rate."""
+        return self.forward_passes // _SHARE_OF_A_RATE
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -69,6 +84,7 @@ class Measured:
         metric: the task's first metric after it; NaN if there is none.
         learning_rate: of the best trial.
         seconds: of the best trial.
+        row_losses: after it, the loss of each label of the evaluation, in order.
         problem: why the candidate could not be measured; empty if it was.
     """
 
@@ -83,6 +99,7 @@ class Measured:
     metric: float = math.nan
     learning_rate: float = math.nan
     seconds: float = math.nan
+    row_losses: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
     problem: str = ""
 
 
@@ -91,10 +108,33 @@ def rank(measured: Sequence[Measured]) -> list[Measured]:
     return sorted(measured, key=lambda item: (bool(item.problem), math.isnan(item.loss_after), item.loss_after))
 
 
-def measure(first: Session, candidate: Candidate, budget: Budget, say: Callable[[str], None]) -> Measured:
-    """Measure one candidate on the data of an opened session.
+@dataclass(frozen=True)
+class Lead:
+    """By how much the best candidate's loss is below the second's, and the standard error of that over ``rows``."""
 
-    A candidate that the model has no place for is returned with its ``problem`` said, not raised.
+    difference: float
+    standard_error: float
+    rows: int
+    second: str
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether the difference is within two standard errors."""
+        return not self.difference > 2 * self.standard_error
+
+
+def lead(ranked: Sequence[Measured]) -> Lead | None:
+    """The lead of the first of ``ranked`` over the second, row by row; ``None`` if fewer than two learnt at all."""
+    if len(ranked) < 2 or not all(len(item.row_losses) for item in ranked[:2]):
+        return None
+    differences = ranked[1].row_losses - ranked[0].row_losses
+    rows = len(differences)
+    error = float(differences.std(ddof=1)) / math.sqrt(rows) if rows > 1 else math.inf
+    return Lead(float(differences.mean()), error, rows, ranked[1].candidate.name)
+
+
+def check_profile(first: Session) -> None:
+    """Refuse what cannot be profiled.
 
     Raises:
         ConfigError: the configured method needs backpropagation, or there is nothing to evaluate on.
@@ -106,18 +146,28 @@ def measure(first: Session, candidate: Candidate, budget: Budget, say: Callable[
         )
     if not first.evaluation_batches:
         raise ConfigError("data.splits: the profiler needs validation or test samples; give them a share")
+
+
+def measure(first: Session, candidate: Candidate, budget: Budget, watch: Watch) -> Measured:
+    """Measure one candidate on the data of an opened session.
+
+    A candidate that the model has no place for is returned with its ``problem`` said, not raised.
+
+    Raises:
+        ConfigError: as :func:`check_profile`.
+    """
+    check_profile(first)
     before_bytes = resident_bytes()
     try:
         session = Session.assemble(candidate.apply(first.config), first.loaded.tokenizer, first.data)
         session.evaluation_batches = first.evaluation_batches
-        return _measure(session, candidate, budget, before_bytes, say)
+        return _measure(session, candidate, budget, before_bytes, watch)
     except FwdLLMError as error:
         return Measured(candidate, problem=f"{type(error).__name__}: {error}")
 
 
-def _measure(
-    session: Session, candidate: Candidate, budget: Budget, before_bytes: int, say: Callable[[str], None]
-) -> Measured:
+def _measure(session: Session, candidate: Candidate, budget: Budget, before_bytes: int, watch: Watch) -> Measured:
+    watch("similarity of gradients", 0.0)
     count = session.parts.trainables.count
     per_round = clients_per_round(session.config, len(session.client_samples))
     steps = max(plan.steps for plan in work_plans(session.config, session.client_samples).values())
@@ -128,21 +178,41 @@ def _measure(
         expected_cosine=math.sqrt(budget.probes / (budget.probes + count - 1)),
         memory_bytes=estimate_memory(session, per_round, steps, before_bytes).peak_bytes,
         dense_bytes=session.parts.trainables.bytes,
-        loss_before=_evaluate(session, session.parts.trainables)[0],
+        loss_before=evaluate_at(session, session.parts.trainables)[0],
     )
-    rates = [session.config.train.optimizer.lr * factor for factor in budget.rate_factors]
-    short = [_trial(session, budget.forward_passes // _SHARE_OF_A_RATE, rate) for rate in rates]
+    done = budget.similarity
+    short = []
+    for rate in _rates(session, budget):
+        watch(f"learning rate {rate:g}", done / budget.whole)
+        short.append(run_trial(session, budget.of_a_rate, rate))
+        done += budget.of_a_rate
     chosen = min(short, key=lambda trial: trial.loss_after).learning_rate
-    best = _trial(session, budget.forward_passes, chosen)
-    say(f"{candidate.name}: {count:,} parameters, cosine {found.cosine:.3f}, loss {found.loss_before:.4f} -> "
-        f"{best.loss_after:.4f} at learning rate {best.learning_rate:g}")  # fmt: skip
+    watch(f"trial at learning rate {chosen:g}", done / budget.whole)
+    best = run_trial(session, budget.forward_passes, chosen)
     return replace(
         found,
         loss_after=best.loss_after,
         metric=best.metric,
         learning_rate=best.learning_rate,
         seconds=best.seconds,
+        row_losses=best.row_losses,
     )
+
+
+def search_rates(session: Session, budget: Budget, watch: Watch) -> Iterator[Trial]:
+    """A trial of ``budget.forward_passes`` of the configuration as it is at each learning rate, one after the other.
+
+    Raises:
+        ConfigError: as :func:`check_profile`.
+    """
+    check_profile(session)
+    for number, rate in enumerate(_rates(session, budget)):
+        watch(f"learning rate {rate:g}", number / len(budget.rate_factors))
+        yield run_trial(session, budget.forward_passes, rate)
+
+
+def _rates(session: Session, budget: Budget) -> list[float]:
+    return [session.config.train.optimizer.lr * factor for factor in budget.rate_factors]
 
 
 def _similarity(session: Session, budget: Budget) -> float:
@@ -184,56 +254,3 @@ def _cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> fl
     a, b = flatten(first).astype("float64"), flatten(second).astype("float64")
     norms = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norms if norms else 0.0
-
-
-@dataclass(frozen=True)
-class _Trial:
-    loss_after: float
-    metric: float
-    learning_rate: float
-    seconds: float
-
-
-def _trial(session: Session, forward_passes: int, learning_rate: float) -> _Trial:
-    """Rounds of the configured method until the forward passes are spent; then the evaluation loss."""
-    config = _with_rate(session.config, learning_rate)
-    start = session.parts.trainables.copy_values()
-    started = time.perf_counter()
-    try:
-        parts = session.parts.with_config(config)
-        worker, server = assemble_worker(parts), assemble_server(parts, session.client_samples)
-        spent = round_index = 0
-        available = sorted(session.client_samples)
-        per_round = clients_per_round(config, len(available))
-        while spent < forward_passes:
-            clients = sample_clients(config.seed, round_index, available, per_round)
-            updates = [
-                decode(answer(worker, encode(given), session.data.clients[client].train))
-                for client, given in server.assign(round_index, clients).items()
-            ]
-            report = server.absorb(update for update in updates if isinstance(update, ClientUpdate))
-            spent, round_index = spent + max(report.forward_passes, 1), round_index + 1
-        loss, metric = _evaluate(replace(session, config=config), server.trainables)
-    except TrainingStalledError:
-        loss, metric = math.inf, math.nan
-    finally:
-        session.parts.trainables.load_values(start)
-    loss = loss if math.isfinite(loss) else math.inf
-    return _Trial(loss, metric, learning_rate, time.perf_counter() - started)
-
-
-def _with_rate(config: Config, learning_rate: float) -> Config:
-    """``config`` at a constant learning rate."""
-    train = config.train.model_copy(
-        update={
-            "optimizer": config.train.optimizer.model_copy(update={"lr": learning_rate}),
-            "scheduler": config.train.scheduler.model_copy(update={"type": "constant", "warmup_ratio": 0.0}),
-        }
-    )
-    return config.model_copy(update={"train": train})
-
-
-def _evaluate(session: Session, trainables: object) -> tuple[float, float]:
-    results = dict(session.evaluate(trainables) or {})  # type: ignore[arg-type]
-    loss = results.pop("loss")
-    return loss, next(iter(results.values()), math.nan)

@@ -8,50 +8,79 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from fs_fwdllm.config import Config, dump_config
+from fs_fwdllm.config import Config
+from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.profiler.measure import Budget, Measured
-from fs_fwdllm.report.figure import COLOURS, new_figure, save_figure
+from fs_fwdllm.profiler.measure import Budget, Lead, Measured
+from fs_fwdllm.profiler.trial import Trial
+from fs_fwdllm.report.figure import COLOURS, GREY, new_figure, save_figure, show_legend
 from fs_fwdllm.report.files import write_text_atomically
+from fs_fwdllm.report.terminal import compact_table
 from fs_fwdllm.report.units import format_bytes, format_metric, format_seconds
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["describe_lead", "profile_table", "rate_table", "write_profile", "write_winner"]
 
-__all__ = ["profile_table", "write_profile"]
-
-_SIZE_PX = (1500, 620)
+_WIDTH_PX = 1500
+_ROW_PX = 34
+_MARGINS_PX = 260
+_NOT_IN_FILE = ("candidate", "row_losses")
 
 
 def profile_table(ranked: Sequence[Measured]) -> Table:
-    """The measurements, best candidate first."""
-    right = ("trainable", "cosine", "expected", "memory", "loss", "metric", "rate", "time")
-    table = Table(Column("adapter", style="bold"), *(Column(name, justify="right") for name in right))
+    """The measurements, best candidate first; below them those that could not be measured, and why."""
+    table = compact_table("adapter", "trained", "cosine", "memory", "loss", "metric", "rate")
     for item in ranked:
         if item.problem:
-            table.add_row(Text(item.candidate.name), Text(item.problem, style="dim"))
             continue
         table.add_row(
             Text(item.candidate.name),
             f"{item.trainable:,}",
             f"{item.cosine:.3f}",
-            f"{item.expected_cosine:.3f}",
             format_bytes(item.memory_bytes),
-            f"{format_metric(item.loss_before)} -> {format_metric(item.loss_after)}",
-            format_metric(item.metric),
+            format_metric(item.loss_after),
+            format_metric(None if math.isnan(item.metric) else item.metric),
             f"{item.learning_rate:g}",
-            format_seconds(item.seconds),
+        )
+    failed = [f"{item.candidate.name}: {item.problem}" for item in ranked if item.problem]
+    table.caption, table.caption_justify = Text("\n".join(failed)) if failed else None, "left"
+    return table
+
+
+def rate_table(trials: Sequence[Trial], loss_before: float) -> Table:
+    """What each learning rate made of the evaluation loss, best first."""
+    table = compact_table("learning rate", "loss", "change", "metric", "time")
+    for trial in trials:
+        change = trial.loss_after - loss_before
+        table.add_row(
+            f"{trial.learning_rate:g}",
+            format_metric(trial.loss_after),
+            f"{change:+.4f}" if math.isfinite(change) else "diverges",
+            format_metric(None if math.isnan(trial.metric) else trial.metric),
+            format_seconds(trial.seconds),
         )
     return table
 
 
+def describe_lead(lead: Lead, split: str) -> str:
+    """How sure the choice is."""
+    text = (
+        f"chosen on {lead.rows:,} labels of the {split} split: the winner's loss is {lead.difference:.4f} below that "
+        f"of {lead.second}, with a standard error of {lead.standard_error:.4f}"
+    )
+    if lead.is_chance:
+        return f"warning: {text}: that may be chance; evaluate on more rows or spend more --passes"
+    return text
+
+
 def write_profile(folder: Path, config: Config, ranked: Sequence[Measured], budget: Budget) -> Path:
     """Write ``profile.csv``, ``profile.png`` and ``winner.yaml`` into ``folder``; returns the configuration's path.
+
+    Args:
+        config: what the winner is written into.
 
     Raises:
         ModelError: no candidate could be measured.
@@ -64,13 +93,32 @@ def write_profile(folder: Path, config: Config, ranked: Sequence[Measured], budg
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder / "profile.csv", _csv(ranked))
     _draw(folder / "profile.png", measured, budget)
+    best = measured[0]
+    note = (
+        f"{best.candidate.name} had the lowest evaluation loss after the trial "
+        f"({best.loss_before:.4f} -> {best.loss_after:.4f})"
+    )
+    return write_winner(folder, best.candidate.apply(config), best.learning_rate, note)
+
+
+def write_winner(folder: Path, config: Config, learning_rate: float, note: str) -> Path:
+    """Write ``winner.yaml``: the keys that ``config`` sets, at that learning rate; returns its path.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = config.train.optimizer.model_copy(update={"lr": learning_rate})
+    train = config.train.model_copy(update={"optimizer": optimizer})
+    chosen = config.model_copy(update={"train": train})
     path = folder / "winner.yaml"
-    write_text_atomically(path, _winner(config, measured[0]))
+    text = dump_yaml(chosen.model_dump(mode="json", exclude_unset=True))
+    write_text_atomically(path, f"# Written by fs-fwdllm profile: {note}.\n{text}")
     return path
 
 
 def _csv(ranked: Sequence[Measured]) -> str:
-    names = [item.name for item in fields(Measured) if item.name != "candidate"]
+    names = [item.name for item in fields(Measured) if item.name not in _NOT_IN_FILE]
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["adapter", *names])
@@ -79,36 +127,22 @@ def _csv(ranked: Sequence[Measured]) -> str:
     return text.getvalue()
 
 
-def _winner(config: Config, best: Measured) -> str:
-    chosen = best.candidate.apply(config)
-    chosen.train.optimizer.lr = best.learning_rate
-    note = (
-        f"# Written by fs-fwdllm profile: {best.candidate.name} had the lowest evaluation loss after the trial "
-        f"({best.loss_before:.4f} -> {best.loss_after:.4f}).\n"
-    )
-    return note + dump_config(chosen)
-
-
 def _draw(path: Path, measured: Sequence[Measured], budget: Budget) -> None:
-    figure, (left, right) = new_figure(1, 2, *_SIZE_PX, title="profile of adapters for forward gradients")
-    for number, item in enumerate(measured):
-        colour = COLOURS[number % len(COLOURS)]
-        _point(left, item.trainable, item.cosine, item.candidate.name, colour)
-        if math.isfinite(item.loss_after):
-            _point(right, item.trainable, item.loss_after, item.candidate.name, colour)
-    counts = sorted(item.trainable for item in measured)
-    expected = [math.sqrt(budget.probes / (budget.probes + count - 1)) for count in counts]
-    left.plot(counts, expected, color="#888888", linewidth=1.0, label="sqrt(K / (K + d - 1))")
-    left.legend(frameon=False)
-    right.axhline(measured[0].loss_before, color="#888888", linewidth=1.0)
-    for axis in (left, right):
-        axis.set_xscale("log")
-        axis.set_xlabel("trainable parameters (logarithmic)", fontsize=11)
-    left.set_ylabel(f"cosine of {budget.probes} probes to the gradient", fontsize=11)
-    right.set_ylabel(f"evaluation loss after {budget.forward_passes:,} forward passes", fontsize=11)
+    """A line a candidate, best on top: the loss after its trial, and how well few probes find its gradient."""
+    size = _WIDTH_PX, _MARGINS_PX + _ROW_PX * max(4, len(measured))
+    figure, (left, right) = new_figure(1, 2, *size, title="profile of adapters for forward gradients")
+    places = range(len(measured))
+    losses = [item.loss_after if math.isfinite(item.loss_after) else math.nan for item in measured]
+    left.plot(losses, places, "o", color=COLOURS[0], label="after the trial")
+    left.plot([item.loss_before for item in measured], places, "|", color=GREY, markersize=14, label="before")
+    left.set_xlabel(f"evaluation loss after {budget.forward_passes:,} forward passes", fontsize=11)
+    right.plot([item.cosine for item in measured], places, "o", color=COLOURS[1], label="measured")
+    expected = [item.expected_cosine for item in measured]
+    right.plot(expected, places, "|", color=GREY, markersize=14, label="isotropic: sqrt(K / (K + d - 1))")
+    right.set_xlabel(f"cosine of {budget.probes} probes to the gradient", fontsize=11)
+    names = [f"{item.candidate.name} ({item.trainable:,})" for item in measured]
+    for axis, labels in ((left, names), (right, [""] * len(names))):
+        axis.set_yticks(list(places), labels, parse_math=False)
+        axis.set_ylim(len(measured) - 0.5, -0.5)
+        show_legend(axis)
     save_figure(figure, path)
-
-
-def _point(axis: Axes, x: float, y: float, name: str, colour: str) -> None:
-    axis.plot([x], [y], marker="o", color=colour)
-    axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=9)

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import FwdLLMError
-from fs_fwdllm.report.compare import summary_table
+from fs_fwdllm.report.classes import class_scores, class_table
 from fs_fwdllm.report.console import RunConsole
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.plot import plot_run
 from fs_fwdllm.report.record import RunRecord, method_name
 from fs_fwdllm.report.sinks import open_sinks, plain
+from fs_fwdllm.report.summary import summary_table
 from fs_fwdllm.report.traffic import TrafficLog, TrafficRow
 
 __all__ = ["RunReporter"]
@@ -64,7 +65,7 @@ class RunReporter:
                 opened.callback(sink.close)
             self._traffic = TrafficLog(folder.traffic_path, start_round)
             opened.callback(self._traffic.close)
-            self._console = RunConsole(folder, total_rounds, start_round, console)
+            self._console = RunConsole(folder, total_rounds, start_round, config.eval, console)
             opened.callback(self._console.close)
             self._opened = opened.pop_all()
 
@@ -72,6 +73,8 @@ class RunReporter:
         verb = "continues at" if self._start_round > 1 else "starts with"
         self.say(f"run folder {self.folder.path}")
         self.say(f"{method_name(self._config)} {verb} round {max(self._start_round, 1)}")
+        if self._config.fwdllm.tensorboard:
+            self.say(f"TensorBoard: tensorboard --logdir {self.folder.tensorboard_path}")
         self._console.start()
         return self
 
@@ -101,6 +104,14 @@ class RunReporter:
         self._last_round = written["round"]
         self._console.round(written)
 
+    def answered(self, done: int, asked: int) -> None:
+        """Show that ``done`` of the ``asked`` clients of the open round have answered."""
+        self._console.answered(done, asked)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show that ``done`` of the ``total`` batches of an evaluation are over."""
+        self._console.evaluating(done, total)
+
     def finish(self, line: Mapping[str, Any]) -> None:
         """Close a finished run: the final line, the picture, a table of the result.
 
@@ -112,5 +123,9 @@ class RunReporter:
             sink.write(written)
         self._console.stop_bar()
         picture = plot_run(self.folder.path)
-        self._console.show(summary_table([RunRecord.load(self.folder.path).summary()]))
+        record = RunRecord.load(self.folder.path)
+        self._console.show(summary_table(record.summary()))
+        per_class = class_scores(record)
+        if per_class:
+            self._console.show(class_table(per_class))
         self.say(f"picture {picture}")

@@ -13,6 +13,7 @@ import json
 import math
 import uuid
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from fs_fwdllm.config import Config
@@ -75,13 +76,16 @@ class JsonLinesSink(MetricSink):
 
 
 class TensorBoardSink(MetricSink):
-    """Event files under ``tensorboard/``; events of ``start_round`` and later ones that a killed run left are purged.
+    """Event files under ``tensorboard/``, with ``clients`` also of each client's numbers.
+
+    Events of ``start_round`` and later ones that a killed run left are purged.
 
     Raises:
         ConfigError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: RunFolder, start_round: int) -> None:
+    def __init__(self, folder: RunFolder, start_round: int, *, clients: bool = False) -> None:
+        self._clients = clients
         try:
             writer = importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
@@ -94,7 +98,7 @@ class TensorBoardSink(MetricSink):
     def write(self, line: Mapping[str, Any]) -> None:
         if line.get("final"):
             return
-        for name, value in flatten(line).items():
+        for name, value in flatten(line, clients=self._clients).items():
             self._writer.add_scalar(name, value, global_step=line["round"])
 
     def close(self) -> None:
@@ -109,6 +113,7 @@ class WandbSink(MetricSink):
     """
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
+        self._clients = config.fwdllm.log_clients
         try:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
@@ -138,7 +143,7 @@ class WandbSink(MetricSink):
         if line.get("final"):
             self._run.summary.update(flatten(line))
         else:
-            self._run.log(flatten(line), step=line["round"])
+            self._run.log(flatten(line, clients=self._clients), step=line["round"])
 
     def close(self) -> None:
         self._run.finish()
@@ -149,7 +154,7 @@ def open_sinks(folder: RunFolder, config: Config, start_round: int) -> list[Metr
     sinks: list[MetricSink] = [JsonLinesSink(folder, start_round)]
     try:
         if config.fwdllm.tensorboard:
-            sinks.append(TensorBoardSink(folder, start_round))
+            sinks.append(TensorBoardSink(folder, start_round, clients=config.fwdllm.log_clients))
         if config.wandb.use:
             sinks.append(WandbSink(folder, config))
     except BaseException:
@@ -178,12 +183,17 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a line of metrics cannot hold a {type(value).__name__}: {value!r}")
 
 
-def flatten(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a line, nested names joined by ``/``; text, truth values, lists and gaps are left out."""
+def flatten(line: Mapping[str, Any], prefix: str = "", *, clients: bool = True) -> dict[str, float]:
+    """The numbers of a line, nested names joined by ``/``; text, truth values, lists and gaps are left out.
+
+    Without ``clients``, numbers by client become their mean: a thousand clients would have thousands of names.
+    """
     numbers: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
-            numbers |= flatten(value, f"{prefix}{key}/")
+            nested = flatten(value, f"{prefix}{key}/", clients=clients)
+            by_client = bool(nested) and all(name.isdigit() for name in value)
+            numbers |= {prefix + key: fmean(nested.values())} if by_client and not clients else nested
         elif isinstance(value, int | float) and not isinstance(value, bool):
             numbers[prefix + key] = value
     return numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["byte_unit", "format_bytes", "format_count", "format_metric", "format_seconds"]
+__all__ = ["byte_unit", "format_bytes", "format_count", "format_metric", "format_seconds", "short_count"]
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -28,6 +28,14 @@ def format_bytes(count_bytes: float | None) -> str:
 def format_count(count: float | None) -> str:
     """``12345`` as ``12,345``; ``None`` as a dash."""
     return "-" if count is None else f"{count:,.0f}"
+
+
+def short_count(count: float | None) -> str:
+    """``12345`` as it is, ``1234567`` as ``1.23 M``; ``None`` as a dash."""
+    if count is None or count < 1e6:
+        return format_count(count)
+    divisor, unit = next((size, name) for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if count >= size)
+    return f"{count / divisor:.3g} {unit}"
 
 
 def format_metric(value: float | None) -> str:

@@ -30,6 +30,7 @@ from fs_fwdllm.model.card import results_of
 from fs_fwdllm.report import RunFolder, RunReporter
 from fs_fwdllm.report.record import method_name
 from fs_fwdllm.running.accounting import Accounting
+from fs_fwdllm.running.arithmetic import model_facts
 from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, is_of, read_checkpoint, require_same_inputs
 from fs_fwdllm.running.extension import describe_extension
 from fs_fwdllm.running.keeping import Keeper, Kept
@@ -127,6 +128,7 @@ class RunDriver:
         self.missing: set[int] = set()
         self._answers: list[ClientUpdate] = []
         self._unreadable: dict[int, str] = {}
+        self._asked = 0
         self._report: RoundReport | None = None
         self._rounds_before = self.total_rounds if checkpoint is None else checkpoint.total_rounds
         if checkpoint is None:
@@ -146,6 +148,7 @@ class RunDriver:
             )
             opened.push(self._reporter)
             self.say = self._reporter.say
+            session.progress = self._reporter.evaluating
             self.keeper = Keeper(session, folder, checkpoint, self.say)
             self._opened = opened.pop_all()
 
@@ -201,7 +204,8 @@ class RunDriver:
     def record_start(self, evaluation: dict[str, float] | None) -> None:
         """Write the line of round 0: the model before training."""
         self.keeper.note_start(evaluation)
-        line = {"round": 0, "digest": self.server.digest.hex(), "eval": evaluation}
+        facts = model_facts(self.session.parts, self.session.data)
+        line = {"round": 0, "digest": self.server.digest.hex(), "model": facts, "eval": evaluation}
         self._reporter.round({**line, **self.accounting.columns()})
 
     def open_round(self) -> dict[int, bytes]:
@@ -212,6 +216,8 @@ class RunDriver:
         for client, frame in frames.items():
             self.accounting.ledger.download(client, frame)
         self.missing, self._answers, self._unreadable = set(frames), [], {}
+        self._asked = len(frames)
+        self._reporter.answered(0, self._asked)
         return frames
 
     def reopen_for(self, client: int) -> bytes:
@@ -239,6 +245,7 @@ class RunDriver:
         named in the round's report."""
         self.accounting.ledger.upload(client, frame)
         self.missing.discard(client)
+        self._reporter.answered(self._asked - len(self.missing), self._asked)
         try:
             update = decode(frame)
             if not isinstance(update, ClientUpdate):

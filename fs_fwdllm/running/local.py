@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fs_fwdllm.config import Config, load_config
 from fs_fwdllm.method import assemble_worker
 from fs_fwdllm.report import RunFolder
+from fs_fwdllm.report.terminal import loading
 from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
 from fs_fwdllm.running.extension import give_rounds
 from fs_fwdllm.running.sampling import clients_per_round
@@ -30,7 +31,8 @@ def run(config: Config) -> Path:
     Raises:
         FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
     """
-    session = Session.open(config)
+    with loading(config):
+        session = Session.open(config)
     clients_per_round(config, len(session.client_samples))  # refused before there is a folder
     return _train(session, RunFolder.create(config), None)
 
@@ -55,7 +57,10 @@ def resume(path: str | Path, rounds: int | None = None) -> Path:
         checkpoint = read_own_checkpoint(folder)
         if rounds is not None:
             give_rounds(folder, checkpoint, rounds)
-        return _train(Session.open(folder.config()), folder, checkpoint)
+        config = folder.config()
+        with loading(config):
+            session = Session.open(config)
+        return _train(session, folder, checkpoint)
 
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:

@@ -21,7 +21,7 @@ from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.data.summary import data_remarks
 from fs_fwdllm.data.types import rows_fingerprint
 from fs_fwdllm.errors import ConfigError, DataError
-from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
+from fs_fwdllm.evaluation.metrics import check_metrics, evaluate, majority_scores
 from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, recipe_of
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
@@ -59,6 +59,8 @@ class Session:
     evaluation_batches: list[Batch] = field(default_factory=list)
     choosing_batches: list[Batch] = field(default_factory=list)
     choice: Choice | None = None
+    #: Told, while an evaluation goes on, how many batches are done and how many there are.
+    progress: Callable[[int, int], None] = lambda done, total: None
     _warned: bool = False
     _told_divergence: bool = False
 
@@ -217,10 +219,14 @@ class Session:
             found = self._measure(self.evaluation_batches, dict.fromkeys(reported))
             if choice is not None and self.choosing_batches:
                 found[choice.key] = self._measure(self.choosing_batches, by_it)[choice.metric]
+        if self.data.task in ("classification", "label_words"):
+            found |= majority_scores(self.evaluation_batches, self._metrics)
         return found
 
     def _measure(self, batches: list[Batch], metrics: Iterable[str]) -> dict[str, Any]:
-        return evaluate(self.parts.objective, batches, [*metrics], self.data.label_names, self.loaded.tokenizer)
+        return evaluate(
+            self.parts.objective, batches, [*metrics], self.data.label_names, self.loaded.tokenizer, self.progress
+        )
 
     @property
     def total_rounds(self) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.evaluation.metrics import METRICS, check_metrics, evaluate
+from fs_fwdllm.evaluation.metrics import METRICS, check_metrics, evaluate, majority_scores
 from fs_fwdllm.model.objective import Objective
 
 CLASSES = 4
@@ -170,3 +170,24 @@ def test_binary_f1_is_that_of_the_second_class_and_only_on_request():
     assert of_classes(predicted, actual, ["binary_f1"], [])["binary_f1"] == pytest.approx(2 / 3)
     assert check_metrics(["binary_f1"], "classification") == ["binary_f1"]
     assert "binary_f1" not in METRICS["classification"] and "binary_f1" not in check_metrics([], "classification")
+
+
+def test_always_answering_the_most_frequent_class_is_scored_like_any_answer():
+    _, batches, _, labels = classification(0, [7, 13])
+    most_frequent = np.full_like(labels, np.bincount(labels).argmax())
+    found = majority_scores(batches, ["macro_f1", "binary_f1", "mcc", "per_class"])
+    assert found == pytest.approx(
+        {
+            "majority_accuracy": np.mean(labels == most_frequent),
+            "majority_macro_f1": sklearn.metrics.f1_score(labels, most_frequent, average="macro"),
+            "majority_binary_f1": sklearn.metrics.f1_score(labels == 1, most_frequent == 1),
+        }
+    )
+    assert list(majority_scores(batches, ["mcc"])) == ["majority_accuracy"]
+
+
+def test_progress_is_told_batch_by_batch():
+    told = []
+    model, batches, *_ = classification(0, [3, 4, 5])
+    evaluate(model, batches, ["accuracy"], progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]

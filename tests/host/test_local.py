@@ -67,7 +67,7 @@ def test_a_run_leaves_what_it_promises(world: World, method: str, language_model
     files = {"config.yaml", "metrics.jsonl", "bytes.csv", "console.log", "report.png", "checkpoint"}
     assert names == {*files, saved, f"{saved}-last"}
     start, *rounds, final = lines_of(path)
-    assert set(start) == COLUMNS | {"eval"}
+    assert set(start) == COLUMNS | {"eval", "model"}
     assert [line["round"] for line in (start, *rounds, final)] == [0, 1, 2, 3, 4, 5, 5]
     for line in rounds:
         assert set(line) == COLUMNS | TRAINED | {"eval"} | (OF_BLOCKS if blocks else set())
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_promises(world: World, method: str, language_model
     assert final["digest"] == rounds[-1]["digest"]
     assert len({line["digest"] for line in (start, *rounds)}) == 6
     metrics = {"loss", "token_accuracy", "perplexity"} if language_model else {
-        "loss", "accuracy", "majority_accuracy", "macro_f1", "mcc"
+        "loss", "accuracy", "majority_accuracy", "macro_f1", "majority_macro_f1", "mcc"
     }  # fmt: skip
     assert all(set(line["eval"]) == metrics for line in (start, *rounds))
 

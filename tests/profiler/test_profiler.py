@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from fs_fwdllm.config import load_config
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.profiler import Budget, Candidate, Measured, candidates_for, measure, rank
-from fs_fwdllm.profiler.report import write_profile
-from fs_fwdllm.profiler.run import run_profile
+from fs_fwdllm.profiler.measure import lead, search_rates
+from fs_fwdllm.profiler.report import describe_lead, write_profile
+from fs_fwdllm.profiler.run import run_profile, run_rate_search
 from fs_fwdllm.running.session import Session
 from tests.host.small import World
 
@@ -25,8 +30,17 @@ LORA = Candidate("lora r=1", {"adapter_package": "peft", "adapter_method": "lora
 SMALL = Budget(probes=8, batches=2, forward_passes=64, rate_factors=(0.1, 1.0))
 
 
-def silent(_: str) -> None:
+def silent(_: str, share: float) -> None:
     """Say nothing."""
+    assert 0 <= share < 1
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=80, color_system=None)
+
+
+def said(there: Console) -> str:
+    return there.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 def test_a_candidate_is_measured_and_the_session_is_left_alone(world: World) -> None:
@@ -93,8 +107,10 @@ def test_a_profile_leaves_table_picture_and_a_configuration_that_runs(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fs_fwdllm.profiler.run.candidates_for", lambda *_: [HEAD, LORA])
-    path = run_profile(world.config(FORWARD), tmp_path / "profile", probes=4, passes=64, say=silent)
-    winner = load_config(path)
+    there, config = console(), world.config(FORWARD)
+    profile = run_profile(config, tmp_path / "profile", probes=4, passes=64, console=there)
+    assert profile.finished and profile.winner is not None
+    winner = load_config(profile.winner)
     with (tmp_path / "profile" / "profile.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["adapter"] for row in rows} == {"head", "lora r=1"}
@@ -102,6 +118,73 @@ def test_a_profile_leaves_table_picture_and_a_configuration_that_runs(
     assert winner.llm.adapter.args == [best.arguments]
     assert winner.train.optimizer.lr == pytest.approx(float(rows[0]["learning_rate"]))
     assert (tmp_path / "profile" / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert "1/2 head: " in said(there) and "2/2 lora r=1: " in said(there) and " left" in said(there)
+    assert "standard error" in said(there) and max(map(len, said(there).splitlines()[:-1])) <= 400
+    assert not winner.model_fields_set - config.model_fields_set  # nothing but what the configuration says
+    assert winner.federate == config.federate and winner.eval == config.eval
+
+
+def test_what_was_measured_before_a_profile_was_stopped_is_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured_until_stopped(session: Session, candidate: Candidate, *rest: Any) -> Measured:
+        if candidate is LORA:
+            raise KeyboardInterrupt
+        return measure(session, candidate, *rest)
+
+    monkeypatch.setattr("fs_fwdllm.profiler.run.candidates_for", lambda *_: [HEAD, LORA])
+    monkeypatch.setattr("fs_fwdllm.profiler.run.measure", measured_until_stopped)
+    there = console()
+    profile = run_profile(world.config(FORWARD), tmp_path / "profile", probes=4, passes=64, console=there)
+    assert not profile.finished and "stopped after 1 of 2 candidates" in said(there)
+    assert profile.winner is not None and load_config(profile.winner).llm.adapter.args == [HEAD.arguments]
+
+
+def test_the_choice_is_made_on_validation_rows_where_there_are_any(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[tuple[int, ...]]] = []
+
+    def look(session: Session, candidate: Candidate, *rest: Any) -> Measured:
+        seen.append({tuple(row) for batch in session.evaluation_batches for row in batch.input_ids.tolist()})
+        return Measured(candidate, loss_after=1.0)
+
+    monkeypatch.setattr("fs_fwdllm.profiler.run.candidates_for", lambda *_: [HEAD])
+    monkeypatch.setattr("fs_fwdllm.profiler.run.measure", look)
+    for splits, warned in (([0.6, 0.2, 0.2], False), ([0.8, 0.0, 0.2], True)):
+        there, config = console(), world.config({**FORWARD, "data.splits": splits})
+        run_profile(config, tmp_path / "profile", probes=4, passes=64, console=there)
+        assert ("warning: data.splits gives no validation rows" in said(there)) is warned
+        data = Session.open(config).data
+        judged = {tuple(example.input_ids.tolist()) for example in (data.test if warned else data.val)}
+        assert len(seen.pop()) <= len(judged)
+
+
+def test_a_lead_is_chance_within_two_standard_errors() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(1.0, 1.0, 400)  # rows differ much more among themselves than the candidates do
+    better, same = hard - 0.1 + rng.normal(0, 0.1, 400), hard + rng.normal(0, 0.1, 400)
+    clear = lead([Measured(LORA, row_losses=better), Measured(HEAD, row_losses=hard)])
+    assert clear is not None and not clear.is_chance and clear.second == "head"
+    assert clear.difference == pytest.approx(0.1, abs=0.02) and clear.standard_error == pytest.approx(0.005, rel=0.2)
+    few = lead([Measured(LORA, row_losses=better[:3] + 0.1), Measured(HEAD, row_losses=same[:3])])
+    assert few is not None and few.is_chance and "warning" in describe_lead(few, "test")
+    assert lead([Measured(LORA, row_losses=better)]) is None
+
+
+@pytest.mark.parametrize("method", ["fedfwd", "fedmezo"])
+def test_a_search_of_rates_keeps_what_is_trained(world: World, tmp_path: Path, method: str) -> None:
+    config = world.config({**FORWARD, "federate.method": method, "trainer.type": ""})
+    there = console()
+    found = run_rate_search(config, tmp_path / "rates", passes=32, console=there)
+    assert found.finished and found.winner is not None
+    winner = load_config(found.winner)
+    assert winner.llm == config.llm and winner.federate == config.federate
+    assert f"{winner.train.optimizer.lr:g}" in said(there)
+    session = Session.open(config)
+    trials = list(search_rates(session, Budget(forward_passes=32, rate_factors=(1.0, 1e9)), silent))
+    assert math.isfinite(trials[0].loss_after) and trials[1].loss_after > trials[0].loss_after
+    assert float(trials[0].row_losses.mean()) == pytest.approx(trials[0].loss_after, rel=1e-5)
 
 
 def test_a_profile_without_any_result_says_why(world: World, tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ def cells(table: Table) -> dict[str, list[str]]:
     return found | {"run": [str(column.header) for column in table.columns[1:]]}
 
 
+def rows(table: Table) -> dict[str, dict[str, str]]:
+    """``{run: {column: value}}``."""
+    names, *columns = [(str(column.header), [str(cell) for cell in column.cells]) for column in table.columns]
+    return {run: {name: cells[place] for name, cells in columns} for place, run in enumerate(names[1])}
+
+
 def without_eval(number: int) -> dict:
     line = make_line(number)
     line.pop("eval", None)
@@ -54,7 +60,7 @@ def test_report_has_its_size_whatever_was_recorded(
     folder = write_run(rounds, finished=False, line=line)
     assert not folder.report_path.exists()
     assert plot_run(folder.path) == folder.report_path
-    assert png_size_px(folder.report_path) == (1500, 900)
+    assert png_size_px(folder.report_path) == (1500, 960)
 
 
 def test_the_picture_shows_the_numbers(write_run: Callable[..., RunFolder]) -> None:
@@ -84,23 +90,20 @@ def test_comparison_table_has_the_runs_numbers(write_run: Callable[..., RunFolde
         expname="baseline",
         federate={"method": "FedAvg"},
     )
-    picture, table = compare_runs([first.path, second.path], tmp_path / "new" / "both.png")
-    assert picture == tmp_path / "new" / "both.png"
-    assert png_size_px(picture) == (1500, 1000)
-    found = cells(table)
-    assert found["run"] == ["small", "baseline"]
-    assert found["method"] == ["forward gradient (central, 8 probes)", "FedAvg (backpropagation)"]
-    assert found["final"] == ["0.5600", "0.7000"]
-    assert found["best"] == ["0.5600", "0.9000"]
-    assert found["majority"] == ["0.2500", "-"]
-    assert found["loss"] == ["0.1667", "0.3000"]
-    assert found["forward passes"] == ["96", "48"]
-    assert found["backward passes"] == ["0", "48"]
-    assert found["upload"] == ["600 B", "5.7 MiB"]
-    assert found["download"] == ["1.8 KiB", "1.8 KiB"]
-    assert found["time"] == ["9.0 s", "9.0 s"]
-    assert found["peak RSS"] == ["506 MiB", "506 MiB"]
-    assert "peak device" not in found
+    compared = compare_runs([first.path, second.path], tmp_path / "new" / "both.png")
+    assert compared.picture == tmp_path / "new" / "both.png"
+    assert png_size_px(compared.picture) == (1600, 1060)
+    assert compared.legend == [("1", "forward gradient (central, 8 probes)"), ("2", "FedAvg (backpropagation)")]
+    assert compared.warning == ""
+    assert rows(compared.result) == {
+        "1 small": {"rounds": "6", "end": "0.5600", "best": "0.5600", "majority": "0.2500", "loss": "0.1667"},
+        "2 baseline": {"rounds": "6", "end": "0.7000", "best": "0.9000", "majority": "-", "loss": "0.3000"},
+    }
+    shared = {"down": "1.8 KiB", "time": "9.0 s", "RSS": "506 MiB"}
+    assert rows(compared.costs) == {
+        "1 small": {"forward": "96", "backward": "-", "up": "600 B"} | shared,
+        "2 baseline": {"forward": "48", "backward": "48", "up": "5.7 MiB"} | shared,
+    }
 
 
 def test_smaller_perplexity_is_better_and_the_final_line_has_the_last_word(write_run: Callable[..., RunFolder]) -> None:
@@ -122,12 +125,12 @@ def test_runs_of_one_name_are_told_apart_and_unlike_runs_share_the_loss(
     first = write_run(line=make_line, outdir=str(tmp_path / "a"))
     second = write_run(line=language_model, outdir=str(tmp_path / "b"))
     third = write_run(line=without_eval, outdir=str(tmp_path / "c"))
-    _, table = compare_runs([first.path, second.path, third.path], tmp_path / "both.png")
-    found = cells(table)
-    assert found["run"] == [str(first.path), str(second.path), str(third.path)]
-    assert found["metric"] == ["accuracy", "token accuracy", "-"]
-    assert found["loss"][2] == "0.3333"
-    assert found["peak device"] == ["-", "60 MiB", "-"]
+    compared = compare_runs([first.path, second.path, third.path], tmp_path / "both.png")
+    assert [name for _, name in compared.legend] == [str(first.path), str(second.path), str(third.path)]
+    assert {name: found["end"] for name, found in rows(compared.result).items()} == {
+        f"1 {first.path}": "0.3333", f"2 {second.path}": "0.3333", f"3 {third.path}": "0.3333"
+    }  # fmt: skip
+    assert [found["device"] for found in rows(compared.costs).values()] == ["-", "60 MiB", "-"]
 
 
 def test_what_is_no_run_is_refused_and_nothing_is_written(
@@ -142,8 +145,8 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(
             plot_run(path)
         with pytest.raises(CheckpointError, match=fragment):
             compare_runs([good.path, path], output)
-    for paths in ([], [good.path] * 9):
-        with pytest.raises(ConfigError, match="1 to 8"):
+    for paths, fragment in (([], "none is given"), ([good.path] * 9, "up to 8 configurations .* 9 are given")):
+        with pytest.raises(ConfigError, match=fragment):
             compare_runs(paths, output)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
@@ -151,10 +154,11 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(
     assert not output.exists()
 
 
-def test_markup_in_a_name_is_shown_as_it_is(write_run: Callable[..., RunFolder]) -> None:
+def test_markup_in_a_name_is_shown_as_it_is(write_run: Callable[..., RunFolder], tmp_path: Path) -> None:
     folder = write_run(expname="_[red]$x_1")
-    assert png_size_px(folder.report_path) == (1500, 900)
-    assert cells(summary_table([RunRecord.load(folder.path).summary()]))["run"] == ["_[red]$x_1"]
+    assert png_size_px(folder.report_path) == (1500, 960)
+    compare_runs([folder.path, write_run(expname="$y^{", seed=1, fwdllm={"probes": 4}).path], tmp_path / "both.png")
+    assert cells(summary_table(RunRecord.load(folder.path).summary()))["run"] == ["_[red]$x_1"]
 
 
 @pytest.mark.parametrize(

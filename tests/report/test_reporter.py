@@ -66,6 +66,14 @@ def test_flatten_keeps_numbers_only() -> None:
     assert flatten(line) == {"round": 2, "eval/loss": 0.5, "loss/3": 1.0}
 
 
+def test_clients_are_summed_up_unless_they_are_asked_for() -> None:
+    line = make_line(2, learning_rate={str(client): 0.1 for client in range(1000)}, loss={"1": 1.0, "2": 3.0})
+    found = flatten(plain(line), clients=False)
+    assert found["loss"] == 2.0 and found["learning_rate"] == pytest.approx(0.1)
+    assert found["eval/accuracy"] == 0.52 and len(found) < 15
+    assert len(flatten(plain(line))) > 1000
+
+
 @pytest.mark.parametrize("torn", ["", '{"round": 5, "sec'])
 def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(
     config: Config, quiet: Console, write_run: Callable[..., RunFolder], torn: str
@@ -113,12 +121,13 @@ def test_one_plain_line_a_round_tells_what_happened(config: Config, quiet: Conso
     with RunReporter(folder, config, total_rounds=10, start_round=1, console=quiet) as reporter:
         reporter.round(make_line(2, rejected=[{"client": 1, "reason": "[nan]"}]))
         reporter.round(make_line(3, train_loss=math.nan, rejected=2))
-    second, third = folder.console_path.read_text().splitlines()[-2:]
+    second, majority, third = folder.console_path.read_text().splitlines()[-3:]
     assert second == (
-        "round  2/10  loss 1.000  eval loss 0.5000  accuracy 0.5200 (majority 0.2500)  rejected 1  "
-        "up 200 B  down 600 B  3.0 s"
+        "round  2/10  loss 1.000  eval loss 0.5000  accuracy 0.5200  rejected 1  "
+        "up 200 B  down 600 B  3.0 s  12.0 s left"
     )
-    assert third == "round  3/10  loss -  rejected 2  up 300 B  down 900 B  4.5 s"
+    assert majority == "always answering the most frequent class reaches accuracy 0.2500"
+    assert third == "round  3/10  loss -  rejected 2  up 300 B  down 900 B  4.5 s  10.5 s left"
 
 
 def test_a_terminal_gets_a_bar_and_the_log_the_same_lines(config: Config, write_run: Callable[..., RunFolder]) -> None:
@@ -130,8 +139,9 @@ def test_a_terminal_gets_a_bar_and_the_log_the_same_lines(config: Config, write_
         for number in range(1, 5):
             reporter.round(make_line(number), make_rows(number))
     assert folder.console_path.read_text().splitlines()[1:] == plain_log
-    assert "round 4/4  loss" not in screen.getvalue()
-    assert "4/4" in screen.getvalue() and "accuracy 0.5400" in screen.getvalue()
+    assert "round 3/4  loss" not in screen.getvalue()
+    for kept in ("round 2/4  loss 1.000  eval loss 0.5000  accuracy 0.5200", "round 4/4  loss 0.5000"):
+        assert screen.getvalue().count(kept) == 1  # what is drawn by the bar is drawn again and again
 
 
 def test_an_interrupted_run_says_how_to_go_on_only_if_it_can(config: Config, quiet: Console) -> None:
@@ -185,11 +195,12 @@ def test_absent_extras_are_errors_that_name_them(config: Config, monkeypatch: py
             RunReporter(folder, changed, total_rounds=1, start_round=1)
 
 
-def test_tensorboard_gets_the_numbers_of_every_round(config: Config) -> None:
+@pytest.mark.parametrize("clients", [False, True])
+def test_tensorboard_gets_the_numbers_of_every_round(config: Config, clients: bool) -> None:
     pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
     events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     folder = RunFolder.create(config)
-    sink = TensorBoardSink(folder, start_round=1)
+    sink = TensorBoardSink(folder, start_round=1, clients=clients)
     for number in (1, 2):
         sink.write(plain(make_line(number)))
     sink.write({"final": True, "seconds": 3.0})
@@ -199,6 +210,16 @@ def test_tensorboard_gets_the_numbers_of_every_round(config: Config) -> None:
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("train_loss")] == [(1, 2.0), (2, 1.0)]
     assert [event.step for event in read.Scalars("eval/accuracy")] == [2]
+    assert ("loss/1" in read.Tags()["scalars"]) is clients
+
+
+def test_the_folder_of_tensorboard_is_told(config: Config, quiet: Console) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    changed = parse_config(config.model_dump(mode="json") | {"fwdllm": {"tensorboard": True}})
+    folder = RunFolder.create(changed)
+    with RunReporter(folder, changed, total_rounds=1, start_round=1, console=quiet):
+        pass
+    assert f"tensorboard --logdir {folder.tensorboard_path}" in folder.console_path.read_text()
 
 
 class FakeWandb(types.ModuleType):
