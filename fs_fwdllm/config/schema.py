@@ -224,6 +224,12 @@ class GradConfig(Section):
 
 
 class FwdllmDataConfig(Section):
+    reader: Literal["own", "host"] = Field(
+        "own",
+        description="who reads, tokenises and divides instruction data inside FederatedScope: own is this package, as "
+        "on every host; host is FederatedScope, for its numbers (other tokens and other clients than elsewhere)",
+        json_schema_extra={"host_only": True},
+    )
     text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
     text_pair: str = Field("", description="column or field of a second text, where a sample is a pair (FILE@text)")
     label: str = Field("label", description="column or field of the label (FILE@text)")

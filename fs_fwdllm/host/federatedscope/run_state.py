@@ -52,9 +52,11 @@ class HostProcess:
         self.data = data
         self.restore_from = restore_from
         self._tokenizer = tokenizer
+        self._threads = torch.get_num_threads()
 
     @cached_property
     def session(self) -> Session:
+        torch.set_num_threads(self._threads)  # a simulation of the host sets it to one, and last bits can depend on it
         return Session.assemble(self.config, self._tokenizer, self.data)
 
     @cached_property
