@@ -21,11 +21,13 @@ import numpy as np
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data import load_federated_data
-from fs_fwdllm.data.readers import PRESPLIT
+from fs_fwdllm.data.readers import PRESPLIT, data_task
 from fs_fwdllm.data.types import IGNORED_LABEL, ClientData, Example, FederatedData
 from fs_fwdllm.errors import ConfigError, DataError
+from fs_fwdllm.evaluation.metrics import check_metrics
 from fs_fwdllm.host.federatedscope import run_state, splitter
 from fs_fwdllm.host.federatedscope.command_line import check_command_line
+from fs_fwdllm.host.federatedscope.listening import settle_addresses
 from fs_fwdllm.host.federatedscope.settings import (
     complete,
     config_from_host,
@@ -78,7 +80,10 @@ def load_data(config: Any, client_configs: Any) -> Any:
     refuse_unsupported(config)
     refuse_client_settings(client_configs)
     _make_place_for(config.federate.save_to)
+    if config.federate.mode.lower() == "distributed":
+        settle_addresses(config)
     own = config_from_host(config)
+    check_metrics(own.eval.metrics, data_task(own))
     if own.federate.sample_client_num == own.federate.client_num:
         own.federate.sample_client_num = -1  # the host writes "all" as a number, and counts clients without data
     complete(config, [])
@@ -90,6 +95,8 @@ def load_data(config: Any, client_configs: Any) -> Any:
         federated = _only(federated, config.federate.client_idx_for_local_train)
         own.federate.client_num, own.federate.sample_client_num = 1, -1
     holders = [*federated.clients.values(), ClientData(val=federated.val, test=federated.test)]
+    if federated.clients.keys() >= set(range(1, own.federate.client_num + 1)):
+        run_state.require_work(own, sum(bool(held.train) for held in federated.clients.values()))
     complete(config, run_state.splits_of(holders))
     restore_from, config.federate.restore_from = config.federate.restore_from, ""
     run_state.open_process(run_state.HostProcess(own, federated, tokenizer, restore_from))

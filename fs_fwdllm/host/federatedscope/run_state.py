@@ -22,18 +22,19 @@ from torch import nn
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import ClientData, FederatedData
-from fs_fwdllm.errors import CheckpointError, nearest
+from fs_fwdllm.errors import CheckpointError, DataError, nearest
 from fs_fwdllm.host.federatedscope import HOST, RUN_FOLDER
 from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.running.checkpoint import Checkpoint, is_of, read_checkpoint
 from fs_fwdllm.running.keeping import take_over_best
+from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
 __all__ = [
     "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",
-    "named_values", "open_folder", "open_process", "save_values", "splits_of",
+    "named_values", "open_folder", "open_process", "require_work", "save_values", "splits_of",
 ]  # fmt: skip
 
 
@@ -186,6 +187,24 @@ def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoi
         raise CheckpointError(f"federate.restore_from {str(source)!r}: that run has finished; nothing is left to do")
     take_over_best(before, folder)
     return folder, checkpoint
+
+
+def require_work(config: Config, clients: int) -> None:
+    """Refuse a run in which nobody has anything to do, or more are asked for than have.
+
+    Args:
+        clients: how many hold a training sample.
+
+    Raises:
+        DataError: nobody does.
+        ConfigError: ``federate.sample_client_num`` is larger.
+    """
+    if not clients:
+        raise DataError(
+            f"no client holds a training sample; check data.splits {config.data.splits}, federate.client_num "
+            f"{config.federate.client_num}, llm.tok_len {config.llm.tok_len} (it may cut off every answer) and the file"
+        )
+    clients_per_round(config, clients)
 
 
 _current: HostProcess | None = None

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host import supervise
+from fs_fwdllm.host.addresses import is_listening
 from fs_fwdllm.host.fedml import HOST
 from fs_fwdllm.host.fedml.guard import is_running, name_of
 from fs_fwdllm.host.fedml.identity import processes_folder
@@ -145,7 +146,7 @@ class Ranks:
             write_addresses(path, self.settings.worker_num + 1)
         address = server_address(self.settings)
         self._start(name_of(0), [*self._command(), "--rank", "0", "--role", "server"])
-        if not self._wait_until(lambda: supervise.is_listening(address), deadline_s):
+        if not self._wait_until(lambda: is_listening(address), deadline_s):
             raise HostError(f"{name_of(0)}: does not listen at {address} within {deadline_s:g} s")
         for rank in range(1, self.settings.worker_num + 1):
             self._start(name_of(rank), [*self._command(), "--rank", str(rank), "--role", "client"])

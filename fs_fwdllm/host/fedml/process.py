@@ -16,11 +16,12 @@ from types import SimpleNamespace
 
 from fs_fwdllm.config.load import find_config
 from fs_fwdllm.errors import ConfigError, HostError
+from fs_fwdllm.host.addresses import is_listening
 from fs_fwdllm.host.fedml.guard import begin_guarded
 from fs_fwdllm.host.fedml.identity import introduce, leave, processes_folder
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.settings import FedMLSettings, read_settings
-from fs_fwdllm.host.supervise import is_listening, wait_until
+from fs_fwdllm.host.supervise import wait_until
 from fs_fwdllm.report import RunFolder
 
 __all__ = ["main", "server_address"]
