@@ -76,11 +76,12 @@ def require_known(host: str, key: str) -> None:
         raise HostError(f"{key} {host!r}: no address is known for that name ({_reason(error)}); {_FORMS}") from error
 
 
-def require_free(host: str, port: int, host_key: str, port_key: str) -> None:
+def require_free(host: str, port: int, host_key: str, port_key: str, elsewhere: str = "") -> None:
     """Check that a process of this machine can listen at ``host`` and ``port``.
 
     Args:
         host_key, port_key: what a user changes.
+        elsewhere: what to do where the address is another machine's.
 
     Raises:
         ConfigError: ``port`` is none.
@@ -93,7 +94,7 @@ def require_free(host: str, port: int, host_key: str, port_key: str) -> None:
             for family, place in _places(host, port):
                 _bind(doors, family, place)
     except OSError as error:
-        raise HostError(_explain(error, host, port, host_key, port_key)) from error
+        raise HostError(_explain(error, host, port, host_key, port_key, elsewhere)) from error
 
 
 def is_listening(address: tuple[str, int], within_s: float = 1.0) -> bool:
@@ -123,15 +124,13 @@ def _bind(doors: ExitStack, family: int, place: tuple[object, ...]) -> None:
     door.bind(place)
 
 
-def _explain(error: OSError, host: str, port: int, host_key: str, port_key: str) -> str:
+def _explain(error: OSError, host: str, port: int, host_key: str, port_key: str, elsewhere: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return f"{port_key} {port}: something else listens at {joined(host, port)}; choose another port"
         case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:
-            return (
-                f"{host_key} {host!r}: is not an address of this machine, so nothing can listen there; if others reach "
-                "this machine by an address that is not its own, set fwdllm.bind_host (0.0.0.0 listens at all it has)"
-            )
+            cure = f"; {elsewhere}" if elsewhere else ""
+            return f"{host_key} {host!r}: is not an address of this machine, so nothing here can listen there{cure}"
         case errno.EACCES | errno.EPERM:
             return (
                 f"{port_key} {port}: this user may not listen there (ports below {_FIRST_FREE_FOR_ALL} need "

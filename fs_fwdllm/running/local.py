@@ -15,6 +15,7 @@ from fs_fwdllm.method import assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
 from fs_fwdllm.running.extension import give_rounds
+from fs_fwdllm.running.preflight import check_beforehand
 from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
@@ -30,6 +31,7 @@ def run(config: Config) -> Path:
     Raises:
         FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
     """
+    check_beforehand(config)
     RunFolder.require_place(config)
     session = Session.open(config)
     clients_per_round(config, len(session.client_samples))  # refused before there is a folder

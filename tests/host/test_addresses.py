@@ -50,8 +50,8 @@ def test_what_is_no_port_is_named(port: object) -> None:
 def test_causes_are_told_apart(taken: int) -> None:
     with pytest.raises(HostError, match=rf"p\.key {taken}: something else listens at 127\.0\.0\.1:{taken}"):
         require_free("127.0.0.1", taken, "h.key", "p.key")
-    with pytest.raises(HostError, match=rf"h\.key '{_ELSEWHERE}': is not an address of this machine.*bind_host"):
-        require_free(_ELSEWHERE, taken, "h.key", "p.key")
+    with pytest.raises(HostError, match=rf"h\.key '{_ELSEWHERE}': is not an address of this machine.*; move"):
+        require_free(_ELSEWHERE, taken, "h.key", "p.key", "move")
     for name in ("no-such-machine.invalid", "300.1.2.3", "a..b", ":::1"):
         with pytest.raises(HostError, match=r"h\.key .*: no address is known for that name.*IPv6"):
             require_free(name, taken, "h.key", "p.key")

@@ -21,10 +21,9 @@ import numpy as np
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data import load_federated_data
-from fs_fwdllm.data.readers import PRESPLIT, data_task
+from fs_fwdllm.data.readers import PRESPLIT
 from fs_fwdllm.data.types import IGNORED_LABEL, ClientData, Example, FederatedData
 from fs_fwdllm.errors import ConfigError, DataError
-from fs_fwdllm.evaluation.metrics import check_metrics
 from fs_fwdllm.host.federatedscope import run_state, splitter
 from fs_fwdllm.host.federatedscope.command_line import check_command_line
 from fs_fwdllm.host.federatedscope.listening import settle_addresses
@@ -35,8 +34,8 @@ from fs_fwdllm.host.federatedscope.settings import (
     refuse_client_settings,
     refuse_unsupported,
 )
-from fs_fwdllm.method import check_combination
 from fs_fwdllm.model import load_tokenizer
+from fs_fwdllm.running.preflight import check_beforehand
 
 __all__ = ["ExampleSplits", "load_data"]
 
@@ -83,19 +82,19 @@ def load_data(config: Any, client_configs: Any) -> Any:
     if config.federate.mode.lower() == "distributed":
         settle_addresses(config)
     own = config_from_host(config)
-    check_metrics(own.eval.metrics, data_task(own))
     if own.federate.sample_client_num == own.federate.client_num:
         own.federate.sample_client_num = -1  # the host writes "all" as a number, and counts clients without data
     complete(config, [])
     own.trainer.type = config.trainer.type
-    check_combination(own)
-    read = _read_by_host if _host_is_to_read(config) else _read_ourselves
+    check_beforehand(own)
+    host_reads = _host_is_to_read(config)
+    read = _read_by_host if host_reads else _read_ourselves
     data, config, federated, tokenizer = read(config, client_configs, own)
     if config.federate.client_idx_for_local_train:
         federated = _only(federated, config.federate.client_idx_for_local_train)
         own.federate.client_num, own.federate.sample_client_num = 1, -1
     holders = [*federated.clients.values(), ClientData(val=federated.val, test=federated.test)]
-    if federated.clients.keys() >= set(range(1, own.federate.client_num + 1)):
+    if not host_reads or config.federate.mode.lower() == "standalone":  # else this process knows its own rows only
         run_state.require_work(own, sum(bool(held.train) for held in federated.clients.values()))
     complete(config, run_state.splits_of(holders))
     restore_from, config.federate.restore_from = config.federate.restore_from, ""

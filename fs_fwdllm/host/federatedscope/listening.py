@@ -15,6 +15,7 @@ from fs_fwdllm.host.addresses import check_port, is_own, is_wildcard, joined, re
 __all__ = ["bind_host", "settle_addresses"]
 
 _ROLES = ("server", "client")
+_BIND = "if others reach this machine by it, set fwdllm.bind_host to where to listen (0.0.0.0 is all of its addresses)"
 
 
 def settle_addresses(config: Any) -> None:
@@ -31,7 +32,7 @@ def settle_addresses(config: Any) -> None:
     if role not in _ROLES:
         raise ConfigError(f"distribute.role {role!r}: allowed are {' and '.join(map(repr, _ROLES))}")
     host_key = "fwdllm.bind_host" if config.fwdllm.bind_host else f"distribute.{role}_host"
-    require_free(bind_host(config), own[f"{role}_port"], host_key, f"distribute.{role}_port")
+    require_free(bind_host(config), own[f"{role}_port"], host_key, f"distribute.{role}_port", _BIND)
     if role == "client":
         _check_reach(own)
     for name in _ROLES:
