@@ -180,7 +180,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     freq: int = Field(1, ge=-1, description="evaluate every N rounds and at the end; -1 only at the end")
     metrics: list[str] = Field([], description="metrics to report besides the loss; empty is all of the task's")
-    split: list[Literal["train", "val", "test"]] = Field(
+    split: list[str] = Field(
         ["test", "val"], min_length=1, description="splits to evaluate; the first one with samples is used"
     )
     report: list[str] = host_only(["weighted_avg", "avg", "fairness", "raw"])
@@ -192,6 +192,13 @@ class EvalConfig(Section):
     count_flops: bool = host_only(True)
     monitoring: list[str] = host_only([])
     base: float = host_only(0.0)
+
+    @field_validator("split")
+    @classmethod
+    def _splits_are_known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _known(("test", "train", "val"), name)
+        return value
 
 
 class EarlyStopConfig(Section):
