@@ -161,6 +161,7 @@ class FwdLLMClient(Client):
         Raises:
             HostError: it is over because of an error.
         """
+        self._process.is_over = self.mode == "distributed" or self._process.is_over
         self._monitor.finish_fl()
         if message.content:
             raise HostError(f"client {self.ID}: the server has stopped: {message.content}")

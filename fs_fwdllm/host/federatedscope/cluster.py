@@ -130,7 +130,8 @@ def _reason(cluster: Cluster, name: str, code: int) -> str:
     errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
     if errors:
         return f"{name}: {errors[-1]}; its log is {log}"
-    return "\n".join([f"{name} {supervise.end_in_words(code)}; its log {log} ends:", *lines[-_LINES_SHOWN:]])
+    end = [f"its log {log} ends:", *lines[-_LINES_SHOWN:]] if lines else ["it has said nothing"]
+    return f"{name} {supervise.end_in_words(code)}; " + "\n".join(end)
 
 
 def choose_ports(number: int) -> list[int]:

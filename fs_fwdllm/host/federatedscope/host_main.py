@@ -17,6 +17,7 @@ from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
 __all__ = ["describe_home", "find_host", "launch"]
 
 _HOME = "FEDERATEDSCOPE_HOME"
+_INSTALL = "what it needs beside this package: pip install 'fs-fwdllm[federatedscope]'"
 _DEFAULT_HOME = Path("~/.cache/fs_fwdllm/FederatedScope")
 
 
@@ -60,11 +61,15 @@ def launch(arguments: Sequence[str]) -> None:
     home = find_host()
     if home is not None:
         sys.path.insert(0, str(home))
-    arguments, is_ours = _register(arguments)
+    try:
+        arguments, is_ours = _register(arguments)
+    except ImportError as error:
+        raise HostError(f"FederatedScope cannot be imported ({type(error).__name__}: {error}); {_INSTALL}") from error
     before = sys.argv
     sys.argv = ["federatedscope/main.py", *arguments]
     try:
         runpy.run_module("federatedscope.main", run_name="__main__", alter_sys=True)
+        importlib.import_module("fs_fwdllm.host.federatedscope.run_state").require_end()
     except FwdLLMError:
         raise
     except Exception as error:
@@ -79,7 +84,8 @@ def _explain(error: Exception) -> str:
     """What stopped the host in words, on one line; where from is written to its log file, if it has one by now."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     words = " ".join(str(error).split()) or f"no reason given, {Path(last.filename).name} line {last.lineno}"
-    text = f"FederatedScope stops with {type(error).__name__}: {words}"
+    advice = f"; {_INSTALL}" if isinstance(error, ImportError) else ""
+    text = f"FederatedScope stops with {type(error).__name__}: {words}{advice}"
     for handler in logging.getLogger("federatedscope").handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(logging.LogRecord("federatedscope", logging.ERROR, "", 0, text, (), sys.exc_info()))

@@ -202,7 +202,7 @@ class FwdLLMServer(MemberServer):
         """Tell the clients that it is over, and close our run folder."""
         if self.is_finish:
             return
-        self.is_finish = True
+        self.is_finish = self._process.is_over = True
         self._monitor.finish_fl()
         self._tell(dict.fromkeys(sorted(self._clients), ""), msg_type)
         if self._driver is not None:

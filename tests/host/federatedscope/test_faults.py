@@ -331,6 +331,17 @@ def test_an_error_of_any_kind_is_told_to_everybody(world: World, launcher: Start
     assert "the server has stopped: RuntimeError: a fault of the test" in client.text
 
 
+#: A message is lost on the way, so that nobody ever says anything again.
+_SILENCE = "import fs_fwdllm.host.federatedscope.members as module; module.MemberServer._admit = lambda *_: None"
+
+
+def test_a_simulation_that_stands_still_is_no_success(world: World, launcher: Starter, tmp_path: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1)
+    run = federation.start_standalone(before=_SILENCE)
+    assert run.wait(_BOUND_S) != 0
+    assert "error: HostError: FederatedScope has returned before the run was over" in run.text
+
+
 @pytest.mark.parametrize("reader", ["own", "host"])
 def test_a_run_in_which_nobody_has_work_is_an_error_at_once(
     reader: str, world: World, launcher: Starter, tmp_path: Path
