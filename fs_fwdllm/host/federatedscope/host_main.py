@@ -106,4 +106,4 @@ def _register(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
     extend_host_config(global_cfg)
     found = with_found_file(arguments)
-    return found, check_command_line(found, global_cfg)
+    return found, bool(check_command_line(found, global_cfg))
