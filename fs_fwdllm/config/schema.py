@@ -184,7 +184,9 @@ LOSS_WORDS = ("loss", "avg_loss", "total")
 class EvalConfig(Section):
     freq: int = Field(1, ge=-1, description="evaluate every N rounds and at the end; -1 only at the end")
     metrics: list[str] = Field([], description="metrics to report besides the loss; empty is all of the task's")
-    split: list[str] = Field(["test", "val"], description="splits to evaluate; the first one with samples is used")
+    split: list[str] = Field(
+        ["test", "val"], min_length=1, description="splits to evaluate; the first one with samples is used"
+    )
     report: list[str] = host_only(["weighted_avg", "avg", "fairness", "raw"])
     best_res_update_round_wise_key: str = Field(
         "val_loss",
@@ -200,6 +202,13 @@ class EvalConfig(Section):
 
     monitoring: list[str] = host_only([])
     base: float = host_only(0.0)
+
+    @field_validator("split")
+    @classmethod
+    def _splits_are_known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _known(("test", "train", "val"), name)
+        return value
 
 
 class EarlyStopConfig(Section):
@@ -234,6 +243,12 @@ class GradConfig(Section):
 
 
 class FwdllmDataConfig(Section):
+    reader: Literal["own", "host"] = Field(
+        "own",
+        description="who reads, tokenises and divides instruction data inside FederatedScope: own is this package, as "
+        "on every host; host is FederatedScope, for its numbers (other tokens and other clients than elsewhere)",
+        json_schema_extra={"host_only": True},
+    )
     text: str = Field("text", description="column or field of the text (FILE@text); several are joined by +")
     text_pair: str = Field("", description="column or field of a second text, where a sample is a pair (FILE@text)")
     label: str = Field("label", description="column or field of the label (FILE@text)")
@@ -360,6 +375,13 @@ class FwdllmConfig(Section):
     max_failed_rounds: int = Field(3, ge=1, description="rounds in a row without a usable update before giving up")
     deadline_s: float = Field(
         600.0, gt=0, description="seconds a host of several processes waits for clients to join, to answer, to evaluate"
+    )
+    bind_host: str = Field(
+        "",
+        description="address at which a participant of a distributed FederatedScope run listens, where others reach it "
+        "by another one (distribute.server_host, distribute.client_host); 0.0.0.0 or :: is all of its own; empty is "
+        "that one",
+        json_schema_extra={"host_only": True},
     )
     min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")

@@ -19,10 +19,12 @@ from pathlib import Path
 from types import FrameType
 
 __all__ = [
-    "GRACE_S", "LOOPBACK", "Processes", "end_in_words", "free_ports", "interruptible", "is_listening", "wait_until",
+    "GRACE_S", "INTERRUPTED", "LOOPBACK", "Processes", "end_in_words", "free_ports", "interruptible", "wait_until",
 ]  # fmt: skip
 
 LOOPBACK = "127.0.0.1"
+#: The exit code of what Ctrl-C has ended.
+INTERRUPTED = 130
 #: A process that is told to end has this long before it is killed.
 GRACE_S = 5.0
 _LOOK_EVERY_S = 0.05
@@ -92,13 +94,6 @@ def wait_until(condition: Callable[[], object], until: float) -> bool:
             return False
         time.sleep(_LOOK_EVERY_S)
     return True
-
-
-def is_listening(address: tuple[str, int], within_s: float = 1.0) -> bool:
-    """Whether somebody can be connected to at a host and a port."""
-    with suppress(OSError), socket.create_connection(address, within_s):
-        return True
-    return False
 
 
 def free_ports(count: int) -> list[int]:

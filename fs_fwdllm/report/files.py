@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.errors import CheckpointError, ConfigError
 
-__all__ = ["disk_errors_named", "write_text_atomically"]
+__all__ = ["disk_errors_named", "require_writable", "write_text_atomically"]
 
 
 #: How libraries written in Rust (safetensors, tokenizers) say what the system refused, in exceptions of their own.
@@ -30,6 +30,20 @@ def disk_errors_named(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or (foreign[1] if foreign else error)
         raise CheckpointError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def require_writable(outdir: str) -> None:
+    """Check that a folder can be made at ``outdir``, or in it; nothing is made.
+
+    Raises:
+        ConfigError: a file is in the way, or this user may not write there.
+    """
+    place = Path(outdir or ".").absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"outdir: {str(there)!r} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"outdir: {outdir!r} cannot be made or written: no permission in {there}")
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from fs_fwdllm.config import Config, dump_config, load_config
 from fs_fwdllm.errors import CheckpointError, ConfigError, nearest
-from fs_fwdllm.report.files import disk_errors_named, write_text_atomically
+from fs_fwdllm.report.files import disk_errors_named, require_writable, write_text_atomically
 
 __all__ = ["CHECKPOINT_FILES", "RunFolder"]
 
@@ -47,10 +47,8 @@ class RunFolder:
         Raises:
             ConfigError: ``expname`` is not a folder name, or ``outdir`` cannot be written.
         """
-        name = config.expname or "run"
-        if Path(name).name != name or name == "..":
-            raise ConfigError(f"expname: must be the name of one folder, but is {name!r}; put the rest into outdir")
-        outdir = Path(config.outdir)
+        cls.require_place(config)
+        name, outdir = config.expname or "run", Path(config.outdir)
         for number in count(1):
             path = outdir / (name if number == 1 else f"{name}-{number}")
             try:
@@ -65,6 +63,14 @@ class RunFolder:
         folder = cls(path)
         write_text_atomically(folder.config_path, dump_config(config))
         return folder
+
+    @staticmethod
+    def require_place(config: Config) -> None:
+        """Check that :meth:`create` would find a place; nothing is made. Raises as it does."""
+        name = config.expname or "run"
+        if Path(name).name != name or name == "..":
+            raise ConfigError(f"expname: must be the name of one folder, but is {name!r}; put the rest into outdir")
+        require_writable(config.outdir)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -16,6 +16,7 @@ from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.terminal import loading
 from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
 from fs_fwdllm.running.extension import give_rounds
+from fs_fwdllm.running.preflight import check_beforehand
 from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
@@ -31,6 +32,8 @@ def run(config: Config) -> Path:
     Raises:
         FwdLLMError: see the subtypes; the last checkpoint stays valid whatever happens.
     """
+    check_beforehand(config)
+    RunFolder.require_place(config)
     with loading(config):
         session = Session.open(config)
     clients_per_round(config, len(session.client_samples))  # refused before there is a folder

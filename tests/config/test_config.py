@@ -338,3 +338,10 @@ def test_yaml_reads_back_what_it_writes(tree: object) -> None:
 def test_exponent_notation_is_a_float_as_python_reads_it(value: float, letter: str, digits: int) -> None:
     text = f"{value:.{digits}{letter}}"
     assert parse_yaml(text) == float(text)
+
+
+@pytest.mark.parametrize("value", ["[]", "[tset]", "test"])
+def test_splits_to_evaluate_are_splits(value: str) -> None:
+    """A split that nobody has would be evaluated on nothing, without a word."""
+    with pytest.raises(ConfigError, match=r"eval\.split"):
+        load_config("demo", ["eval.split", value])

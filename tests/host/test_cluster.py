@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fs_fwdllm.config.load import read_tree
-from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.errors import ConfigError, HostError
 from fs_fwdllm.host.federatedscope import RUN_FOLDER
 from fs_fwdllm.host.federatedscope.cluster import (
     Cluster,
@@ -25,6 +25,7 @@ from fs_fwdllm.host.federatedscope.cluster import (
     read_deadline_s,
     run_cluster,
 )
+from fs_fwdllm.host.supervise import LOOPBACK
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,44 @@ def test_every_process_has_its_role_number_and_port(tmp_path: Path) -> None:
     assert (trees["server"]["outdir"], trees["server"]["expname"]) == ("o", "e")
     assert (trees["client1"]["outdir"], trees["client1"]["expname"]) == (str(tmp_path), "client1")
     assert "mode" not in tree["federate"], "what was given is not changed"
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Two runs of one name, at once or one after the other, must not read each other's configuration."""
+    config = tmp_path / "c.yaml"
+    config.write_text("federate: {client_num: 1}\n")
+    arguments = [str(config), "outdir", str(tmp_path / "out"), "expname", "same"]
+    first, second = prepare(arguments), prepare(arguments)
+    (tmp_path / "out" / "same-3").mkdir()  # what a run of this name has left, its processes' folder being gone
+    third = prepare(arguments)
+    names = [cluster.trees["server"]["expname"] for cluster in (first, second, third)]
+    assert names == ["same", "same-2", "same-4"]
+    assert [cluster.folder.name for cluster in (first, second, third)] == [f"{name}_processes" for name in names]
+    assert all(cluster.trees["client1"]["outdir"] == str(cluster.folder) for cluster in (first, second, third))
+
+
+def test_an_output_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("federate: {client_num: 1}\n")
+    with pytest.raises(ConfigError, match=r"outdir .*is a file, not a folder"):
+        prepare([str(config), "outdir", str(config)])
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server((LOOPBACK, 0)) as door:
+        port = door.getsockname()[1]
+        monkeypatch.setenv("FS_FWDLLM_PORT", str(port - 1))
+        with pytest.raises(HostError, match=rf"FS_FWDLLM_PORT {port - 1}: port {port}: something else listens"):
+            choose_ports(2)
+
+
+def test_the_error_of_a_process_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = make(tmp_path, server=1, client="wait")
+    (tmp_path / "stand_in.py").write_text("print('a line'); print('error: DataError: no rows'); raise SystemExit(1)")
+    code, _ = run(cluster)
+    assert code == 1
+    said = capsys.readouterr().out
+    assert said == f"error: server: DataError: no rows; its log is {tmp_path / 'server.log'}\n"
 
 
 def test_a_run_ends_with_the_server(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from federatedscope.core.workers import Client
 from fs_fwdllm.core.wire import to_text
 from fs_fwdllm.errors import HostError, WireError
 from fs_fwdllm.host.chunks import Joiner
+from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, dispatch, frame_in, next_message, reachable
@@ -37,9 +38,15 @@ class FwdLLMClient(Client):
     """A client of any of our methods. Arguments as the host's own client."""
 
     def __init__(self, *arguments: Any, config: Any = None, model: HostModel | None = None, **named: Any) -> None:
+        reached_at = named.get("host", "")
+        if config is not None and config.federate.mode.lower() == "distributed":
+            settle_addresses(config)
+            named["host"] = bind_host(config)
         super().__init__(*arguments, config=config, model=model, **named)
         if config is None or model is None:  # the host asks an unconfigured worker for its handlers
             return
+        if self.local_address is not None:
+            self.local_address["host"] = reached_at
         self._process: HostProcess = model.process
         self._examples = list(getattr(self.data, "train_data", None) or [])
         self._incarnation = int.from_bytes(os.urandom(3), "little")
@@ -55,8 +62,8 @@ class FwdLLMClient(Client):
         for kind in ("model_para", "ss_model_para", "evaluate"):
             self.register_handlers(kind, self.callback_funcs_for_foreign_message, [None])
 
-    def join_in(self) -> None:
-        """Tell the server who we are, where, how many samples we hold, and what parameters."""
+    def join_in(self) -> bool:
+        """Tell the server who we are, where, how many samples we hold, and what parameters; whether it was told."""
         hello = Hello(
             client=self._asked_for if self.ID < 0 else int(self.ID),
             samples=len(self._examples),
@@ -64,16 +71,17 @@ class FwdLLMClient(Client):
             digest=self._process.worker.replica.digest,
             **(self.local_address or {}),
         )
-        self._send("join_in", hello.content())
+        return self._send("join_in", hello.content())
 
     def run(self) -> None:
         """Handle messages until the server says that it is over (distributed mode).
 
         Raises:
-            HostError: the server stopped for an error, or nothing has listened at its address for
-                ``fwdllm.deadline_s`` seconds.
+            HostError: the server stopped for an error, took nothing in for ``fwdllm.deadline_s`` seconds, or has not
+                taken this client into the run in that time.
         """
-        heard, joiner = time.monotonic(), Joiner()
+        started = heard = looked = time.monotonic()
+        joiner = Joiner()
         patience_s = min(_LONGEST_SILENCE_S, self._deadline_s / _HELLOS_PER_DEADLINE)
         while True:
             message = next_message(self.comm_manager, patience_s, joiner)
@@ -81,24 +89,35 @@ class FwdLLMClient(Client):
                 dispatch(self, message, _TAKEN)
                 if message.msg_type == "finish":
                     return
-            elif all(reachable([self._server_address]).values()):
-                self._send_again()
-                self.join_in()
-            else:
-                self._give_up_after(heard)
+                if message.msg_type in _TAKEN:
+                    heard = looked = time.monotonic()
+            # By the clock, since strangers may send without an end.
+            if time.monotonic() - looked < patience_s:
                 continue
-            heard = time.monotonic()
+            if self._is_there_still():
+                heard = time.monotonic()
+            self._give_up_after(heard, started)
+            looked = time.monotonic()
+
+    def _is_there_still(self) -> bool:
+        """Whether the server takes in what we have to say: a process that is stopped has an open port, too."""
+        return all(reachable([self._server_address]).values()) and self._send_again() and self.join_in()
 
     @property
     def _server_address(self) -> str:
         return str(self.comm_manager.neighbors[self.server_id])
 
-    def _give_up_after(self, heard: float) -> None:
-        if time.monotonic() - heard > self._deadline_s:
+    def _give_up_after(self, heard: float, started: float) -> None:
+        now, waited = time.monotonic(), f"within {self._deadline_s:g} s (fwdllm.deadline_s)"
+        if now - heard > self._deadline_s:
             raise HostError(
-                f"client {self.ID}: nothing listens at the server's address {self._server_address} for "
-                f"{self._deadline_s:g} s (fwdllm.deadline_s); start the server again with federate.restore_from set to "
-                "its run folder, then this client"
+                f"client {self._asked_for}: the server's address {self._server_address} has taken nothing in {waited}; "
+                "start the server again with federate.restore_from set to its run folder, then this client"
+            )
+        if self.ID < 0 and now - started > self._deadline_s:
+            raise HostError(
+                f"client {self._asked_for}: the server at {self._server_address} has not taken it in {waited}: "
+                f"distribute.data_idx {self._asked_for} may be more than the server's federate.client_num"
             )
 
     def callback_funcs_for_assign_id(self, message: Any) -> None:
@@ -142,6 +161,7 @@ class FwdLLMClient(Client):
         Raises:
             HostError: it is over because of an error.
         """
+        self._process.is_over = self.mode == "distributed" or self._process.is_over
         self._monitor.finish_fl()
         if message.content:
             raise HostError(f"client {self.ID}: the server has stopped: {message.content}")
@@ -150,17 +170,24 @@ class FwdLLMClient(Client):
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""
         logger.warning("client %d: dropped a message of type %r", self.ID, message.msg_type)
 
-    def _send(self, kind: str, content: Any) -> None:
+    def _send(self, kind: str, content: Any) -> bool:
+        """Send to the server; whether it was delivered."""
         message = Message(
             msg_type=kind, sender=self.ID, receiver=[self.server_id], state=max(self.state, 0), content=content
         )
         if self._sender is None:
             self.comm_manager.send(message)
-        else:
-            self._unsent = None if self._sender(self._server_address, message) else message
+            return True
+        delivered = self._sender(self._server_address, message)
+        if kind != "join_in":  # which is said again and again anyway
+            self._unsent = None if delivered else message
+        return delivered
 
-    def _send_again(self) -> None:
-        """Send what did not arrive; a server that no longer wants it leaves it out."""
-        message, self._unsent = self._unsent, None
-        if message is not None and self._sender is not None:
-            self._sender(self._server_address, message)
+    def _send_again(self) -> bool:
+        """Send what did not arrive; a server that no longer wants it leaves it out. Whether nothing is left unsent."""
+        if self._unsent is None or self._sender is None:
+            return True
+        if not self._sender(self._server_address, self._unsent):
+            return False
+        self._unsent = None
+        return True

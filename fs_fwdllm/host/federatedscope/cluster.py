@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.host import supervise
+from fs_fwdllm.host.addresses import is_listening, require_free
 from fs_fwdllm.host.federatedscope import RUN_FOLDER
-from fs_fwdllm.host.supervise import LOOPBACK, Processes, wait_until
+from fs_fwdllm.host.supervise import INTERRUPTED, LOOPBACK, Processes, wait_until
 from fs_fwdllm.report.files import write_text_atomically
 
 __all__ = ["Cluster", "choose_ports", "main", "prepare", "process_trees", "read_deadline_s", "run_cluster"]
@@ -39,7 +41,7 @@ _DAY_S = 86_400.0
 #: The clients hear that it is over from the server; then they have this long to end by themselves.
 _FAREWELL_S = 20.0
 _LINES_SHOWN = 15
-_INTERRUPTED = 130
+_ERROR = "error: "
 _OUT_OF_TIME = 124
 
 
@@ -105,7 +107,7 @@ def run_cluster(cluster: Cluster, deadline_s: float) -> int:
     until, address = time.monotonic() + deadline_s, (LOOPBACK, cluster.trees[_SERVER]["distribute"]["server_port"])
     with cluster.processes as processes:
         cluster.start(_SERVER)
-        wait_until(lambda: supervise.is_listening(address) or processes.ended(), until)
+        wait_until(lambda: is_listening(address) or processes.ended(), until)
         for name in cluster.trees:
             if name != _SERVER and not processes.ended():
                 cluster.start(name)
@@ -118,19 +120,36 @@ def run_cluster(cluster: Cluster, deadline_s: float) -> int:
                 wait_until(lambda: not processes.running(), min(until, time.monotonic() + _FAREWELL_S))
                 return 0
             case name, code:
-                end = "\n".join(cluster.said(name).splitlines()[-_LINES_SHOWN:])
-                print(f"error: {name} {supervise.end_in_words(code)}; its log {cluster.folder / name}.log ends:\n{end}")
+                print(f"error: {_reason(cluster, name, code)}")
                 return code if code > 0 else 128 - code  # as shells count a signal
 
 
-def choose_ports(count: int) -> list[int]:
-    """Ports from ``FS_FWDLLM_PORT`` on, or free ones. Raises ``ConfigError`` if there are not as many from there on."""
+def _reason(cluster: Cluster, name: str, code: int) -> str:
+    """Why a process failed: the error it ended with, or the end of its log if it left none."""
+    lines, log = cluster.said(name).splitlines(), cluster.folder / f"{name}.log"
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    if errors:
+        return f"{name}: {errors[-1]}; its log is {log}"
+    end = [f"its log {log} ends:", *lines[-_LINES_SHOWN:]] if lines else ["it has said nothing"]
+    return f"{name} {supervise.end_in_words(code)}; " + "\n".join(end)
+
+
+def choose_ports(number: int) -> list[int]:
+    """Ports from ``FS_FWDLLM_PORT`` on, or free ones.
+
+    Raises:
+        ConfigError: there are not as many from there on.
+        HostError: one of them is taken.
+    """
     wanted = os.environ.get("FS_FWDLLM_PORT", "")
     if not wanted:
-        return supervise.free_ports(count)
-    if not wanted.isdecimal() or not 0 < int(wanted) <= _LAST_PORT - count + 1:
-        raise ConfigError(f"FS_FWDLLM_PORT {wanted!r}: must be a port from 1 to {_LAST_PORT - count + 1}")
-    return list(range(int(wanted), int(wanted) + count))
+        return supervise.free_ports(number)
+    if not wanted.isdecimal() or not 0 < int(wanted) <= _LAST_PORT - number + 1:
+        raise ConfigError(f"FS_FWDLLM_PORT {wanted!r}: must be a port from 1 to {_LAST_PORT - number + 1}")
+    ports = list(range(int(wanted), int(wanted) + number))
+    for port in ports:
+        require_free(LOOPBACK, port, "the loopback address", f"FS_FWDLLM_PORT {wanted}: port")
+    return ports
 
 
 def read_deadline_s() -> float:
@@ -150,6 +169,7 @@ def prepare(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> Clus
 
     Raises:
         ConfigError: the file, an override or an environment variable is not usable.
+        HostError: a port is taken.
     """
     if not arguments:
         raise ConfigError("usage: CONFIG [key value ...]")
@@ -159,10 +179,34 @@ def prepare(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> Clus
     clients = (tree.get("federate") or {}).get("client_num", 0)
     if type(clients) is not int or clients < 1:
         raise ConfigError(f"federate.client_num {clients!r}: must be the number of clients to start, 1 or more")
-    tree["outdir"], tree["expname"] = tree.get("outdir") or "exp", tree.get("expname") or cfg.stem
-    folder = Path(tree["outdir"]) / f"{tree['expname']}_processes"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Cluster(folder, process_trees(tree, choose_ports(1 + clients), folder), command)
+    tree["outdir"] = tree.get("outdir") or "exp"
+    ports = choose_ports(1 + clients)
+    folder, tree["expname"] = _claim_folder(Path(tree["outdir"]), str(tree.get("expname") or cfg.stem))
+    return Cluster(folder, process_trees(tree, ports, folder), command)
+
+
+def _claim_folder(outdir: Path, name: str) -> tuple[Path, str]:
+    """A folder for the processes' files that no other run has, and the run's name; ``name-2``, ``-3`` ... if it must.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    for number in count(1):
+        chosen = name if number == 1 else f"{name}-{number}"
+        folder = outdir / f"{chosen}_processes"
+        if (outdir / chosen).exists():
+            continue
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()  # two runs that start at once: one of them makes it
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                raise ConfigError(f"outdir {str(outdir)!r}: {folder.parent} is a file, not a folder") from None
+            continue
+        except OSError as error:
+            raise ConfigError(f"outdir {str(outdir)!r}: {folder} cannot be made ({error.strerror})") from error
+        return folder, chosen
+    raise AssertionError("numbers do not end")
 
 
 def main(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> int:
@@ -177,7 +221,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; every process has been ended", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     print(f"run folder: {cluster.run_folder() or 'none: the server ended before it made one'}")
     return code
 

@@ -18,6 +18,8 @@ from fs_fwdllm.config.methods import is_ours
 from fs_fwdllm.config.schema import Section, is_host_only
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.federatedscope.settings import section_of
+from fs_fwdllm.report.files import require_writable
+from fs_fwdllm.running.sampling import clients_per_round
 
 __all__ = ["check_command_line", "with_found_file"]
 
@@ -34,7 +36,7 @@ def check_command_line(arguments: Sequence[str], host: Any) -> dict[str, Any]:
         host: the host's configuration with its defaults, to tell its keys from misspelt ones.
 
     Raises:
-        ConfigError: a key that nobody knows, or a value that is not what it should be.
+        ConfigError: a key that nobody knows, a value that is not what it should be, or a folder nobody can write to.
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument(_OPTION)
@@ -49,7 +51,10 @@ def check_command_line(arguments: Sequence[str], host: Any) -> dict[str, Any]:
     apply_overrides(tree, overrides)
     if not _is_ours(tree):
         return {}
-    parse_config(_ours(tree, Config, host))
+    config = parse_config(_ours(tree, Config, host))
+    require_writable(config.outdir)
+    if config.federate.client_num:  # the host makes "all" of too many
+        clients_per_round(config, config.federate.client_num)
     return tree
 
 

@@ -1,8 +1,9 @@
 """Data in the host's containers, and back out of them.
 
-For data types the host knows, its own readers, tokenizer and splitters do the work (with our corrected splitters under
-the same names), and the tokenised samples of each client become our examples. For the types only we know, text
-classification and pre-split files, our reader does, and the host carries the examples in a container of its own shape.
+This package's own reader reads, tokenises and divides what ``data.type`` names, as it does everywhere, so that a file
+means the same rows on every host; the host carries the examples in a container of its own shape. Who wants the host's
+numbers sets ``fwdllm.data.reader: host``: then its readers, tokenizer and splitters do the work (with our corrected
+splitters under the same names), and the tokenised samples of each client become our examples.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fs_fwdllm.data.types import IGNORED_LABEL, ClientData, Example, FederatedDa
 from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.host.federatedscope import run_state, splitter
 from fs_fwdllm.host.federatedscope.command_line import check_command_line
+from fs_fwdllm.host.federatedscope.listening import settle_addresses
 from fs_fwdllm.host.federatedscope.settings import (
     complete,
     config_from_host,
@@ -32,15 +34,17 @@ from fs_fwdllm.host.federatedscope.settings import (
     refuse_client_settings,
     refuse_unsupported,
 )
-from fs_fwdllm.method import check_combination
 from fs_fwdllm.model import load_tokenizer
+from fs_fwdllm.running.preflight import check_beforehand
 
 __all__ = ["ExampleSplits", "load_data"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
-#: Data types that the host has no reader for.
+#: Data types that the host has no reader for, and those that only it has one for.
 _OURS_ALONE = re.compile(r"@(text|qa)$|\.h5@")
+_HOST_ALONE = ("code_search_net@llm",)
+_READERS = ("own", "host")
 _SPLITS = ("train", "val", "test")
 _reading_for_us = False
 
@@ -75,22 +79,40 @@ def load_data(config: Any, client_configs: Any) -> Any:
     refuse_unsupported(config)
     refuse_client_settings(client_configs)
     _make_place_for(config.federate.save_to)
+    if config.federate.mode.lower() == "distributed":
+        settle_addresses(config)
     own = config_from_host(config)
     if own.federate.sample_client_num == own.federate.client_num:
         own.federate.sample_client_num = -1  # the host writes "all" as a number, and counts clients without data
     complete(config, [])
     own.trainer.type = config.trainer.type
-    check_combination(own)
-    read = _read_ourselves if presplit or _OURS_ALONE.search(config.data.type.lower()) else _read_by_host
+    check_beforehand(own)
+    host_reads = _host_is_to_read(config)
+    read = _read_by_host if host_reads else _read_ourselves
     data, config, federated, tokenizer = read(config, client_configs, own)
     if config.federate.client_idx_for_local_train:
         federated = _only(federated, config.federate.client_idx_for_local_train)
         own.federate.client_num, own.federate.sample_client_num = 1, -1
     holders = [*federated.clients.values(), ClientData(val=federated.val, test=federated.test)]
+    if not host_reads or config.federate.mode.lower() == "standalone":  # else this process knows its own rows only
+        run_state.require_work(own, sum(bool(held.train) for held in federated.clients.values()))
     complete(config, run_state.splits_of(holders))
     restore_from, config.federate.restore_from = config.federate.restore_from, ""
     run_state.open_process(run_state.HostProcess(own, federated, tokenizer, restore_from))
     return data, config
+
+
+def _host_is_to_read(config: Any) -> bool:
+    """Whether the host reads and divides the data. Raises ``ConfigError`` if it is to, and cannot."""
+    wanted, kind = config.fwdllm.data.reader, config.data.type.lower()
+    if wanted not in _READERS:
+        raise ConfigError(f"fwdllm.data.reader {wanted!r}: allowed are {' and '.join(map(repr, _READERS))}")
+    ours_alone = kind.startswith(f"{PRESPLIT}@") or _OURS_ALONE.search(kind) is not None
+    if wanted == "host" and ours_alone:
+        raise ConfigError(
+            f"fwdllm.data.reader 'host': FederatedScope has no reader for data.type {config.data.type!r}; leave it out"
+        )
+    return wanted == "host" or kind in _HOST_ALONE
 
 
 def _make_place_for(save_to: str) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
 
 __all__ = ["describe_home", "find_host", "launch"]
 
 _HOME = "FEDERATEDSCOPE_HOME"
+_INSTALL = "what it needs beside this package: pip install 'fs-fwdllm[federatedscope]'"
 _DEFAULT_HOME = Path("~/.cache/fs_fwdllm/FederatedScope")
 
 
@@ -53,23 +56,47 @@ def launch(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: FederatedScope is not found, or the file or an override is wrong.
         FwdLLMError: whatever stops a run of ours.
+        HostError: something else does, inside the host; its traceback goes to the host's log file.
     """
     home = find_host()
     if home is not None:
         sys.path.insert(0, str(home))
-    arguments = _register(arguments)
+    try:
+        arguments, is_ours = _register(arguments)
+    except ImportError as error:
+        raise HostError(f"FederatedScope cannot be imported ({type(error).__name__}: {error}); {_INSTALL}") from error
     before = sys.argv
     sys.argv = ["federatedscope/main.py", *arguments]
     try:
         runpy.run_module("federatedscope.main", run_name="__main__", alter_sys=True)
+        importlib.import_module("fs_fwdllm.host.federatedscope.run_state").require_end()
+    except FwdLLMError:
+        raise
+    except Exception as error:
+        if is_ours:
+            raise HostError(_explain(error)) from error
+        raise
     finally:
         sys.argv = before
 
 
-def _register(arguments: Sequence[str]) -> list[str]:
+def _explain(error: Exception) -> str:
+    """What stopped the host in words, on one line; where from is written to its log file, if it has one by now."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    words = " ".join(str(error).split()) or f"no reason given, {Path(last.filename).name} line {last.lineno}"
+    advice = f"; {_INSTALL}" if isinstance(error, ImportError) else ""
+    text = f"FederatedScope stops with {type(error).__name__}: {words}{advice}"
+    for handler in logging.getLogger("federatedscope").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.LogRecord("federatedscope", logging.ERROR, "", 0, text, (), sys.exc_info()))
+            return f"{text} (the traceback is in {handler.baseFilename})"
+    return text
+
+
+def _register(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Fill the registries, and the configuration once more after the host: registered first, we were overwritten.
 
-    Returns the arguments as the host understands them.
+    Returns the arguments as the host understands them, and whether they ask for a run of ours.
     """
     importlib.import_module("fs_fwdllm.host.federatedscope.plugin")  # it prepares the process, so it goes first
     from federatedscope.core.configs.config import global_cfg
@@ -79,5 +106,4 @@ def _register(arguments: Sequence[str]) -> list[str]:
 
     extend_host_config(global_cfg)
     found = with_found_file(arguments)
-    check_command_line(found, global_cfg)
-    return found
+    return found, bool(check_command_line(found, global_cfg))

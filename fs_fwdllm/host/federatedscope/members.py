@@ -11,9 +11,9 @@ from typing import Any
 from federatedscope.core.message import Message
 from federatedscope.core.workers import Server
 
-from fs_fwdllm.errors import HostError
+from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.run_state import HostModel
-from fs_fwdllm.host.federatedscope.transport import Hello, Sender, own_port_is_free, reachable
+from fs_fwdllm.host.federatedscope.transport import Hello, Sender, reachable
 
 __all__ = ["MemberServer"]
 
@@ -32,7 +32,9 @@ class MemberServer(Server):
         self, *arguments: Any, config: Any = None, model: HostModel | None = None, data: Any = None, **named: Any
     ) -> None:
         if config is not None and config.federate.mode.lower() == "distributed":
-            _refuse_taken_port(named)
+            # Once more: it is some time since the address was looked at, and gRPC would share a taken port in silence.
+            settle_addresses(config)
+            named["host"] = bind_host(config)
         super().__init__(*arguments, config=config, model=model, data=data, **named)
         self._clients: dict[int, Hello] = {}
         self._undelivered: set[int] = set()
@@ -63,7 +65,10 @@ class MemberServer(Server):
         hello = Hello.read(message.content)
         client = self._number_of(hello)
         if not 0 < client <= self.client_num:
-            self._refuse(client, hello)
+            # Nobody calls an address of a stranger's choice; a client that is not taken in gives up by itself.
+            logger.warning(
+                "refused client %d: this run has clients 1 to %d (federate.client_num)", client, self.client_num
+            )
             return
         known, self._clients[client] = self._clients.get(client), hello
         self.comm_manager.add_neighbors(client, {"host": hello.host, "port": hello.port})
@@ -77,12 +82,6 @@ class MemberServer(Server):
             return hello.client
         known = {joined.incarnation: client for client, joined in self._clients.items()}
         return known.get(hello.incarnation, max(self._clients, default=0) + 1)
-
-    def _refuse(self, client: int, hello: Hello) -> None:
-        logger.warning("refused client %d: federate.client_num is %d", client, self.client_num)
-        if self._sender is not None:
-            reason = f"distribute.data_idx {client}: this run has clients 1 to {self.client_num}"
-            self._sender(f"{hello.host}:{hello.port}", self._message(client, "finish", reason))
 
     def _admit(self, client: int, how: str) -> None:
         if self._sender is not None:
@@ -119,9 +118,3 @@ class MemberServer(Server):
 
     def _message(self, client: int, kind: str, content: str) -> Any:
         return Message(msg_type=kind, sender=self.ID, receiver=[client], state=self.state, content=content)
-
-
-def _refuse_taken_port(named: dict[str, Any]) -> None:
-    host, port = str(named.get("host", "")), int(named.get("port", 0))
-    if not own_port_is_free(host, port):
-        raise HostError(f"distribute.server_port {port}: something else listens at {host}:{port}; choose another port")

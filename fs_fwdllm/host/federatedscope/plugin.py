@@ -73,6 +73,21 @@ def _metric(wanted: str) -> Any:
     return find
 
 
+def _show_plainly() -> None:
+    """From here on an error of ours ends the process with one line that says what to do, and no traceback."""
+    from fs_fwdllm.errors import FwdLLMError
+
+    before = sys.excepthook
+
+    def show(kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, FwdLLMError):
+            print(f"error: {kind.__name__}: {error}", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = show
+
+
 def _register() -> None:
     from fs_fwdllm.host.federatedscope.names import METRIC_NAMES
 
@@ -88,3 +103,4 @@ def _register() -> None:
 
 provide_messages(sys.modules["federatedscope"])
 _register()
+_show_plainly()

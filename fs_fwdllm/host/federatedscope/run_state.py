@@ -22,18 +22,19 @@ from torch import nn
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import ClientData, FederatedData
-from fs_fwdllm.errors import CheckpointError, nearest
+from fs_fwdllm.errors import CheckpointError, DataError, HostError, nearest
 from fs_fwdllm.host.federatedscope import HOST, RUN_FOLDER
 from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.running.checkpoint import Checkpoint, is_of, read_checkpoint
 from fs_fwdllm.running.keeping import take_over_best
+from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
 __all__ = [
     "HostModel", "HostProcess", "close", "current_model", "is_active", "load_named_values", "load_values",
-    "named_values", "open_folder", "open_process", "save_values", "splits_of",
+    "named_values", "open_folder", "open_process", "require_end", "require_work", "save_values", "splits_of",
 ]  # fmt: skip
 
 
@@ -45,6 +46,9 @@ class HostProcess:
         data: task and label names; clients may be absent (a server process holds none).
         tokenizer: the one the examples were made with.
         restore_from: checkpoint to continue from; empty starts anew.
+
+    Attributes:
+        is_over: whether this process has heard, or said, that the run is over.
     """
 
     def __init__(self, config: Config, data: FederatedData, tokenizer: Any, restore_from: str) -> None:
@@ -52,9 +56,12 @@ class HostProcess:
         self.data = data
         self.restore_from = restore_from
         self._tokenizer = tokenizer
+        self._threads = torch.get_num_threads()
+        self.is_over = False
 
     @cached_property
     def session(self) -> Session:
+        torch.set_num_threads(self._threads)  # a simulation of the host sets it to one, and last bits can depend on it
         return Session.assemble(self.config, self._tokenizer, self.data)
 
     @cached_property
@@ -186,6 +193,24 @@ def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoi
     return folder, checkpoint
 
 
+def require_work(config: Config, clients: int) -> None:
+    """Refuse a run in which nobody has anything to do, or more are asked for than have.
+
+    Args:
+        clients: how many hold a training sample.
+
+    Raises:
+        DataError: nobody does.
+        ConfigError: ``federate.sample_client_num`` is larger.
+    """
+    if not clients:
+        raise DataError(
+            f"no client holds a training sample; check data.splits {config.data.splits}, federate.client_num "
+            f"{config.federate.client_num}, llm.tok_len {config.llm.tok_len} (it may cut off every answer) and the file"
+        )
+    clients_per_round(config, clients)
+
+
 _current: HostProcess | None = None
 
 
@@ -199,6 +224,16 @@ def close() -> None:
     """Forget the current run; the host's own methods are untouched from here on."""
     global _current
     _current = None
+
+
+def require_end() -> None:
+    """Called when the host has returned. A simulation ends when no message is under way, whatever the reason.
+
+    Raises:
+        HostError: the run of ours that was under way is not over.
+    """
+    if _current is not None and not _current.is_over:
+        raise HostError("FederatedScope has returned before the run was over: nobody had anything left to say")
 
 
 def is_active() -> bool:

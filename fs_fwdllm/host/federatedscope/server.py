@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 
 from fs_fwdllm.core.wire import to_text
-from fs_fwdllm.errors import CheckpointError, FwdLLMError, HostError, TrainingStalledError, WireError
+from fs_fwdllm.errors import CheckpointError, HostError, TrainingStalledError, WireError
 from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.federatedscope import run_state
 from fs_fwdllm.host.federatedscope.members import MemberServer
@@ -37,6 +37,8 @@ logger = logging.getLogger("federatedscope.fs_fwdllm")
 #: What a server takes in distributed mode; the host's other messages need not be honoured, and some are unpickled.
 _TAKEN = ("join_in", MESSAGE_UPDATE, "metrics")
 _LOOK_AT_DEADLINES_EVERY_S = 0.2
+#: Messages that are handled between two looks at the deadlines, at most: strangers may send without an end.
+_MESSAGES_AT_ONCE = 1000
 
 
 class FwdLLMServer(MemberServer):
@@ -87,6 +89,7 @@ class FwdLLMServer(MemberServer):
         session.client_samples = {
             client: hello.samples for client, hello in sorted(self._clients.items()) if hello.samples
         }
+        run_state.require_work(session.config, len(session.client_samples))
         folder, checkpoint = run_state.open_folder(self._process, Path(self._cfg.outdir))
         console = Console(file=cast(IO[str], LogLines()), highlight=False, width=200, color_system=None)
         simulated = self._process.worker if self.mode == "standalone" else None
@@ -199,7 +202,7 @@ class FwdLLMServer(MemberServer):
         """Tell the clients that it is over, and close our run folder."""
         if self.is_finish:
             return
-        self.is_finish = True
+        self.is_finish = self._process.is_over = True
         self._monitor.finish_fl()
         self._tell(dict.fromkeys(sorted(self._clients), ""), msg_type)
         if self._driver is not None:
@@ -217,20 +220,27 @@ class FwdLLMServer(MemberServer):
         joiner = Joiner()
         try:
             while not self.is_finish:
-                message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S, joiner)
-                if message is not None:
-                    dispatch(self, message, _TAKEN)
-                else:
-                    self._see_to_deadlines()
-        except FwdLLMError as error:
+                self._handle_messages(joiner)
+                self._see_to_deadlines()
+        except Exception as error:
             self._stop_for(error)
             raise
+
+    def _handle_messages(self, joiner: Joiner) -> None:
+        """Wait for a message, then handle what has come, before anybody is found to be late."""
+        waiting = len(self.comm_manager.server_funcs.msg_queue)
+        for _ in range(min(max(waiting, 1), _MESSAGES_AT_ONCE)):
+            message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S, joiner)
+            if message is not None:
+                dispatch(self, message, _TAKEN)
+            if self.is_finish or message is None:
+                return
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""
         logger.warning("dropped a message of type %r from %s", message.msg_type, message.sender)
 
-    def _stop_for(self, error: FwdLLMError) -> None:
+    def _stop_for(self, error: Exception) -> None:
         self.is_finish = True
         self._tell(dict.fromkeys(sorted(self._clients), f"{type(error).__name__}: {error}"), "finish")
         if self._driver is not None:
@@ -239,6 +249,8 @@ class FwdLLMServer(MemberServer):
     # --- deadlines ---------------------------------------------------------------------------------------------
 
     def _see_to_deadlines(self) -> None:
+        if self.is_finish:
+            return
         own = self._process.config.fwdllm
         over = time.monotonic() - self._waiting_since > own.deadline_s
         if self._driver is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import socket
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ from typing import Any
 
 from fs_fwdllm.core.wire import from_text
 from fs_fwdllm.errors import WireError
+from fs_fwdllm.host.addresses import is_listening, parsed
 from fs_fwdllm.host.chunks import Joiner, split
-from fs_fwdllm.host.supervise import is_listening
 
-__all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "own_port_is_free", "reachable"]
+__all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "reachable"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
@@ -158,9 +157,9 @@ def next_message(manager: Any, wait_s: float, joiner: Joiner) -> Any:
             message = _whole(_read(manager), joiner)
             if message is not None:
                 return message
-        elif time.monotonic() >= until:
+        if time.monotonic() >= until:  # by the clock: what cannot be read may come without an end
             return None
-        else:
+        if not manager.server_funcs.msg_queue:
             time.sleep(_LOOK_EVERY_S)
 
 
@@ -196,16 +195,4 @@ def reachable(addresses: Iterable[str]) -> dict[str, bool]:
 
 
 def _is_reachable(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    return is_listening((host, int(port)), _CONNECT_WITHIN_S)
-
-
-def own_port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen at ``host:port``: the host's gRPC server would share a taken port in silence."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+    return is_listening(parsed(address), _CONNECT_WITHIN_S)

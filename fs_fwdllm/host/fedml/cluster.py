@@ -8,6 +8,7 @@ if it ends with one, to ``processes/rank-N.error``; what killed a process of ``m
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -20,20 +21,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fs_fwdllm.data.sources import read_source
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host import supervise
+from fs_fwdllm.host.addresses import is_listening, joined
 from fs_fwdllm.host.fedml import HOST
+from fs_fwdllm.host.fedml.addresses import read_addresses, require_free_places, server_address
 from fs_fwdllm.host.fedml.guard import is_running, name_of
 from fs_fwdllm.host.fedml.identity import processes_folder
 from fs_fwdllm.host.fedml.installation import import_fedml
-from fs_fwdllm.host.fedml.process import server_address
 from fs_fwdllm.host.fedml.settings import FedMLSettings, dump_settings, read_settings
 from fs_fwdllm.host.supervise import Processes, wait_until
-from fs_fwdllm.method import check_combination
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.running.driver import read_own_checkpoint
 from fs_fwdllm.running.extension import give_rounds
+from fs_fwdllm.running.preflight import check_beforehand
 
 __all__ = ["explain_failure", "resume", "run", "write_addresses"]
 
@@ -44,6 +47,7 @@ _ERRORS_SPREAD_S = 0.2
 _LINES_REMEMBERED = 60
 _MPIEXEC = "mpiexec"
 _ADDRESSES = "grpc.csv"
+_TABLE = "grpc_ipconfig_path"
 
 
 def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -55,13 +59,14 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         FwdLLMError: as :func:`fs_fwdllm.running.local.run`; the last checkpoint stays valid whatever happens.
     """
     settings = read_settings(Path(path), overrides)
-    check_combination(settings.config)
+    check_beforehand(settings.config)
     import_fedml()
+    _require_transport(settings)
+    if not settings.is_single_process:
+        read_source(settings.config)  # every process will: one that misses a file would keep the others waiting
     folder = RunFolder.create(settings.config)
-    if settings.args["backend"] == "GRPC" and not settings.args.get("grpc_ipconfig_path"):
-        settings = replace(
-            settings, args={**settings.args, "grpc_ipconfig_path": str(processes_folder(folder) / _ADDRESSES)}
-        )
+    if settings.args["backend"] == "GRPC" and not settings.args.get(_TABLE):
+        settings = replace(settings, args={**settings.args, _TABLE: str(processes_folder(folder) / _ADDRESSES)})
     write_text_atomically(folder.path / HOST.marker, dump_settings(settings, folder.config_path.name))
     return _carry_out(settings, folder, resume=False)
 
@@ -78,7 +83,41 @@ def resume(path: str | Path, rounds: int | None = None) -> Path:
     if rounds is not None:
         give_rounds(folder, checkpoint, rounds)
     import_fedml()
-    return _carry_out(read_settings(folder.path / HOST.marker), folder, resume=True)
+    settings = read_settings(folder.path / HOST.marker)
+    if not _has_own_table(settings, folder):
+        _require_transport(settings)
+    return _carry_out(settings, folder, resume=True)
+
+
+def _require_transport(settings: FedMLSettings) -> None:
+    """Check what the processes will speak over, before there is any.
+
+    Raises:
+        ConfigError: the table of addresses is not usable.
+        HostError: there is no MPI, or nobody can listen at an address in the table.
+    """
+    if settings.is_single_process:
+        return
+    if settings.args["backend"] == "MPI":
+        _find_mpiexec()
+        if importlib.util.find_spec("mpi4py") is None:
+            raise HostError("backend MPI: the module mpi4py is not installed; pip install mpi4py mpich")
+    elif settings.args.get(_TABLE):
+        places = read_addresses(settings)
+        require_free_places(places, range(settings.worker_num + 1))
+
+
+def _find_mpiexec() -> str:
+    beside_python = str(Path(sys.executable).parent)
+    mpiexec = shutil.which(_MPIEXEC, path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+    if mpiexec is None:
+        raise HostError("backend MPI: there is no mpiexec; pip install mpich brings one")
+    return mpiexec
+
+
+def _has_own_table(settings: FedMLSettings, folder: RunFolder) -> bool:
+    """Whether the addresses are ours to choose: free ones, anew at every start."""
+    return settings.args.get(_TABLE) == str(processes_folder(folder) / _ADDRESSES)
 
 
 def _carry_out(settings: FedMLSettings, folder: RunFolder, *, resume: bool) -> Path:
@@ -127,12 +166,8 @@ class Ranks:
 
     def start_mpi(self) -> None:
         """Start ``mpiexec``. Raises :class:`~fs_fwdllm.errors.HostError` if there is none."""
-        beside_python = str(Path(sys.executable).parent)
-        mpiexec = shutil.which(_MPIEXEC, path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
-        if mpiexec is None:
-            raise HostError("backend MPI: there is no mpiexec; pip install mpich brings one")
         count = str(self.settings.worker_num + 1)
-        self._start(_MPIEXEC, [mpiexec, "-n", count, *self._command()])
+        self._start(_MPIEXEC, [_find_mpiexec(), "-n", count, *self._command()])
 
     def start_grpc(self) -> None:
         """Start the server, wait for its port, start the clients.
@@ -140,18 +175,24 @@ class Ranks:
         Raises:
             HostError: the server failed, or does not listen within the deadline.
         """
-        path, deadline_s = Path(self.settings.args["grpc_ipconfig_path"]), self.settings.deadline_s
-        if path == processes_folder(self.folder) / _ADDRESSES:
-            write_addresses(path, self.settings.worker_num + 1)
+        deadline_s = self.settings.deadline_s
+        if _has_own_table(self.settings, self.folder):
+            write_addresses(Path(self.settings.args[_TABLE]), self.settings.worker_num + 1)
         address = server_address(self.settings)
         self._start(name_of(0), [*self._command(), "--rank", "0", "--role", "server"])
-        if not self._wait_until(lambda: supervise.is_listening(address), deadline_s):
-            raise HostError(f"{name_of(0)}: does not listen at {address} within {deadline_s:g} s")
+        if not self._wait_until(lambda: is_listening(address), deadline_s):
+            raise HostError(f"{name_of(0)}: does not listen at {joined(*address)} within {deadline_s:g} s")
         for rank in range(1, self.settings.worker_num + 1):
             self._start(name_of(rank), [*self._command(), "--rank", str(rank), "--role", "client"])
 
     def wait(self) -> None:
         """Return when all have ended well. Raises :class:`~fs_fwdllm.errors.HostError` as soon as one has not."""
+        deadline_s = self.settings.deadline_s
+        if not self._wait_until(lambda: self._processes.decided() or self._all_have_begun(), deadline_s):
+            raise HostError(
+                f"only {len(self._pids())} of {self.settings.worker_num + 1} processes began in {deadline_s:g} s"
+            )
+        # From here on every process has deadlines of its own.
         wait_until(self._processes.decided, math.inf)
         # The server, or mpiexec, is done: what was to be computed is there.
         if not self._wait_until(lambda: not self._processes.running(), _ENDING_S):
@@ -165,6 +206,9 @@ class Ranks:
             time.sleep(_ERRORS_SPREAD_S)
             raise HostError(explain_failure(self.folder, self._processes.failed(), self._said))
         return is_in_time
+
+    def _all_have_begun(self) -> bool:
+        return len(self._pids()) > self.settings.worker_num
 
     def _pids(self) -> list[int]:
         texts = (path.read_text(encoding="utf-8") for path in processes_folder(self.folder).glob("rank-*.pid"))
@@ -193,7 +237,8 @@ def explain_failure(folder: RunFolder, failed: Mapping[str, int], said: Iterable
         reason = errors[0].read_text(encoding="utf-8").strip()
     else:
         reason = "\n".join([f"{name}: {supervise.end_in_words(code)}", *(said if name == _MPIEXEC else ())])
-    return f"{reason}; the processes' logs are in {where}. Go on with: fs-fwdllm resume {folder.path}"
+    advice = f". Go on with: fs-fwdllm resume {folder.path}" if folder.checkpoint_path.is_dir() else ""
+    return f"{reason}; the processes' logs are in {where}{advice}"
 
 
 def _pass_on(process: subprocess.Popen[str], said: deque[str]) -> None:

@@ -15,15 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fs_fwdllm.config.load import find_config
-from fs_fwdllm.errors import ConfigError, HostError
+from fs_fwdllm.errors import ConfigError, FwdLLMError, HostError
+from fs_fwdllm.host.addresses import is_listening, joined
+from fs_fwdllm.host.fedml.addresses import read_addresses, require_free_places
 from fs_fwdllm.host.fedml.guard import begin_guarded
 from fs_fwdllm.host.fedml.identity import introduce, leave, processes_folder
 from fs_fwdllm.host.fedml.installation import import_fedml
 from fs_fwdllm.host.fedml.settings import FedMLSettings, read_settings
-from fs_fwdllm.host.supervise import is_listening, wait_until
+from fs_fwdllm.host.supervise import wait_until
 from fs_fwdllm.report import RunFolder
 
-__all__ = ["main", "server_address"]
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,35 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(settings, given, rank, folder)
     except KeyboardInterrupt:
         leave("", HostError("interrupted"))
-    except ConfigError as error:
+    except FwdLLMError as error:
         leave("", error)
     except Exception as error:
         leave(traceback.format_exc(), error)
     return 0
-
-
-def server_address(settings: FedMLSettings) -> tuple[str, int]:
-    """Where the server of a gRPC run listens.
-
-    Raises:
-        ConfigError: there is no table of addresses, or it has no line for rank 0.
-    """
-    path = settings.args.get("grpc_ipconfig_path")
-    if not path:
-        raise ConfigError(
-            "grpc_ipconfig_path: backend GRPC started by hand needs a CSV file 'eid,rank,grpc_server_ip,"
-            "grpc_server_port'; fs-fwdllm run --host fedml makes one for processes on this machine"
-        )
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"grpc_ipconfig_path: {path} cannot be read ({error.strerror})") from error
-    names = lines[0].replace(" ", "").split(",") if lines else []
-    for line in lines[1:]:
-        row = dict(zip(names, line.replace(" ", "").split(","), strict=False))
-        if row.get("eid") == "0" and row.get("grpc_server_port", "").isdigit():
-            return row["grpc_server_ip"], int(row["grpc_server_port"])
-    raise ConfigError(f"grpc_ipconfig_path: {path} has no line for the server (eid 0), or not FedML 0.9.6's columns")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,10 +107,12 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
     own = {"rank": rank, "role": role, "run_id": given.run_id, "yaml_config_file": str(find_config(given.cf, "--cf"))}
     args = SimpleNamespace(**{**settings.args, **own})
     if settings.args["backend"] == "GRPC":
-        host, port = server_address(settings)
+        places = read_addresses(settings)
+        require_free_places(places, [rank])
+        server = places[0].address
         # FedML's client dies if it is early.
-        if rank != 0 and not wait_until(lambda: is_listening((host, port)), time.monotonic() + settings.deadline_s):
-            waited = f"no server answers at {host}:{port} within {settings.deadline_s:g} s"
+        if rank != 0 and not wait_until(lambda: is_listening(server), time.monotonic() + settings.deadline_s):
+            waited = f"no server answers at {joined(*server)} within {settings.deadline_s:g} s"
             raise HostError(f"{waited}; start rank 0 --role server first")
     program = build(init(args), folder, resume=given.resume)
     try:

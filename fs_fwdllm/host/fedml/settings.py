@@ -6,7 +6,8 @@ its keys carry their own prefix:
     fwdllm_args:
       fwdllm_config: ../fwd_agnews.yaml           # one of our files, relative to this one, or packaged; may be left out
       fwdllm_overrides: {fwdllm: {probes: 20}}    # our keys, nested or dotted
-      fwdllm_deadline_s: 600                      # how long a process waits for others in a round
+      fwdllm_deadline_s: 600                      # how long a process waits for others in a round; may be left out,
+                                                  # for fwdllm.deadline_s of our file
 
 Where FedML has a word of its own (``comm_round``, ``learning_rate`` ...; see :data:`TRANSLATED`), that word is used and
 takes the place of what the named file says, since that file may have been written for another number of clients. What
@@ -31,9 +32,7 @@ from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.fedml.translation import REFUSED, TRANSLATED, translate
 from fs_fwdllm.running.sampling import clients_per_round
 
-__all__ = ["DEFAULT_DEADLINE_S", "FedMLSettings", "dump_settings", "read_settings", "resolve_settings"]
-
-DEFAULT_DEADLINE_S = 600.0
+__all__ = ["FedMLSettings", "dump_settings", "read_settings", "resolve_settings"]
 
 _OWN = ("fwdllm_config", "fwdllm_overrides", "fwdllm_deadline_s")
 _BACKENDS = {"simulation": ("sp", "MPI"), "cross_silo": ("MPI", "GRPC")}
@@ -104,7 +103,7 @@ def resolve_settings(args: Mapping[str, Any], folder: Path, overrides: Sequence[
     apply_overrides(tree, _as_texts(translate(theirs)))
     apply_overrides(tree, ours)
     config = _parse(tree, {**args, **theirs})
-    return FedMLSettings(_complete(flat, config), config, _deadline(flat))
+    return FedMLSettings(_complete(flat, config), config, _deadline(flat, config))
 
 
 def dump_settings(settings: FedMLSettings, config_file: str) -> str:
@@ -217,8 +216,8 @@ def _complete(flat: dict[str, Any], config: Config) -> dict[str, Any]:
     return args
 
 
-def _deadline(flat: Mapping[str, Any]) -> float:
-    value = flat.get("fwdllm_deadline_s", DEFAULT_DEADLINE_S)
+def _deadline(flat: Mapping[str, Any], config: Config) -> float:
+    value = flat.get("fwdllm_deadline_s", config.fwdllm.deadline_s)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ConfigError(f"fwdllm_deadline_s: must be a number of seconds above 0, but is {value!r}")
     return float(value)

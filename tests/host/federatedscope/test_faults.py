@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fs_fwdllm.host.addresses import is_own
 from tests.host.federatedscope.federation import Federation, outcome_of, presplit, write_config
 from tests.host.federatedscope.participants import Participant, Starter, wait_until
 from tests.host.fixtures import models, world
@@ -160,7 +161,7 @@ def test_clients_give_up_on_a_server_that_stays_away(
     flag.touch()
     assert clients[1].wait(_BOUND_S) != 0
     assert time.monotonic() - since > 9
-    assert "nothing listens at the server's address" in clients[1].text
+    assert "has taken nothing in within 10 s (fwdllm.deadline_s)" in clients[1].text
     assert "federate.restore_from" in clients[1].text
 
 
@@ -235,3 +236,153 @@ def test_nonsense_before_the_start_is_dropped_too(world: World, launcher: Starte
     federation.start_client(1).succeed(_BOUND_S)
     server.succeed(_BOUND_S)
     assert not (tmp_path / "unpickled").exists()
+
+
+#: Sends what nobody wants, fifty times a second, until nobody listens any more.
+_FLOOD = """
+import time, grpc
+from federatedscope.core.message import Message
+from federatedscope.core.proto import gRPC_comm_manager_pb2_grpc as services
+channel = grpc.insecure_channel("127.0.0.1:{port}")
+send = services.gRPCComServeFuncStub(channel).sendMessage
+try:
+    while True:
+        send(Message("no such type", 7, [0], 1, 3).transform(), timeout=20)
+        time.sleep(0.02)
+except grpc.RpcError:
+    raise SystemExit(0)
+"""
+
+
+def test_a_flood_of_foreign_messages_does_not_put_off_a_deadline(
+    world: World, launcher: Starter, tmp_path: Path
+) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=2, fwdllm__deadline_s=8.0, federate__total_round_num=2)
+    server, clients = _start(federation, {2: _waits_for(tmp_path / "never", turn=1)})
+    server.says("client 2 joined", _BOUND_S)
+    flood = launcher.start([], tmp_path, name="flood", before=_FLOOD.format(port=federation.ports[0]))
+    server.succeed(_BOUND_S)
+    clients[1].succeed(_BOUND_S)
+    flood.succeed(_BOUND_S)
+    assert server.text.count("dropped a message of type 'no such type'") > 100
+    assert outcome_of(federation.folder("server")).rejected == [{"2": "no_answer"}] * 2
+
+
+#: Asks to be taken in as a client that the run does not have, and says how often it is called back.
+_INTRUDER = """
+import socket, grpc
+from federatedscope.core.message import Message
+from federatedscope.core.proto import gRPC_comm_manager_pb2_grpc as services
+door = socket.create_server(("127.0.0.1", 0))
+hello = dict(client=99, samples=3, incarnation=5, digest="00", host="127.0.0.1", port=door.getsockname()[1])
+with grpc.insecure_channel("127.0.0.1:{port}") as channel:
+    services.gRPCComServeFuncStub(channel).sendMessage(Message("join_in", 7, [0], 1, hello).transform(), timeout=20)
+door.settimeout(3)
+try:
+    door.accept()
+except TimeoutError:
+    print("nobody called")
+raise SystemExit(0)
+"""
+
+
+def test_nobody_is_called_at_an_address_of_a_strangers_choice(world: World, launcher: Starter, tmp_path: Path) -> None:
+    """A client that the server does not have gives up by itself."""
+    federation = _federation(world, launcher, tmp_path, clients=2, fwdllm__deadline_s=15.0)
+    server = federation.start_server("federate.client_num", 1, "fwdllm.deadline_s", 120.0)
+    server.says("Listen to", _BOUND_S)
+    intruder = launcher.start([], tmp_path, name="intruder", before=_INTRUDER.format(port=federation.ports[0]))
+    unwanted = federation.start_client(2)
+    assert "nobody called" in intruder.succeed(_BOUND_S)
+    server.says("refused client 99: this run has clients 1 to 1 (federate.client_num)", _BOUND_S)
+    assert unwanted.wait(_BOUND_S) != 0
+    assert "error: HostError: client 2: the server at 127.0.0.1" in unwanted.text
+    assert "may be more than the server's federate.client_num" in unwanted.text
+
+
+def test_clients_give_up_on_a_server_that_is_stopped(
+    world: World, launcher: Starter, tmp_path: Path, flag: Path
+) -> None:
+    """Its port is open, but nobody takes in what arrives there."""
+    federation = _federation(world, launcher, tmp_path, clients=1, fwdllm__deadline_s=8.0)
+    server, clients = _start(federation, {1: _waits_for(flag, turn=2)})
+    _reached(flag)
+    server.signal(signal.SIGSTOP)
+    flag.touch()
+    assert clients[1].wait(_BOUND_S) != 0
+    assert "error: HostError: client 1: the server's address" in clients[1].text
+
+
+_BREAKS = """
+import fs_fwdllm.running.driver as module
+def close_round(self):
+    raise RuntimeError("a fault of the test")
+module.RunDriver.close_round = close_round
+"""
+
+
+def test_an_error_of_any_kind_is_told_to_everybody(world: World, launcher: Starter, tmp_path: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1)
+    server, client = federation.start_server(before=_BREAKS), federation.start_client(1)
+    assert server.wait(_BOUND_S) != 0
+    last = server.text.splitlines()[-1]
+    assert last.startswith("error: HostError: FederatedScope stops with RuntimeError: a fault of the test")
+    assert client.wait(_BOUND_S) != 0
+    assert "the server has stopped: RuntimeError: a fault of the test" in client.text
+
+
+#: A message is lost on the way, so that nobody ever says anything again.
+_SILENCE = "import fs_fwdllm.host.federatedscope.members as module; module.MemberServer._admit = lambda *_: None"
+
+
+def test_a_simulation_that_stands_still_is_no_success(world: World, launcher: Starter, tmp_path: Path) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1)
+    run = federation.start_standalone(before=_SILENCE)
+    assert run.wait(_BOUND_S) != 0
+    assert "error: HostError: FederatedScope has returned before the run was over" in run.text
+
+
+@pytest.mark.parametrize("reader", ["own", "host"])
+def test_a_run_in_which_nobody_has_work_is_an_error_at_once(
+    reader: str, world: World, launcher: Starter, tmp_path: Path
+) -> None:
+    """``llm.tok_len`` cuts off every answer: neither success without a round, nor waiting without an end."""
+    settings = {"federate.client_num": 1, "data.type": "instructions.jsonl@llm", "data.root": str(world.root)}
+    more = {"llm.tok_len": 3, "fwdllm.data.reader": reader, "federate.method": "fedmezo", "fwdllm.deadline_s": 60.0}
+    federation = Federation(write_config(world, {**settings, **more}), tmp_path, launcher, clients=1)
+    together, server, client = federation.start_standalone(), federation.start_server(), federation.start_client(1)
+    for participant in (together, server):
+        assert participant.wait(_BOUND_S) != 0
+        assert "error: DataError: " in participant.text and "llm.tok_len" in participant.text
+    assert client.wait(_BOUND_S) != 0
+    assert "error: " in client.text and "DataError: " in client.text
+
+
+@pytest.mark.parametrize(("host", "bind"), [("::1", ""), ("127.0.0.1", "0.0.0.0")])
+def test_addresses_of_every_form(host: str, bind: str, world: World, launcher: Starter, tmp_path: Path) -> None:
+    """IPv6, names, and listening apart from where others call."""
+    if ":" in host + bind and not is_own("::1"):
+        pytest.skip("this machine has no IPv6 loopback address")
+    federation = _federation(world, launcher, tmp_path, clients=1, federate__total_round_num=1)
+    more = ["distribute.server_host", host, *(["fwdllm.bind_host", bind] if bind else [])]
+    server, client = federation.start_server(*more), federation.start_client(1, *more, "distribute.client_host", host)
+    server.succeed(_BOUND_S)
+    client.succeed(_BOUND_S)
+    assert outcome_of(federation.folder("server")) == federation.local()
+
+
+def test_an_address_that_cannot_be_is_named_before_anything_is_loaded(
+    world: World, launcher: Starter, tmp_path: Path
+) -> None:
+    federation = _federation(world, launcher, tmp_path, clients=1)
+    elsewhere = federation.start_server("distribute.server_host", "192.0.2.7", name="elsewhere")
+    unknown = federation.start_client(1, "distribute.server_host", "no-such-machine.invalid", name="unknown")
+    wildcard = ("distribute.server_host", "192.0.2.7", "distribute.client_host", "0.0.0.0")
+    unreachable = federation.start_client(1, *wildcard, name="unreachable")
+    for participant, said in (
+        (elsewhere, "error: HostError: distribute.server_host '192.0.2.7': is not an address of this machine"),
+        (unknown, "error: HostError: distribute.server_host 'no-such-machine.invalid': no address is known"),
+        (unreachable, "error: ConfigError: distribute.client_host '0.0.0.0'"),
+    ):
+        assert participant.wait(_BOUND_S) != 0
+        assert said in participant.text and "Traceback" not in participant.text

@@ -61,23 +61,29 @@ def _dolly(world: World, categories: int) -> dict[str, Any]:
     return {"data.type": "dolly-15k@llm", "data.root": str(world.root)}
 
 
+@pytest.mark.parametrize(("reader", "source"), [("own", "gsm8k_train.jsonl"), ("host", "gsm8k@llm")])
 @pytest.mark.parametrize("splitter", ["lda", "meta"])
 def test_data_without_categories_is_refused_where_the_host_would_loop(
-    splitter: str, world: World, launcher: Starter, tmp_path: Path
+    splitter: str, reader: str, source: str, world: World, launcher: Starter, tmp_path: Path
 ) -> None:
     rows = [{"question": f"w{row % 50 + 3}", "answer": "w3 #### 4"} for row in range(60)]
     (world.root / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"data.type": "gsm8k@llm", "data.root": str(world.root), "data.splitter": splitter}
+    place = {"data.type": "gsm8k@llm", "data.root": str(world.root)}
+    settings = {**place, "data.splitter": splitter, "fwdllm.data.reader": reader}
     cfg = write_config(world, {"federate.method": "fedmezo", **settings})
     run = Federation(cfg, tmp_path, launcher).start_standalone()
     assert run.wait() != 0
-    assert f"error: DataError: gsm8k@llm: data.splitter {splitter} groups samples by category" in run.text
+    assert f"{source}: data.splitter {splitter} groups " in run.text and "error: DataError" in run.text
 
 
+@pytest.mark.parametrize("reader", ["own", "host"])
 @pytest.mark.parametrize("splitter", ["lda", "meta"])
-def test_fewer_categories_than_clients(splitter: str, world: World, launcher: Starter, tmp_path: Path) -> None:
+def test_fewer_categories_than_clients(
+    splitter: str, reader: str, world: World, launcher: Starter, tmp_path: Path
+) -> None:
     """The host's ``meta`` fails here; ours gives every client a part of a category, or leaves some without samples."""
     settings = {**_dolly(world, 2), "data.splitter": splitter, "federate.client_num": 4, "llm.tok_len": 96}
+    settings["fwdllm.data.reader"] = reader
     federation = Federation(write_config(world, {"federate.method": "fedmezo", **settings}), tmp_path, launcher)
     run = federation.start_standalone()
     run.succeed()

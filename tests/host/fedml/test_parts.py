@@ -124,6 +124,8 @@ def test_the_cause_is_shown_and_not_what_it_caused(tmp_path: Path, failed: dict[
         "mpiexec: ended with exit code 1\nno such"
     )
     (tmp_path / "processes" / "rank-1.error").write_text("client process (rank 1): no answer\n")
+    assert "resume" not in explain_failure(folder, failed), "there is nothing to go on with"
+    folder.checkpoint_path.mkdir()
     said = explain_failure(folder, failed)
     assert said.startswith(f"{said_first};") and f"fs-fwdllm resume {tmp_path}" in said
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fs_fwdllm.errors import HostError
+from fs_fwdllm.errors import DataError, HostError
 from fs_fwdllm.host.fedml import resume, run
 from fs_fwdllm.host.fedml.guard import is_running
 from fs_fwdllm.host.supervise import wait_until
@@ -220,3 +221,40 @@ def survivors(world: FedMLWorld) -> list[int]:
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
     return alive
+
+
+def test_a_taken_port_is_named_before_anything_starts(world: FedMLWorld) -> None:
+    """FedML would share it in silence, and every process would wait for its whole deadline."""
+    table = addresses(world)
+    path = world.file("mezo", "GRPC", table)
+    port = int(Path(table["grpc_ipconfig_path"]).read_text().splitlines()[2].split(",")[-1])
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(HostError, match=rf"grpc\.csv line 3 \(rank 1\): grpc_server_port {port}: something else"):
+            run(path)
+        assert not (world.root / "runs").exists()
+        with by_hand(path, "--rank", "1", "--role", "client") as process:
+            _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2 and f"(rank 1): grpc_server_port {port}: something else listens" in err
+
+
+def test_an_error_of_ours_in_a_process_is_one_line(world: FedMLWorld) -> None:
+    """Rows without an answer within ``llm.tok_len`` show when they are tokenised; there is nothing to go on with."""
+    data = ["data.type", f"{world.small.instructions()}@llm", "data.root", str(world.root), "llm.tok_len", "2"]
+    model = ["model.type", f"{world.small.model('llama')}@huggingface_llm", "model.task", ""]
+    with pytest.raises(HostError, match=r"DataError: .*llm\.tok_len 2") as raised:
+        run(world.file("mezo", "MPI"), [*data, *model])
+    assert "Traceback" not in str(raised.value) and "fs-fwdllm resume" not in str(raised.value)
+    assert not survivors(world)
+
+
+def test_a_missing_file_or_program_is_named_before_anything_starts(
+    world: FedMLWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = world.file("mezo", "MPI")
+    with pytest.raises(DataError, match=r"no_such_file\.jsonl"):
+        run(path, ["data.type", "no_such_file.jsonl@text"])
+    monkeypatch.setattr(sys, "executable", str(world.root / "python"))
+    monkeypatch.setenv("PATH", str(world.root))
+    with pytest.raises(HostError, match=r"backend MPI: there is no mpiexec; pip install mpich"):
+        run(path)
+    assert not (world.root / "runs").exists()

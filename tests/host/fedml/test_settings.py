@@ -150,3 +150,11 @@ def test_shipped_files_are_valid(path: Path) -> None:
     settings = read_settings(path)
     assert settings.config.federate.total_round_num <= 20
     assert settings.args["backend"] in ("sp", "MPI", "GRPC")
+
+
+def test_a_deadline_of_our_file_holds_unless_fedmls_word_says_another(tmp_path: Path) -> None:
+    (tmp_path / "ours.yaml").write_text("fwdllm: {deadline_s: 7.0}\n")
+    ours = {"fwdllm_config": "ours.yaml"}
+    assert resolve_settings(ours, tmp_path).deadline_s == 7
+    assert resolve_settings(ours, tmp_path, ["fwdllm.deadline_s", "8.0"]).deadline_s == 8
+    assert resolve_settings({**ours, "fwdllm_deadline_s": 5}, tmp_path).deadline_s == 5

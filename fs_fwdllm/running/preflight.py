@@ -1,0 +1,33 @@
+"""What can be said of a configuration before anything is loaded: every host asks first, and only then starts anything.
+
+A mistake that shows itself after the model was loaded, or after all processes were started, costs minutes and leaves
+folders behind; the same mistake here costs nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.data.readers import data_task
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.evaluation.metrics import check_metrics
+from fs_fwdllm.method import check_combination
+from fs_fwdllm.model.source import model_source
+
+__all__ = ["check_beforehand"]
+
+
+def check_beforehand(config: Config) -> None:
+    """Check what needs no file to be read.
+
+    Raises:
+        ConfigError: settings do not go together, a metric is not the task's, or there is no such accelerator.
+        ModelError: the folder of the model, or the package that has it, does not exist.
+    """
+    check_combination(config)
+    check_metrics(config.eval.metrics, data_task(config))
+    model_source(config)
+    found = torch.cuda.device_count() if config.use_gpu else 0
+    if found and config.device >= found:
+        raise ConfigError(f"device {config.device}: this machine has accelerators 0 to {found - 1}; -1 takes the first")
