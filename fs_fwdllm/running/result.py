@@ -46,9 +46,10 @@ class RunResult:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The last evaluation; empty if there was nothing to evaluate on."""
-        evaluations = [line["eval"] for line in self.record.rounds if line.get("eval")]
-        return dict(evaluations[-1]) if evaluations else {}
+        """The evaluation of the trained model: of the round that is kept; empty if there was nothing to evaluate on."""
+        by_round = {line["round"]: line["eval"] for line in self.record.rounds if line.get("eval")}
+        kept = (self.record.end or {}).get("saved_round")
+        return dict(by_round.get(kept) or next(reversed(by_round.values()), {}))
 
     def load(self, device: str = "cpu") -> TrainedModel:
         """The trained model, ready to predict or generate. Raises as :func:`fs_fwdllm.load`."""

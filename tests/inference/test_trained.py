@@ -86,7 +86,8 @@ def test_a_result_knows_its_files_and_its_metrics(world: World) -> None:
     result = run(world.config(BACKPROP))
     assert isinstance(result, RunResult)
     assert Path(result) == result.folder and result.trained == result.folder / "adapter"
-    assert result.metrics == read_jsonl(result.files.metrics_path)[-2]["eval"]
+    *rounds, end = read_jsonl(result.files.metrics_path)
+    assert result.metrics == next(line["eval"] for line in rounds if line["round"] == end["saved_round"])
     assert result.record.rounds[-1]["round"] == 3
 
 
