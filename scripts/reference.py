@@ -77,10 +77,11 @@ def allowed(key: str, facts: dict[str, Any]) -> str:
 
 
 def default(facts: dict[str, Any]) -> str:
-    """A key's default as it would stand in a file."""
+    """A key's default as it would stand in a file, on one line."""
     value = facts.get("default")
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-    return "empty" if value == "" else f"`{text}`"
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=float("inf"))
+    return "empty" if value == "" else f"`{text.removesuffix('...' + chr(10)).strip()}`"
 
 
 def sections(schema: dict[str, Any], own: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Keys]]:
