@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import fs_fwdllm
+from fs_fwdllm.config.load import find_config
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -89,6 +92,26 @@ def test_every_command_that_is_shown_exists(page: Path) -> None:
     )
     shown = re.findall(r"(?:`|^|\n|\| )fs-fwdllm ([a-z]+)", page.read_text(encoding="utf-8"))
     assert set(shown) <= commands
+
+
+#: A dotted key where one may stand: not within a longer name or a path.
+KEY = re.compile(r"(?<![\w./])(?:federate|data|llm|model|train|dataloader|eval|early_stop|grad|wandb|fwdllm)\.[\w.]*\w")
+OF_FILES = {".csv", ".h5", ".json", ".jsonl", ".md", ".py", ".safetensors", ".tsv", ".yaml"}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_key_and_configuration_that_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = set(re.findall(r'<a id="([^"]+)"', (DOCS / "configuration.md").read_text(encoding="utf-8")))
+    known |= {key.rpartition(".")[0] for key in known} | {"fwdllm.ext.NAME", "fwdllm.ext.fzoo"}
+    assert {key for key in KEY.findall(text) if Path(key).suffix not in OF_FILES} <= known
+    for name in re.findall(r"\b(?:fs_fwdllm/)?configs/([\w/]+)\.yaml", text):
+        assert find_config(name).exists()
+
+
+def test_every_public_name_is_documented() -> None:
+    shown = set(re.findall(r"^::: fs_fwdllm\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(fs_fwdllm.__all__) - {"__version__"} <= shown
 
 
 def story(title: str) -> list[tuple[str, str]]:
