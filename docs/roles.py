@@ -1,4 +1,4 @@
-"""Lets mkdocs read docstrings that refer to each other as Sphinx's do: a role becomes a link where the site has a target."""
+"""Lets mkdocs read docstrings whose names are Sphinx roles: each becomes a link where the site has a target."""
 
 from __future__ import annotations
 
