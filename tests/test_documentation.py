@@ -96,7 +96,8 @@ def test_every_command_that_is_shown_exists(page: Path) -> None:
 
 #: A dotted key where one may stand: not within a longer name or a path.
 KEY = re.compile(r"(?<![\w./])(?:federate|data|llm|model|train|dataloader|eval|early_stop|grad|wandb|fwdllm)\.[\w.]*\w")
-OF_FILES = {".csv", ".h5", ".json", ".jsonl", ".md", ".py", ".safetensors", ".tsv", ".yaml"}
+#: Endings of files and of made-up machines.
+NOT_OF_KEYS = {".csv", ".example", ".h5", ".json", ".jsonl", ".md", ".py", ".safetensors", ".tsv", ".yaml"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
@@ -104,7 +105,7 @@ def test_every_key_and_configuration_that_is_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     known = set(re.findall(r'<a id="([^"]+)"', (DOCS / "configuration.md").read_text(encoding="utf-8")))
     known |= {key.rpartition(".")[0] for key in known} | {"fwdllm.ext.NAME", "fwdllm.ext.fzoo"}
-    assert {key for key in KEY.findall(text) if Path(key).suffix not in OF_FILES} <= known
+    assert {key for key in KEY.findall(text) if Path(key).suffix not in NOT_OF_KEYS} <= known
     for name in re.findall(r"\b(?:fs_fwdllm/)?configs/([\w/]+)\.yaml", text):
         assert find_config(name).exists()
 
