@@ -30,7 +30,7 @@ MESSAGE = re.compile(r"^### `(.+)`$", re.MULTILINE)
 OF_THE_SHELL = {"command not found"}
 
 #: What the quickstart shows and the command does not take yet: to be taken away with what brings it.
-AWAITED = ("fs-fwdllm resume runs/answers --rounds", "fs-fwdllm sweep")
+AWAITED = ("fs-fwdllm sweep",)
 
 
 def templates() -> Iterator[str]:
