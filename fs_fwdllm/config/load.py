@@ -54,9 +54,10 @@ def find_config(given: str | Path, option: str = "--cfg", folder: Path = Path())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file, given by path or name (:func:`find_config`), and apply ``overrides``.
+    """Read a configuration file and apply ``overrides``.
 
     Args:
+        path: a YAML file, or the name of a packaged configuration: ``demo``, ``fwdllm/agnews_fwd``.
         overrides: ``key value key value``, as FederatedScope's command line has them.
 
     Raises:

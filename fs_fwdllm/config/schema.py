@@ -1,6 +1,6 @@
 """The sections of a configuration file, as typed models.
 
-A field's ``description`` is its documentation everywhere: the README's tables and error messages use the same words.
+A field's ``description`` is its documentation everywhere: the page of all keys and error messages use the same words.
 Fields marked *host only* belong to FederatedScope and are accepted, so that one file serves every host, but mean
 nothing outside it; :meth:`Config.ignored_keys` lists those a file sets.
 """

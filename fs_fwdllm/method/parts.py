@@ -123,7 +123,8 @@ class Recipe:
     """How the two halves of a method are made.
 
     Attributes:
-        make_worker, make_server: assemble them from shared parts.
+        make_worker: assembles the clients' side from shared parts.
+        make_server: assembles the server from shared parts and what hosts set.
         check: refuses settings of the method that are valid alone but not together.
         select: marks the parameters that are ever trained, where ``llm.adapter`` does not; it gets the names of those
             that start from random numbers.

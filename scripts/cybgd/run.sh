@@ -43,7 +43,7 @@ run_cybgd() {
         fi
         shift 2
     done
-    ensure_environment demo demo,dev,federatedscope
+    ensure_environment demo "$all_extras"
     cd "$project_root"
     exec "$environment/bin/fs-fwdllm" run --cfg "cybgd/$config" federate.client_num "$clients" \
         federate.total_round_num "$((clients * cycles))" "${given[@]}"

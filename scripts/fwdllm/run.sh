@@ -18,7 +18,7 @@ usage_unless() {
 
 # prepare: the environment (h5 files need the extra data, which dev has), and the project's folder as the current one.
 prepare() {
-    ensure_environment data,demo demo,dev,federatedscope
+    ensure_environment data,demo "$all_extras"
     cd "$project_root"
 }
 
