@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fs_fwdllm.errors import ModelError, nearest, shown
 
-__all__ = ["check_configuration", "check_folder", "checkpoint_dtype", "read_settings"]
+__all__ = ["check_configuration", "check_folder", "checkpoint_dtype", "checkpoint_elements", "read_settings"]
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +39,8 @@ _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "quantizatio
 _ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json")
 #: How architectures call the numbers without which there is no model.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "intermediate_size", "d_ff", "vocab_size")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
+           "num_decoder_layers", "decoder_layers")  # fmt: skip
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 #: More positions than any model has: a table of them would not fit a machine.
@@ -84,6 +85,11 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ModelError(f"{file}: must be a JSON object, but is {shown(settings, 40)}")
     return settings
+
+
+def checkpoint_elements(folder: Path) -> int:
+    """Numbers in all tensors of the weights."""
+    return sum(_count(shape) for shard in _shards(folder) for _, (_, shape) in _header(shard))
 
 
 def checkpoint_dtype(folder: Path) -> str:

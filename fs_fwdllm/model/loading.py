@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -26,7 +27,7 @@ from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.facts import SavedFacts
-from fs_fwdllm.model.folder import checkpoint_dtype
+from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
 from fs_fwdllm.model.half_precision import make_float32_masters
 from fs_fwdllm.model.initial_adapter import initial_folder, start_from
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
@@ -43,6 +44,8 @@ _AUTO_CLASSES: dict[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }
+#: Ties that are not tied yet count twice, and a head may be new.
+_LARGEST_EXCESS, _NEW_HEAD_ELEMENTS = 2, 1 << 24
 
 
 @dataclass
@@ -182,6 +185,24 @@ def _attention(config: Config) -> dict[str, str]:
     return {} if wanted is None else {"attn_implementation": wanted}
 
 
+def _check_size(source: ModelSource, auto: Any, safely: dict[str, Any]) -> None:
+    """Refuse a configuration whose model is far larger than its weights, before memory is taken for it."""
+    if not source.is_local:
+        return
+    settings = AutoConfig.from_pretrained(source.location, **safely)
+    try:
+        with torch.device("meta"):
+            wanted = sum(parameter.numel() for parameter in auto.from_config(settings, **safely).parameters())
+    except NotImplementedError:  # something in its constructor must know values
+        return
+    held = checkpoint_elements(Path(source.location))
+    if wanted > _LARGEST_EXCESS * held + _NEW_HEAD_ELEMENTS:
+        raise ModelError(
+            f"{source.name}: config.json describes a model of {wanted:,} parameters, but the folder holds {held:,}; "
+            "one of its numbers is wrong"
+        )
+
+
 def _use_plain_experts(config: Config, model: Any) -> None:
     """Grouped kernels of a mixture of experts have no forward-mode derivative; the plain loop over experts has."""
     switch = getattr(model, "set_experts_implementation", None)
@@ -216,6 +237,7 @@ def _load_base(config: Config, source: ModelSource, classes: Sequence[str], dtyp
         options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification" if len(classes) > 1 else "regression"
     with reading(source, "model") as safely, quiet_transformers():
+        _check_size(source, auto, safely)
         model, report = auto.from_pretrained(source.location, output_loading_info=True, **options, **safely)
         _use_plain_experts(config, model)
     model.config.use_cache = False

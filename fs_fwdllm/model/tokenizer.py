@@ -45,7 +45,7 @@ def load_tokenizer(config: Config) -> Any:
 
 def _give_padding(tokenizer: Any, settings: Any) -> None:
     own = getattr(settings.get_text_config(), "pad_token_id", None)
-    token = tokenizer.convert_ids_to_tokens(own) if isinstance(own, int) and 0 <= own < len(tokenizer) else None
+    token = _token(tokenizer, own)
     if token is not None and token in tokenizer.all_special_tokens:
         tokenizer.pad_token = token
     elif tokenizer.eos_token_id is not None:
@@ -54,10 +54,16 @@ def _give_padding(tokenizer: Any, settings: Any) -> None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
 
 
+def _token(tokenizer: Any, number: Any) -> str | None:
+    """The token with this id, if there is one."""
+    known = isinstance(number, int) and 0 <= number < len(tokenizer)
+    return str(tokenizer.convert_ids_to_tokens(number)) if known else None
+
+
 def _end_texts(tokenizer: Any, settings: Any, source: ModelSource) -> None:
     """Make sure that every text has the end-of-text token the model looks for."""
     wanted = settings.get_text_config().eos_token_id
-    end = tokenizer.convert_ids_to_tokens(wanted) if isinstance(wanted, int) and wanted < len(tokenizer) else None
+    end = _token(tokenizer, wanted)
     if end is None or wanted == tokenizer.pad_token_id:
         raise ModelError(
             f"{source.name}: this model classifies a text by its end-of-text token (eos_token_id {wanted!r} in "

@@ -36,8 +36,8 @@ _ROUNDING, _HALF_ROUNDING = 1e-4, 0.05
 _LONG, _SHORT = 9, 4
 #: What code that is not ours may end in; interrupts are no failures.
 _FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
-    TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
+    RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
 
