@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,5 +90,11 @@ class ForwardMode(Estimator):
                 raise
             raise EstimatorError(
                 "fwdllm.estimator 'forward_mode': an operation of this model has no forward-mode derivative "
-                f"({reason:.240}); set fwdllm.attention: eager, or use fwdllm.estimator: central"
+                f"({reason:.240}); {_advice(batch_loss.model)}"
             ) from error
+
+
+def _advice(model: Any) -> str:
+    kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    other = "use fwdllm.estimator: central"
+    return other if kernel == "eager" else f"set fwdllm.attention: eager, or {other}"

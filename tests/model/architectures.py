@@ -20,7 +20,7 @@ from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.model.quiet import quiet_transformers
 from tests.model.tiny import VOCABULARY, save_tiny_tokenizer
 
-__all__ = ["ARCHITECTURES", "AUTO_CLASSES", "FAST", "Architecture", "row_of"]
+__all__ = ["ARCHITECTURES", "AUTO_CLASSES", "FAST", "Architecture", "described", "row_of"]
 
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _SIZES |= {"max_position_embeddings": 64}
@@ -48,6 +48,7 @@ class Architecture:
         forward_mode: whether all its operations have a forward-mode derivative.
         padding: how it takes samples of different lengths.
         refused: what loading it with LoRA says, where that is impossible.
+        reason: why that is so, for the documentation.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Architecture:
     forward_mode: bool = True
     padding: str = "right"
     refused: str = ""
+    reason: str = ""
 
     @property
     def needs_end(self) -> bool:
@@ -285,15 +287,19 @@ _CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
 _READERS = ("albert", "bert", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "modernbert")
 _READERS += ("mpnet", "roberta", "xlnet", "bart")
 
+_NO_LINEAR = "no linear layer .* use adapter_method layernorm"
 #: What some cannot do; everything else holds for all.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"batches": False, "forward_mode": False} for name in ("bloom", "bloom/classes", "recurrent_gemma")},
     **{name: {"batches": False} for name in ("falcon", "falcon_new", "falcon/classes", "longformer/classes")},
     **{f"{name}/classes": {"padding": "none"} for name in ("convbert", "fnet", "mobilebert")},
     "xlnet/classes": {"padding": "left"},
-    "ibert/classes": {"refused": "no linear layer .* use adapter_method layernorm"},
-    "nystromformer/classes": {"refused": "a first forward pass, of 9 made-up tokens, failed"},
-    "squeezebert/classes": {"refused": "no linear layer .* use adapter_method layernorm"},
+    "ibert/classes": {"refused": _NO_LINEAR, "reason": "its layers are quantised linear ones"},
+    "nystromformer/classes": {
+        "refused": "a first forward pass, of 9 made-up tokens, failed",
+        "reason": "it takes texts of one length only",
+    },
+    "squeezebert/classes": {"refused": _NO_LINEAR, "reason": "its layers are convolutions"},
 }
 ARCHITECTURES: dict[str, Architecture] = {
     **_rows("causal_lm", _DECODERS, _EXCEPTIONS),
@@ -303,3 +309,29 @@ ARCHITECTURES: dict[str, Architecture] = {
 #: One of each kind; the others are slow tests.
 FAST = ("bloom", "falcon", "llama", "mamba", "mixtral", "xglm", "bert/classes", "fnet/classes", "longformer/classes")
 FAST += ("roberta/classes", "t5/classes", "xlnet/classes", "bert/spans")
+
+
+def described() -> str:
+    """The matrix in words, for ``docs/models.md``; print it with ``python -m tests.model.architectures``."""
+    titles = {"causal_lm": "Language models", "classification": "Classifiers", "question_answering": "Span readers"}
+    lines = []
+    for task, title in titles.items():
+        rows = [row.name for row in ARCHITECTURES.values() if row.task == task and not row.refused]
+        lines.append(f"**{title}** ({len(rows)}): {', '.join(f'`{name}`' for name in rows)}.\n")
+    lines += [
+        "| architecture | several probes in a pass | forward mode | samples of different lengths |",
+        "|---|---|---|---|",
+    ]
+    passes = {"right": "share a pass", "left": "share a pass, padded on the left", "none": "never share a pass"}
+    for name, row in ARCHITECTURES.items():
+        if row.refused:
+            lines.append(f"| `{name}` | not with LoRA: {row.reason} | | |")
+        elif not (row.batches and row.forward_mode) or row.padding != "right":
+            batches = "yes" if row.batches else "one by one, said"
+            forward_mode = "yes" if row.forward_mode else "refused by name"
+            lines.append(f"| `{name}` | {batches} | {forward_mode} | {passes[row.padding]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(described())

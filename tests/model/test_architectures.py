@@ -28,7 +28,7 @@ from fs_fwdllm.method import Parts
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.quiet import quiet_transformers
-from tests.model.architectures import ARCHITECTURES, AUTO_CLASSES, FAST, Architecture, row_of
+from tests.model.architectures import ARCHITECTURES, AUTO_CLASSES, FAST, Architecture, described, row_of
 
 KEYS = [DirectionKey(5, seed) for seed in range(3)]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -209,3 +209,9 @@ def test_what_cannot_be_trained_says_what_to_do(tmp_path: Path, name: str) -> No
     with pytest.raises(ModelError, match=row.refused) as error:
         load_model(config, load_tokenizer(config), 3)
     assert isinstance(error.value, FwdLLMError)
+
+
+def test_the_documentation_has_this_matrix() -> None:
+    """Paste what ``python -m tests.model.architectures`` prints where it is."""
+    assert described() in PAGE.read_text(encoding="utf-8")
+    assert len({row.name for row in ARCHITECTURES.values()}) >= 80
