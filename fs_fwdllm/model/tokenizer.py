@@ -6,6 +6,7 @@ tokenizer that does not add one is taught to, so that what is saved beside the m
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers.processors import Sequence, TemplateProcessing
@@ -19,11 +20,15 @@ from fs_fwdllm.model.source import ModelSource, model_source, reading
 __all__ = ["load_tokenizer"]
 
 
-def load_tokenizer(config: Config) -> Any:
+def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
     """The tokenizer of ``model.type``: pads on the right, cuts at ``llm.tok_len`` tokens, always has a padding token.
 
     A missing padding token becomes the model's own, else the end-of-text token (padding is masked out), else a new
     ``[PAD]``.
+
+    Args:
+        config: names the model.
+        folder: where the tokenizer is, if it is not the model's.
 
     Raises:
         ConfigError: ``model.type`` or ``model.task`` is malformed.
@@ -34,7 +39,7 @@ def load_tokenizer(config: Config) -> Any:
         settings = AutoConfig.from_pretrained(source.location, **safely)
     with reading(source, "tokenizer") as safely, quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
-            source.location, padding_side="right", model_max_length=config.llm.tok_len, **safely
+            str(folder or source.location), padding_side="right", model_max_length=config.llm.tok_len, **safely
         )
     if tokenizer.pad_token_id is None:
         _give_padding(tokenizer, settings)
