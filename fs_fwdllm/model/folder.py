@@ -55,7 +55,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: names the folder, the file in it, and what to do.
     """
-    if not (folder / _CONFIG).is_file():
+    # transformers would load an adapter's base from elsewhere, and the adapter with it
+    is_adapter = any((folder / name).is_file() for name in _ADAPTER_FILES)
+    if is_adapter or not (folder / _CONFIG).is_file():
         raise ModelError(f"model.type: {_without_config(folder)}")
     settings = check_configuration(folder)
     shards = _shards(folder)

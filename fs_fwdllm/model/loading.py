@@ -115,7 +115,8 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     rows = _trial_rows(config, model, tokenizer, source)
     conduct = try_out(model.eval(), rows, source.task, tokenizer.pad_token_id, source.name)
     tokenizer.padding_side = "left" if conduct.padding == "left" else "right"
-    model = attach(method, Request(model, source.task, head, config.seed, arguments))
+    with foreign_code(f"{source.name}: adapter_method {method!r} cannot be attached to this model"):
+        model = attach(method, Request(model, source.task, head, config.seed, arguments))
     if not blocks:  # a block has its masters only while it is visited
         make_float32_masters(model, _places_of_head(model, head))
     start_from(initial_folder(config), model, method, arguments)

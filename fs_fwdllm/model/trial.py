@@ -133,22 +133,31 @@ def try_out(model: nn.Module, rows: Sequence[Sequence[int]], task: Task, pad_tok
     """
     half = any(parameter.dtype in HALF_DTYPES for parameter in model.parameters())
     run = _Runner(model, rows, pad_token_id, _HALF_ROUNDING if half else _ROUNDING)
-    with private_torch_rng(0), foreign_code(f"{name}: a first forward pass, of {len(rows[1])} made-up tokens, failed"):
-        if task == "causal_lm":
-            together = run.together("right")
-            _require_finite(together, name, half)
-            if not run.agree(together[0], together[1][: len(together[0])], shared=run.shared):
-                raise ModelError(
-                    f"{name}: its result for a token depends on later ones, so that it is no causal language model "
-                    "(an encoder, perhaps); use it as a classifier, PATH@transformers with model.task "
-                    "SequenceClassification, or take a decoder"
-                )
-            return Conduct()
-        alone = run.alone()
-        _require_finite([alone], name, half)
-        for side in ("right", "left") if task == "classification" else ("right",):
-            if run.agree(alone, run.together(side)[0]):
-                return Conduct(side)
+    try:
+        with private_torch_rng(0), foreign_code(f"{name}: a first forward pass, of {len(rows[1])} tokens, failed"):
+            return _conduct(run, task, name, half)
+    except ModelError as error:
+        if half and "not implemented for" in str(error):
+            return PADDED_RIGHT  # by this processor; the accelerator that half precision is for may have it
+        raise
+
+
+def _conduct(run: _Runner, task: Task, name: str, half: bool) -> Conduct:
+    if task == "causal_lm":
+        together = run.together("right")
+        _require_finite(together, name, half)
+        if not run.agree(together[0], together[1][: len(together[0])], shared=run.shared):
+            raise ModelError(
+                f"{name}: its result for a token depends on later ones, so that it is no causal language model "
+                "(an encoder, perhaps); use it as a classifier, PATH@transformers with model.task "
+                "SequenceClassification, or take a decoder"
+            )
+        return Conduct()
+    alone = run.alone()
+    _require_finite([alone], name, half)
+    for side in ("right", "left") if task == "classification" else ("right",):
+        if run.agree(alone, run.together(side)[0]):
+            return Conduct(side)
     return Conduct("none")
 
 

@@ -296,7 +296,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xlnet/classes": {"padding": "left"},
     "ibert/classes": {"refused": _NO_LINEAR, "reason": "its layers are quantised linear ones"},
     "nystromformer/classes": {
-        "refused": "a first forward pass, of 9 made-up tokens, failed",
+        "refused": "a first forward pass, of 9 tokens, failed",
         "reason": "it takes texts of one length only",
     },
     "squeezebert/classes": {"refused": _NO_LINEAR, "reason": "its layers are convolutions"},
