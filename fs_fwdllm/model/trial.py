@@ -103,10 +103,11 @@ def trial_rows(tokenizer: Any, vocabulary: int, longest: int, *, paired: bool = 
 def trial_examples(rows: Sequence[Sequence[int]], task: Task) -> list[Example]:
     """``rows`` with labels of ``task``, all of them possible."""
     labels: dict[str, Any] = {"question_answering": [[0, 0]]}
+    kind = np.float32 if task == "regression" else np.int32
     return [
         Example(
             np.array(row, dtype=np.int32),
-            np.array(row if task == "causal_lm" else labels.get(task, 0), dtype=np.int32),
+            np.array(row if task == "causal_lm" else labels.get(task, 0), dtype=kind),
         )
         for row in rows
     ]
