@@ -296,7 +296,7 @@ def test_longer_texts_than_the_model_has_positions(call: Callable[..., Result]) 
 def test_a_model_whose_loss_is_nan_stops_with_advice(call: Callable[..., Result], world: World, method: str) -> None:
     folder = save_tiny_model(world.root / "nan", "bert")
     tensors = load_file(folder / "model.safetensors")
-    tensors["embeddings.LayerNorm.weight"].fill_(math.nan)
+    tensors["embeddings.word_embeddings.weight"][30:] = math.nan  # beyond what loading tries the model out on
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {**METHODS[method], "model.type": f"{folder}@transformers", "federate.total_round_num": 9}
     done = call(settings)

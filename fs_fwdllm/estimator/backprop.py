@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.objective import BatchLoss
+from fs_fwdllm.model.trial import foreign_code
 
 __all__ = ["Backprop"]
 
@@ -49,7 +50,7 @@ class Backprop:
 
         Autograd stops where the lowest parameter that requires a gradient is: layers below it build no graph.
         """
-        with torch.enable_grad(), self._checkpointed(batch_loss):
+        with foreign_code("backpropagation failed"), torch.enable_grad(), self._checkpointed(batch_loss):
             loss = batch_loss.here()
             (loss if scale == 1.0 else loss * scale).backward()
         return float(loss.detach())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,15 @@ from torch.func import jvp, vmap
 from fs_fwdllm.config.schema import FwdllmConfig
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
-from fs_fwdllm.errors import EstimatorError
+from fs_fwdllm.errors import EstimatorError, ModelError
 from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes, in_groups, stack_directions
 from fs_fwdllm.model.objective import BatchLoss
+from fs_fwdllm.model.trial import foreign_code
 
 __all__ = ["ForwardMode"]
+
+#: What PyTorch's messages about operations it cannot differentiate or batch have in common.
+_OF_DIFFERENTIATION = ("forward ad", "forward-mode", "forward mode", "functorch", "vmap", "transform", "batching rule")
 
 
 class ForwardMode(Estimator):
@@ -74,11 +79,22 @@ class ForwardMode(Estimator):
         point = tuple(tensor.detach() for tensor in batch_loss.trainables.tensors)
         loss = batch_loss.function()
         try:
-            return vmap(lambda tangent: jvp(loss, (point,), (tangent,)), out_dims=(None, 0))(tangents)  # type: ignore
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error).lower():
+            with foreign_code("forward-mode differentiation failed"):
+                if len(keys) == 1:  # also for models whose operations cannot be batched
+                    value, slope = jvp(loss, (point,), (tuple(stack[0] for stack in tangents),))[:2]
+                    return value, slope.reshape(1)
+                return vmap(lambda tangent: jvp(loss, (point,), (tangent,)), out_dims=(None, 0))(tangents)  # type: ignore
+        except ModelError as error:
+            reason = str(error)
+            if not any(word in reason.lower() for word in _OF_DIFFERENTIATION):
                 raise
             raise EstimatorError(
                 "fwdllm.estimator 'forward_mode': an operation of this model has no forward-mode derivative "
-                f"({str(error).splitlines()[0]:.160}); set fwdllm.attention: eager, or use fwdllm.estimator: central"
+                f"({reason:.240}); {_advice(batch_loss.model)}"
             ) from error
+
+
+def _advice(model: Any) -> str:
+    kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    other = "use fwdllm.estimator: central"
+    return other if kernel == "eager" else f"set fwdllm.attention: eager, or {other}"

@@ -86,7 +86,9 @@ class TrainedModel:
     def objective(self) -> Objective:
         """The model's losses and logits on batches."""
         trainables = Trainables.of_model(self.model, half=True)
-        return Objective(self.model, trainables, self.task, label_tokens=self._label_tokens)
+        return Objective(
+            self.model, trainables, self.task, label_tokens=self._label_tokens, conduct=self.loaded.conduct
+        )
 
     def predict(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, batch_size: int = _DEFAULT_BATCH_SIZE

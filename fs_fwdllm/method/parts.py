@@ -18,20 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from fs_fwdllm.config.schema import Config
-from fs_fwdllm.core.direction import Distribution, make_distribution
+from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.schema import Config, FwdllmConfig
+from fs_fwdllm.core.direction import DirectionKey, Distribution, make_distribution
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables
-from fs_fwdllm.data import steps_per_epoch
-from fs_fwdllm.data.types import Task
-from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.data import collate, steps_per_epoch
+from fs_fwdllm.data.types import Batch, Task
+from fs_fwdllm.errors import ConfigError, EstimatorError
 from fs_fwdllm.estimator import Estimator, make_estimator
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
 from fs_fwdllm.model.objective import Objective
+from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, trial_examples
 
 __all__ = [
     "Parts",
@@ -44,6 +46,11 @@ __all__ = [
     "work_plans",
 ]
 
+_ONE_BY_ONE = (
+    "warning: fwdllm.probes_per_batch {}: an operation of this model cannot be batched over probes, so that they are "
+    "evaluated one by one"
+)
+
 
 @dataclass
 class Parts:
@@ -52,6 +59,8 @@ class Parts:
     Attributes:
         full: whether the model's own weights are trained, rather than an adapter beside them.
         fresh: names of the parameters that start from random numbers.
+        trial: two made-up samples to try an estimator out on.
+        remarks: what a user should know of settings that the model does not support.
     """
 
     config: Config
@@ -62,6 +71,8 @@ class Parts:
     batches: BatchSettings
     full: bool
     fresh: frozenset[str] = frozenset()
+    trial: Batch | None = None
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -74,18 +85,28 @@ class Parts:
         full: bool,
         label_tokens: Sequence[int] = (),
         fresh: frozenset[str] = frozenset(),
+        conduct: Conduct = PADDED_RIGHT,
+        trial: Sequence[Sequence[int]] = (),
     ) -> Parts:
-        """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained)."""
+        """Parts around a loaded model (in evaluation mode, ``requires_grad`` on what is trained).
+
+        Args:
+            conduct: how the model takes padding.
+            trial: token ids of two made-up samples; the configured estimator is tried out on them.
+
+        Raises:
+            EstimatorError: the model does not support the estimator at all.
+        """
         select, blocks = recipe_of(config).select, config.method.trains_blocks
         if select is not None:
             select(config, model, fresh)
         trainables = Trainables.of_model(model, half=blocks)
         cache_mib = 0 if blocks else config.fwdllm.prefix_cache_mib
-        return cls(
+        parts = cls(
             config=config,
             model=model,
             trainables=trainables,
-            objective=Objective(model, trainables, task, cache_mib << 20, label_tokens),
+            objective=Objective(model, trainables, task, cache_mib << 20, label_tokens, conduct),
             replica=Replica(_replayer(config, trainables)),
             batches=BatchSettings(
                 batch_size=config.dataloader.batch_size,
@@ -95,11 +116,39 @@ class Parts:
             ),
             full=full,
             fresh=fresh,
+            trial=collate(trial_examples(trial, task), pad_token_id) if trial else None,
         )
+        return parts.with_config(config)
 
     def with_config(self, config: Config) -> Parts:
         """The same model and objective under another configuration, with a replica of its own."""
-        return replace(self, config=config, replica=Replica(_replayer(config, self.trainables)))
+        supported = self._supported(config)
+        remarks = () if supported is config else (_ONE_BY_ONE.format(config.fwdllm.probes_per_batch),)
+        replica = Replica(_replayer(supported, self.trainables))
+        return replace(self, config=supported, replica=replica, remarks=remarks)
+
+    def _supported(self, config: Config) -> Config:
+        """``config``, with probes one by one where this model cannot evaluate several of them in one pass."""
+        own = config.fwdllm
+        if not config.method.forward_only or self.trial is None:
+            return config
+        if own.probes_per_batch == 1 and ESTIMATORS[own.estimator].works_with_fused_attention:
+            return config  # an ordinary forward pass: nothing to find out
+        try:
+            self._try_estimator(own)
+        except EstimatorError:
+            if own.probes_per_batch == 1:
+                raise
+            one_by_one = own.model_copy(update={"probes_per_batch": 1})
+            self._try_estimator(one_by_one)
+            return config.model_copy(update={"fwdllm": one_by_one})
+        return config
+
+    def _try_estimator(self, settings: FwdllmConfig) -> None:
+        assert self.trial is not None
+        directions = make_distribution(settings.direction)
+        estimator = make_estimator(self.model, self.trainables, directions, settings, full=self.full)
+        estimator.slopes(self.objective.on(self.trial), [DirectionKey(0, 0), DirectionKey(0, 1)])
 
     def server_replayer(self) -> Replayer:
         """The server's own copy of the trainables, so that clients really have to rebuild it."""

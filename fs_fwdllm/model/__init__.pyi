@@ -1,8 +1,9 @@
 from .bottleneck import load_bottleneck
 from .facts import SavedFacts, find_saved
-from .loading import LoadedModel, load_model, load_tokenizer
+from .loading import LoadedModel, load_model
 from .reloading import load_saved
 from .saving import save_trained
+from .tokenizer import load_tokenizer
 
 __all__ = [
     "LoadedModel",

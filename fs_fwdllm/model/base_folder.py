@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from fs_fwdllm.model.half_precision import HALF_DTYPES, rounds_when_loaded_in_half
 from fs_fwdllm.model.quiet import quiet_transformers
-from fs_fwdllm.model.source import ModelSource
+from fs_fwdllm.model.source import ModelSource, reading
 
 if TYPE_CHECKING:
     from fs_fwdllm.model.loading import LoadedModel
@@ -34,8 +34,8 @@ _DECISIVE = ("dtype",)
 
 def config_of_base(source: ModelSource) -> Any:
     """The configuration in the base's own files."""
-    with quiet_transformers():
-        return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+    with reading(source, "configuration") as safely, quiet_transformers():
+        return AutoConfig.from_pretrained(source.location, **safely)
 
 
 def config_to_keep(loaded: LoadedModel) -> Any | None:

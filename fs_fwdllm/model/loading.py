@@ -1,26 +1,25 @@
-"""From a configuration to a tokenizer and a model that is ready to be trained, the same on every machine.
+"""From a configuration to a model that is ready to be trained, the same on every machine.
 
-:func:`load_tokenizer` gives the tokenizer a padding token if it has none. :func:`load_model` reads the weights
-(safetensors only: nothing is unpickled), draws what the checkpoint lacks (a classifier's head), attaches the trainable
-parts, makes them float32 and hands the model over in eval mode, so that dropout is off in every probe.
+:func:`load_model` reads the weights (safetensors only: nothing is unpickled), draws what the checkpoint lacks (a
+classifier's head), attaches the trainable parts, makes them float32, tries the model out on a few tokens and hands it
+over in eval mode, so that dropout is off in every probe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 
 from fs_fwdllm.config import Config
@@ -28,24 +27,25 @@ from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.facts import SavedFacts
+from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
 from fs_fwdllm.model.half_precision import make_float32_masters
 from fs_fwdllm.model.initial_adapter import initial_folder, start_from
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
 from fs_fwdllm.model.quiet import quiet_transformers
-from fs_fwdllm.model.source import ModelSource, model_source
-from fs_fwdllm.model.structure import head_modules, position_limit
+from fs_fwdllm.model.source import ModelSource, model_source, reading
+from fs_fwdllm.model.structure import head_modules, position_limit, positions_skip_padding, vocabulary_size
 from fs_fwdllm.model.trainable_parts import Request, adapter_request, attach
+from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, drop_unknown_mask, foreign_code, trial_rows, try_out
 
-__all__ = ["LoadedModel", "load_model", "load_tokenizer"]
+__all__ = ["LoadedModel", "load_model"]
 
 _AUTO_CLASSES: dict[Task, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }
-#: Said, since transformers otherwise asks on standard input whether to run code from the model's folder.
-_NO_FOREIGN_CODE = {"trust_remote_code": False}
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+#: Ties that are not tied yet count twice, and a head may be new.
+_LARGEST_EXCESS, _NEW_HEAD_ELEMENTS = 2, 1 << 24
 
 
 @dataclass
@@ -62,6 +62,10 @@ class LoadedModel:
         facts: what has to be known, beside the tensors, to load it again.
         arguments: the arguments of ``peft_method`` as configured.
         fresh: names of the base's parameters that its checkpoint lacks, so that they start from random numbers.
+        base_dtype: of the frozen base, or of all of the model where there is none.
+        conduct: how samples have to be put before it.
+        trial: token ids of two made-up samples, for whoever wants to try something out.
+        remarks: what a user should know of how it was loaded.
     """
 
     model: nn.Module
@@ -72,28 +76,10 @@ class LoadedModel:
     facts: SavedFacts
     arguments: dict[str, Any] = field(default_factory=dict)
     fresh: frozenset[str] = frozenset()
-
-
-def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of ``model.type``: pads on the right, cuts at ``llm.tok_len`` tokens, always has a padding token.
-
-    A missing padding token becomes the end-of-text token (padding is masked out), or else a new ``[PAD]``.
-
-    Raises:
-        ConfigError: ``model.type`` or ``model.task`` is malformed.
-        ModelError: there is no such tokenizer.
-    """
-    source = model_source(config)
-    with _reported(source, "tokenizer"), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, padding_side="right", model_max_length=config.llm.tok_len, **_NO_FOREIGN_CODE
-        )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-        else:
-            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    return tokenizer
+    base_dtype: torch.dtype = torch.float32
+    conduct: Conduct = PADDED_RIGHT
+    trial: tuple[tuple[int, ...], ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0) -> LoadedModel:
@@ -119,12 +105,18 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     _check_radius(config, method, dtype)
     with private_torch_rng(config.seed):
         model, fresh = _load_base(config, source, names or _numbered(labels), dtype)
-        _fit_embeddings(model, tokenizer, source)
+        with foreign_code(f"{source.name}: its embedding tables cannot be told"):
+            _fit_embeddings(model, tokenizer, source)
     _check_positions(config, model)
     _set_special_tokens(model, tokenizer)
+    drop_unknown_mask(model)
     head = () if source.task == "causal_lm" else _head(model, fresh)
     _draw_fresh(model, fresh, head, config.seed, source)
-    model = attach(method, Request(model, source.task, head, config.seed, arguments))
+    rows = _trial_rows(config, model, tokenizer, source)
+    conduct = try_out(model.eval(), rows, source.task, tokenizer.pad_token_id, source.name)
+    tokenizer.padding_side = "left" if conduct.padding == "left" else "right"
+    with foreign_code(f"{source.name}: adapter_method {method!r} cannot be attached to this model"):
+        model = attach(method, Request(model, source.task, head, config.seed, arguments))
     if not blocks:  # a block has its masters only while it is visited
         make_float32_masters(model, _places_of_head(model, head))
     start_from(initial_folder(config), model, method, arguments)
@@ -137,7 +129,32 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         base_dtype=str(dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
     )
-    return LoadedModel(model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh))
+    remarks = (*_remarks(config, source, method, dtype), *conduct.remarks())
+    return LoadedModel(
+        model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh),
+        base_dtype=dtype, conduct=conduct, trial=rows, remarks=remarks,
+    )  # fmt: skip
+
+
+def _trial_rows(config: Config, model: nn.Module, tokenizer: Any, source: ModelSource) -> tuple[tuple[int, ...], ...]:
+    paired = source.task == "question_answering"
+    rows = trial_rows(tokenizer, vocabulary_size(model), config.llm.tok_len, paired=paired)
+    return tuple(map(tuple, rows))
+
+
+def _remarks(config: Config, source: ModelSource, method: str, dtype: torch.dtype) -> list[str]:
+    """What is done with ``fwdllm.base_dtype`` where it may not be what one expects."""
+    wanted, used = config.fwdllm.base_dtype, str(dtype).removeprefix("torch.")
+    if wanted not in ("auto", used):
+        return [
+            f"warning: fwdllm.base_dtype {wanted} has no effect: {method!r} trains all parameters, and what is trained "
+            "is float32"
+        ]
+    saved = checkpoint_dtype(Path(source.location)) if source.is_local else ""
+    if wanted == "auto" and used == "float32" and saved in ("bfloat16", "float16"):
+        everything = "; what is trained is float32" if method == "full" else f"; fwdllm.base_dtype {saved} halves that"
+        return [f"the weights are saved in {saved} and loaded as float32, twice the memory{everything}"]
+    return []
 
 
 def _label_count(config: Config, task: Task, num_labels: int) -> int:
@@ -169,6 +186,32 @@ def _attention(config: Config) -> dict[str, str]:
     return {} if wanted is None else {"attn_implementation": wanted}
 
 
+def _check_size(source: ModelSource, auto: Any, safely: dict[str, Any]) -> None:
+    """Refuse a configuration whose model is far larger than its weights, before memory is taken for it."""
+    if not source.is_local:
+        return
+    settings = AutoConfig.from_pretrained(source.location, **safely)
+    try:
+        with torch.device("meta"):
+            wanted = sum(parameter.numel() for parameter in auto.from_config(settings, **safely).parameters())
+    except NotImplementedError:  # something in its constructor must know values
+        return
+    held = checkpoint_elements(Path(source.location))
+    if wanted > _LARGEST_EXCESS * held + _NEW_HEAD_ELEMENTS:
+        raise ModelError(
+            f"{source.name}: config.json describes a model of {wanted:,} parameters, but the folder holds {held:,}; "
+            "one of its numbers is wrong"
+        )
+
+
+def _use_plain_experts(config: Config, model: Any) -> None:
+    """Grouped kernels of a mixture of experts have no forward-mode derivative; the plain loop over experts has."""
+    switch = getattr(model, "set_experts_implementation", None)
+    forward_only = config.method.forward_only
+    if switch is not None and forward_only and not ESTIMATORS[config.fwdllm.estimator].works_with_fused_attention:
+        switch("eager")
+
+
 def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
     """IA3 multiplies activations by 1 +- radius: below half a unit in the last place, rounding undoes every probe."""
     smallest = torch.finfo(dtype).eps / 2
@@ -187,15 +230,17 @@ def _numbered(labels: int) -> tuple[str, ...]:
 
 def _load_base(config: Config, source: ModelSource, classes: Sequence[str], dtype: torch.dtype) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_NO_FOREIGN_CODE, **_attention(config)}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_attention(config)}
     auto: Any = _AUTO_CLASSES[source.task]
     if source.task == "classification":
         by_index = dict(enumerate(classes))
         options |= {"id2label": by_index, "label2id": {name: index for index, name in by_index.items()}}
         options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification" if len(classes) > 1 else "regression"
-    with _reported(source, "model"), quiet_transformers():
-        model, report = auto.from_pretrained(source.location, output_loading_info=True, **options)
+    with reading(source, "model") as safely, quiet_transformers():
+        _check_size(source, auto, safely)
+        model, report = auto.from_pretrained(source.location, output_loading_info=True, **options, **safely)
+        _use_plain_experts(config, model)
     model.config.use_cache = False
     model.name_or_path = source.location
     return model, set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
@@ -233,7 +278,7 @@ def _draw_fresh(model: nn.Module, fresh: set[str], head: tuple[str, ...], seed: 
 @torch.no_grad()
 def _fit_embeddings(model: Any, tokenizer: Any, source: ModelSource) -> None:
     """Give added special tokens rows: the mean of the old rows, in the input and the output table."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_size(model)
     if len(tokenizer) <= rows:
         return
     if len(tokenizer) > rows + len(set(tokenizer.all_special_ids)) or tokenizer.pad_token_id is None:
@@ -251,18 +296,12 @@ def _check_positions(config: Config, model: nn.Module) -> None:
 
 
 def _set_special_tokens(model: Any, tokenizer: Any) -> None:
-    holders = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
-    for holder in holders:
+    """Tell the model what batches are padded with, unless it counts positions from a padding token of its own.
+
+    The modules of such a model (RoBERTa's kin) have taken that token over already: another one in the configuration
+    would be another model once it is saved and loaded. Their padding is masked out, whatever token it is.
+    """
+    own = [] if positions_skip_padding(model) else [model.config, model.config.get_text_config()]
+    for holder in [*own, getattr(model, "generation_config", None)]:
         if holder is not None:
             holder.pad_token_id = tokenizer.pad_token_id
-
-
-@contextmanager
-def _reported(source: ModelSource, what: str) -> Iterator[None]:
-    try:
-        yield
-    except _LOADING_ERRORS as error:
-        place = "folder" if source.is_local else "hub name"
-        advice = "" if source.is_local else "; without the hub, give model.type a local folder"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{source.name}: the {place} gives no {what}: {reason[0]}{advice}") from error

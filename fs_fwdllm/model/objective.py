@@ -17,18 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch, Task
-from fs_fwdllm.errors import DataError
-from fs_fwdllm.model.inputs import batch_on
+from fs_fwdllm.errors import DataError, EstimatorError, ModelError
+from fs_fwdllm.model.inputs import Group, batch_on, groups_of
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
 from fs_fwdllm.model.readout import make_readout
+from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, foreign_code
 
 __all__ = ["BatchLoss", "Objective"]
 
@@ -42,6 +45,7 @@ class Objective:
         task: what the labels mean.
         prefix_cache_bytes: budget of the prefix cache; zero switches it off.
         label_tokens: for ``label_words`` the token that stands for each class.
+        conduct: how the model takes padding.
     """
 
     def __init__(
@@ -51,10 +55,13 @@ class Objective:
         task: Task,
         prefix_cache_bytes: int = 0,
         label_tokens: Sequence[int] = (),
+        conduct: Conduct = PADDED_RIGHT,
     ) -> None:
         self.model = model
         self.trainables = trainables
         self.task = task
+        self.conduct = conduct
+        self._places = _places_of(model, trainables)
         self.readout = make_readout(task, label_tokens)
         self.cache = PrefixCache(model, prefix_cache_bytes)
         self._positions: torch.Tensor | None = None
@@ -67,6 +74,21 @@ class Objective:
     def on(self, batch: Batch) -> BatchLoss:
         """The loss of ``batch``. Raises :class:`~fs_fwdllm.errors.DataError` if no position has a label."""
         return BatchLoss(self, batch)
+
+    @contextmanager
+    def standing_at(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Let the model's modules hold ``values`` in place of the trainables, in every place that shares one.
+
+        Unlike a parameter's storage, what stands there may be a batched or a dual tensor of ``torch.func``. PyTorch's
+        own ``functional_call`` leaves such a tensor behind where two modules share a container of parameters.
+        """
+        try:
+            for owner, key, index in self._places:
+                owner[key] = values[index]
+            yield
+        finally:
+            for owner, key, index in self._places:
+                owner[key] = self.trainables.tensors[index]
 
     def _select_positions(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._positions is None:
@@ -91,9 +113,7 @@ class BatchLoss:
     def __init__(self, objective: Objective, batch: Batch) -> None:
         self._objective = objective
         self._batch = on_device = batch_on(objective.trainables.device, batch)
-        self._inputs = {"input_ids": on_device.input_ids, "attention_mask": on_device.attention_mask}
-        if on_device.token_type_ids is not None and _knows_segments(objective.model):
-            self._inputs["token_type_ids"] = on_device.token_type_ids
+        self._groups = groups_of(on_device, objective.conduct, segments=_knows_segments(objective.model))
         self._positions, self.targets = objective.readout.labelled(on_device)
         if not len(self.targets):
             raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
@@ -119,19 +139,23 @@ class BatchLoss:
             return self.here()
 
     def at_stack(self, stacks: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The losses ``[points]`` at several points in one batched pass; each stack is ``[points, *shape]``."""
-        with self._replayed():
-            return vmap(self.function())(tuple(stacks))
+        """The losses ``[points]`` at several points in one batched pass; each stack is ``[points, *shape]``.
+
+        Raises:
+            EstimatorError: an operation of the model cannot be batched.
+        """
+        try:
+            with self._replayed(), foreign_code("in one pass over several points"):
+                return vmap(self.function())(tuple(stacks))
+        except ModelError as error:
+            raise EstimatorError(f"fwdllm.probes_per_batch: set it to 1, since {error}") from error
 
     def function(self) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
         """The loss as a pure function of the trainables' values, for ``torch.func`` transformations."""
-        names = self.trainables.names
 
         def loss(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            def call(**inputs: torch.Tensor) -> Any:
-                return functional_call(self.model, dict(zip(names, values, strict=True)), kwargs=inputs)
-
-            return self._loss_of(self._logits(call))
+            with self._objective.standing_at(values):
+                return self._loss_of(self._logits())
 
         return loss
 
@@ -147,31 +171,60 @@ class BatchLoss:
     def logits(self) -> torch.Tensor:
         """``[targets, classes]`` float32 logits, one row per label, matching :attr:`targets`."""
         with self._replayed():
-            return self._logits(self.model)
+            return self._logits()
 
     def _replayed(self) -> Any:
         return self._prefix.replayed() if self._prefix is not None else nullcontext()
 
     def _plain_loss(self) -> torch.Tensor:
-        return self._loss_of(self._logits(self.model))
+        return self._loss_of(self._logits())
 
     def _probing_loss(self) -> torch.Tensor:
         """A loss in which every row counts, so that it is finite also where windows without an answer make a batch."""
-        return self._objective.readout.loss(self._logits(self.model), self.targets.clamp_min(0))
+        return self._objective.readout.loss(self._logits(), self.targets.clamp_min(0))
 
     def _loss_of(self, logits: torch.Tensor) -> torch.Tensor:
         return self._objective.readout.loss(logits, self.targets)
 
-    def _logits(self, call: Callable[..., Any]) -> torch.Tensor:
-        objective = self._objective
-        with objective.selecting(self._positions):
-            output = call(**self._inputs)
+    def _logits(self) -> torch.Tensor:
+        objective, shape = self._objective, tuple(self._batch.input_ids.shape)
+        what = f"{type(objective.model).__name__}: a forward pass of {shape[0]} samples of {shape[1]} tokens failed"
+        with objective.selecting(self._positions), foreign_code(what):
             if self._positions is None:
-                return objective.readout.logits(output, self._batch).float()
-            tokens = output.logits
+                return objective.readout.logits(self._output(), self._batch).float()
+            tokens = objective.model(**self._groups[0].inputs).logits
             if not objective._selected:
                 tokens = tokens.flatten(0, -2).index_select(0, self._positions)
             return objective.readout.of_tokens(tokens).float()
+
+    def _output(self) -> Any:
+        """What the model says of each row, whatever passes that takes."""
+        if len(self._groups) == 1 and self._groups[0].rows is None:
+            return self.model(**self._groups[0].inputs)
+        outputs = [self.model(**group.inputs) for group in self._groups]
+        names = ("logits",) if getattr(outputs[0], "logits", None) is not None else ("start_logits", "end_logits")
+        width = self._batch.input_ids.shape[1]
+        return SimpleNamespace(**{name: _joined(self._groups, outputs, name, width) for name in names})
+
+
+def _joined(groups: Sequence[Group], outputs: Sequence[Any], name: str, width: int) -> torch.Tensor:
+    """Rows of several passes in the batch's order; results for every token get zeros where padding was."""
+    parts = [getattr(output, name) for output in outputs]
+    if name != "logits":
+        parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+    rows = torch.cat([group.rows for group in groups if group.rows is not None])
+    return torch.cat(parts).index_select(0, rows.argsort())
+
+
+def _places_of(model: nn.Module, trainables: Trainables) -> list[tuple[dict[str, Any], str, int]]:
+    """Where the trainables are held: ``(a module's own parameters, name, index)``, each alias once."""
+    index = {id(tensor): number for number, tensor in enumerate(trainables.tensors)}
+    return [
+        (module._parameters, name, index[id(parameter)])
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in index
+    ]
 
 
 def _knows_segments(model: Any) -> bool:

@@ -28,6 +28,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
+from fs_fwdllm.errors import ModelError
+
 __all__ = ["Prefix", "PrefixCache"]
 
 #: Below this share of the model's matrix parameters the prefix saves less than it costs to keep.
@@ -266,7 +268,7 @@ def _leaves_that_are_read(calls: list[_Call], run: Callable[[], torch.Tensor]) -
             call.leaves[index] = _stand_in(leaf)
             try:
                 read[-1].append(not loss_is_finite())
-            except RuntimeError:
+            except (RuntimeError, ModelError):
                 read[-1].append(True)
             finally:
                 call.leaves[index] = leaf

@@ -23,7 +23,8 @@ from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.bottleneck import BOTTLENECK_WEIGHTS_FILE
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import HALF_DTYPES
-from fs_fwdllm.model.loading import LoadedModel, load_model, load_tokenizer
+from fs_fwdllm.model.loading import LoadedModel, load_model
+from fs_fwdllm.model.tokenizer import load_tokenizer
 from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["load_saved"]
@@ -47,7 +48,7 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
         raise ModelError(f"{place}: was trained as {facts.trained!r}; this version knows {', '.join(PARTS)}")
     saved_as = PARTS[facts.trained].saved_as
     config = facts.config(place if saved_as == "model" else facts.base_location)
-    tokenizer = load_tokenizer(facts.config(place))
+    tokenizer = load_tokenizer(config, place)
     loaded = load_model(config, tokenizer, facts.classes)
     if saved_as == "peft":
         _fill_peft(loaded.model, place)

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
-from fs_fwdllm.errors import ConfigError, ModelError, nearest
+from fs_fwdllm.errors import ConfigError, FwdLLMError, ModelError, nearest
+from fs_fwdllm.model.folder import check_folder
+from fs_fwdllm.model.hub import hub_options
 
-__all__ = ["ModelSource", "folder_files", "model_source", "model_task"]
+__all__ = ["ModelSource", "folder_files", "model_source", "model_task", "reading"]
 
 _END_BYTES = 64 << 10
 
@@ -58,6 +63,28 @@ def folder_files(folder: Path) -> str:
     return "\n".join(f"{path.name} {path.stat().st_size} {_ends_of(path)}" for path in paths)
 
 
+@contextmanager
+def reading(source: ModelSource, what: str) -> Iterator[dict[str, Any]]:
+    """Options for ``from_pretrained``, whose errors inside become ours; ``what`` is to be read.
+
+    Raises:
+        ModelError: the source gives no such thing.
+    """
+    # Said, since transformers otherwise asks on standard input whether to run code from the model's folder.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if not source.is_local:
+        options |= hub_options(source.name)
+    try:
+        yield options
+    except FwdLLMError:
+        raise
+    except Exception as error:  # transformers meets files of any kind, and fails in as many ways
+        place = "folder" if source.is_local else "hub name"
+        advice = "" if source.is_local else "; without the hub, give model.type a local folder"
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise ModelError(f"{source.name}: the {place} gives no {what}: {reason}{advice}") from error
+
+
 def _ends_of(path: Path) -> str:
     """A digest of the first and the last 64 KiB of a file."""
     with path.open("rb") as file:
@@ -71,11 +98,14 @@ def model_source(config: Config) -> ModelSource:
 
     Raises:
         ConfigError: the suffix or the task is missing or unknown.
-        ModelError: the folder or the package does not exist.
+        ModelError: the folder or the package does not exist, or the folder holds no model that can be trained here.
     """
     task = model_task(config)
     name = config.model.type.rpartition("@")[0]
-    return ModelSource(name, _resolve(name), task)
+    source = ModelSource(name, _resolve(name), task)
+    if source.is_local:
+        check_folder(Path(source.location))
+    return source
 
 
 def model_task(config: Config) -> Task:

@@ -9,6 +9,7 @@ name list would be needed to go on, they raise :class:`~fs_fwdllm.errors.ModelEr
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +23,13 @@ __all__ = [
     "feed_forward_outputs",
     "head_modules",
     "is_norm",
+    "linear_layers",
     "norm_layers",
     "position_limit",
+    "positions_skip_padding",
     "short_names",
     "transformer_blocks",
+    "vocabulary_size",
 ]
 
 _FUSED_PROJECTIONS = ("qkv", "query_key_value", "c_attn", "in_proj")
@@ -35,18 +39,28 @@ _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """``(name, block)`` of every distinct transformer block, in order; a block shared by layers (ALBERT) counts once.
 
+    Lists of blocks that all attend; where there is none (Mamba, FNet), the list with the most parameters.
+
     Raises:
-        ModelError: no list of blocks with attention inside was found.
+        ModelError: there is no list of blocks.
     """
-    stacks = {
+    lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_attends(block) for block in module)
+        if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module.parameters())
     }
+    stacks = {name for name, module in lists.items() if all(_attends(name, block) for block in module)}
     innermost = [name for name in stacks if not any(other.startswith(f"{name}.") for other in stacks)]
-    blocks = [(f"{name}.{index}", block) for name in innermost for index, block in stacks[name].named_children()]
+    if not innermost and lists:  # state spaces, convolutions or a mixture of layers take the place of attention
+        innermost = [max(lists, key=lambda name: sum(weights.numel() for weights in lists[name].parameters()))]
+    blocks = [
+        (f"{name}.{index}", block)
+        for name in lists
+        if name in innermost
+        for index, block in lists[name].named_children()
+    ]
     if not blocks:
-        raise ModelError(f"{type(model).__name__}: no list of transformer blocks with attention was found")
+        raise ModelError(f"{type(model).__name__}: no list of transformer blocks was found")
     return blocks
 
 
@@ -61,8 +75,9 @@ def feed_forward_outputs(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     for block_name, block in transformer_blocks(model):
         linears = _linear_widths(block)
-        attention_widths = [width for name, width in linears.items() if _in_attention(name)]
-        outside = {name: width for name, width in linears.items() if not _in_attention(name)}
+        attending = {name for name in linears if _in_attention(f"{block_name}.{name}")}
+        attention_widths = [width for name, width in linears.items() if name in attending]
+        outside = {name: width for name, width in linears.items() if name not in attending}
         if any("expert" in name for name, _ in block.named_modules()):
             raise ModelError(f"{block_name}: a mixture of experts has no single feed-forward output")
         candidates = [name for name, width in outside.items() if width == _hidden_size(model, attention_widths)]
@@ -85,10 +100,27 @@ def attention_projections(model: nn.Module, roles: str) -> list[str]:
         for name in _linear_widths(block):
             leaf = name.rpartition(".")[2].lower()
             fused = any(word in leaf for word in _FUSED_PROJECTIONS)
-            if _in_attention(name) and (fused or leaf[0] in roles or leaf[:2] in {f"w{role}" for role in roles}):
+            if _in_attention(f"{block_name}.{name}") and (
+                fused or leaf[0] in roles or leaf[:2] in {f"w{role}" for role in roles}
+            ):
                 found.append(f"{block_name}.{name}")
     if not found:
         raise ModelError(f"{type(model).__name__}: no attention projections were recognised; set target_modules")
+    return found
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Full names of all linear layers inside the transformer blocks.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = [f"{block}.{name}" for block, module in transformer_blocks(model) for name in _linear_widths(module)]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__}: has no linear layer in its blocks that an adapter could be put beside; use "
+            "adapter_method layernorm, bitfit or head, or train the whole model (llm.adapter.use False)"
+        )
     return found
 
 
@@ -139,8 +171,22 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-def _attends(block: nn.Module) -> bool:
-    return any(_in_attention(name) for name, _ in block.named_modules())
+def positions_skip_padding(model: nn.Module) -> bool:
+    """Whether a table of positions is counted from the padding token, as RoBERTa and its kin have it."""
+    tables = (module for name, module in model.named_modules() if name.rpartition(".")[2] in _POSITION_TABLES)
+    return any(getattr(table, "padding_idx", None) is not None for table in tables)
+
+
+def vocabulary_size(model: Any) -> int:
+    """Tokens the input embeddings have rows for; by the configuration where a model keeps its table to itself."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return int(model.config.get_text_config().vocab_size)
+
+
+def _attends(place: str, block: nn.Module) -> bool:
+    return any(_in_attention(f"{place}.{name}") for name, _ in block.named_modules())
 
 
 def _in_attention(name: str) -> bool:

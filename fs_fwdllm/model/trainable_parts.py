@@ -18,6 +18,7 @@ from typing import Any, Literal
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
 from peft.utils import constants as peft_constants
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
@@ -28,6 +29,8 @@ from fs_fwdllm.model.structure import (
     attention_projections,
     biases,
     feed_forward_outputs,
+    is_norm,
+    linear_layers,
     norm_layers,
     short_names,
 )
@@ -36,6 +39,8 @@ __all__ = ["PARTS", "Part", "Request", "adapter_request", "attach"]
 
 _PACKAGES = ("peft", "fs_fwdllm")
 _HARMLESS_WARNINGS = ("fan_in_fan_out is set to", "Unsupported layer type", "`is_gradient_checkpointing` is deprecated")
+#: Layers whose weights the kernels of state-space models read themselves, so that an adapter beside them is not seen.
+_READ_PAST_FORWARD = ("dt_proj", "out_proj")
 _MANAGED_FIELDS = {field_.name for field_ in dataclasses.fields(PeftConfig)} | {"inference_mode"}
 
 
@@ -153,8 +158,9 @@ def _train_lora(request: Request) -> nn.Module:
         )
     arguments = dict(request.arguments)
     known = peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    if not arguments.get("target_modules") and not arguments.get("target_parameters") and _absent(request, known):
-        arguments["target_modules"] = short_names(request.model, attention_projections(request.model, "qv"))
+    if not arguments.get("target_modules") and not arguments.get("target_parameters"):
+        # Given, also where PEFT knows them: its own way from a model's name to its modules fails for some.
+        arguments["target_modules"] = _lora_targets(request.model) if _unknown(request, known) else _row(request, known)
     model = _train_peft(LoraConfig, request, arguments)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
@@ -164,12 +170,21 @@ def _train_lora(request: Request) -> nn.Module:
     return model
 
 
+def _lora_targets(model: nn.Module) -> list[str]:
+    """The query and value projections; in a model without attention the linear layers of its blocks."""
+    try:
+        return short_names(model, attention_projections(model, "qv"))
+    except ModelError:
+        names = [name for name in linear_layers(model) if name.rpartition(".")[2] not in _READ_PAST_FORWARD]
+        return short_names(model, names)
+
+
 def _train_ia3(request: Request) -> nn.Module:
     arguments = dict(request.arguments)
     if arguments.get("init_ia3_weights", True) is not True:
         raise ConfigError("llm.adapter.args init_ia3_weights: must be true: IA3 starts from the unchanged model")
     known = peft_constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    if not arguments.get("target_modules") and _absent(request, known):
+    if not arguments.get("target_modules") and _unknown(request, known):
         outputs = short_names(request.model, [name for name, _ in feed_forward_outputs(request.model)])
         projections = short_names(request.model, attention_projections(request.model, "kv"))
         arguments["target_modules"] = projections + outputs
@@ -182,14 +197,33 @@ def _train_ia3(request: Request) -> nn.Module:
 def _train_norms(request: Request) -> nn.Module:
     arguments = dict(request.arguments)
     known = peft_constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
-    if not arguments.get("target_modules") and _absent(request, known):
-        arguments["target_modules"] = short_names(request.model, norm_layers(request.model))
+    if not arguments.get("target_modules") and _unknown(request, known):
+        norms = norm_layers(request.model)
+        if not norms:
+            raise ModelError(
+                f"{type(request.model).__name__}: its norms have no weights, so adapter_method 'layernorm' trains "
+                "nothing; use lora, ia3 or bottleneck"
+            )
+        arguments["target_modules"] = short_names(request.model, norms)
     return _train_peft(LNTuningConfig, request, arguments)
 
 
-def _absent(request: Request, known: dict[str, Any]) -> bool:
+def _unknown(request: Request, known: dict[str, Any]) -> bool:
+    """Whether PEFT's table has nothing that fits this model: no row for its name, or one of modules it does not have.
+
+    Names are reused: an architecture's modules change from one version of transformers to the next.
+    """
     model: Any = request.model
-    return model.config.model_type not in known
+    targets = _row(request, known)
+    matching = [module for name, module in model.named_modules() if name.rpartition(".")[2] in targets]
+    return not any(isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or is_norm(module) for module in matching)
+
+
+def _row(request: Request, known: dict[str, Any]) -> list[str]:
+    """PEFT's row for the model's architecture; empty where it has none."""
+    model: Any = request.model
+    targets = known.get(model.config.model_type)
+    return list(targets) if isinstance(targets, (list, tuple, set)) else []
 
 
 def _train_peft(config_type: type[PeftConfig], request: Request, arguments: dict[str, Any]) -> nn.Module:
@@ -205,7 +239,7 @@ def _train_peft(config_type: type[PeftConfig], request: Request, arguments: dict
                 warnings.filterwarnings("ignore", message=harmless)
             settings = config_type(task_type=task, modules_to_save=kept, **arguments)  # type: ignore[call-arg]
             return get_peft_model(request.model, settings)
-    except (TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # it meets modules and arguments of any kind
         raise ConfigError(f"llm.adapter.args: PEFT refuses {arguments!r}: {error}") from error
 
 

@@ -18,6 +18,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
+from fs_fwdllm.data.sources import read_source
 from fs_fwdllm.data.summary import data_remarks
 from fs_fwdllm.data.types import rows_fingerprint
 from fs_fwdllm.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_traine
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
 from fs_fwdllm.model.saving import write_folder
-from fs_fwdllm.model.source import folder_files, model_task
+from fs_fwdllm.model.source import folder_files, model_source, model_task
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
 
@@ -73,6 +74,8 @@ class Session:
         """
         check_combination(config)
         _check_task(config)
+        if not model_source(config).is_local:
+            read_source(config)  # a mistake in the data is told before a hub is asked for the model
         tokenizer = load_tokenizer(config)
         session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
         if not session.client_samples:
@@ -92,19 +95,22 @@ class Session:
         device = select_device(config)
         loaded = load_model(config, tokenizer, data.label_names)
         loaded.model.to(device)
+        parts = Parts.build(
+            config,
+            loaded.model,
+            data.task,
+            tokenizer.pad_token_id,
+            full=loaded.peft_method == "full",
+            label_tokens=data.label_tokens,
+            fresh=loaded.fresh,
+            conduct=loaded.conduct,
+            trial=loaded.trial,
+        )
         return cls(
-            config=config,
+            config=parts.config,
             data=data,
             loaded=loaded,
-            parts=Parts.build(
-                config,
-                loaded.model,
-                data.task,
-                tokenizer.pad_token_id,
-                full=loaded.peft_method == "full",
-                label_tokens=data.label_tokens,
-                fresh=loaded.fresh,
-            ),
+            parts=parts,
             device=device,
             client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
             _metrics=check_metrics(config.eval.metrics, data.task),
@@ -133,8 +139,9 @@ class Session:
             found.append(f"{empty} clients hold no training sample and are never asked")
         if self.config.use_gpu and self.device.type == "cpu":
             found.append("warning: use_gpu true, but no accelerator is found here: everything runs on the CPU")
+        found += [*self.loaded.remarks, *self.parts.remarks]
         has_radius = facts.forward_only and ESTIMATORS[own.estimator].has_radius
-        if has_radius and own.base_dtype == "bfloat16" and own.radius < _BFLOAT16_RADIUS:
+        if has_radius and self.loaded.base_dtype == torch.bfloat16 and own.radius < _BFLOAT16_RADIUS:
             found.append(
                 f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01"
             )

@@ -205,7 +205,7 @@ def test_other_errors_are_not_mistaken_for_it(tmp_path):
 
     it.model.base_model.model.bert.register_forward_pre_hook(break_down)
     batch_loss = it.loss()
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(ModelError, match="out of memory"):
         it.estimator(estimator="forward_mode").slopes(batch_loss, KEYS)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fs_fwdllm.config.methods import METHODS as FACTS
-from fs_fwdllm.errors import TrainingStalledError
+from fs_fwdllm.errors import ModelError, TrainingStalledError
 from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
 from fs_fwdllm.model.inputs import batch_on
@@ -223,20 +223,33 @@ def test_a_sampled_run_asks_whom_the_sampling_says(world: World) -> None:
     assert len(set(asked)) > 1
 
 
-def broken_model(world: World, value: float) -> str:
-    """A model with one weight spoiled, as a checkpoint of a diverged run has it."""
+def broken_model(world: World, value: float, first_token: int | None = None) -> str:
+    """A model with one weight spoiled, as a checkpoint of a diverged run has it, or the embeddings from a token on."""
     folder = save_tiny_model(world.root / "broken", "bert")
     tensors = load_file(folder / "model.safetensors")
-    tensors["encoder.layer.1.output.dense.weight"][0, 0] = value
+    if first_token is None:
+        tensors["encoder.layer.1.output.dense.weight"][0, 0] = value
+    else:
+        tensors["embeddings.word_embeddings.weight"][first_token:] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return f"{folder}@transformers"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_without_a_finite_output_is_refused(world: World, value: float) -> None:
+    config = world.config({**METHODS["fedavg"], "model.type": broken_model(world, value)})
+    with pytest.raises(ModelError, match="gives NaN or infinity"):
+        run(config)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @every_method
 def test_a_model_without_a_finite_loss_stops_the_run(world: World, method: str, value: float) -> None:
-    """No round has a usable update: three lines that say so, then an error; never a step."""
-    config = world.config({**METHODS[method], "model.type": broken_model(world, value)})
+    """No round has a usable update: three lines that say so, then an error; never a step.
+
+    The model breaks at tokens that loading does not try it out on.
+    """
+    config = world.config({**METHODS[method], "model.type": broken_model(world, value, first_token=30)})
     with pytest.raises(TrainingStalledError, match=r"no usable update for 3 rounds.*not_finite"):
         run(config)
     (path,) = Path(config.outdir).iterdir()

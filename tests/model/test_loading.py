@@ -220,14 +220,6 @@ def test_missing_folder_names_its_neighbour(tmp_path):
         load_tokenizer(tiny_config(tmp_path / "tinybret"))
 
 
-def test_hub_name_without_a_hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ModelError, match=r"no-such-organisation/no-model: the hub name gives no tokenizer.*local folder"
-    ):
-        load_tokenizer(tiny_config("no-such-organisation/no-model"))
-
-
 def test_label_counts(tmp_path):
     folder = save_tiny_model(tmp_path / "m", "bert")
     with pytest.raises(ConfigError, match=r"model.num_labels: is 4, but the data has 3 classes"):
@@ -284,10 +276,10 @@ def test_pickled_and_damaged_weights_are_refused(tmp_path):
     folder = save_tiny_model(tmp_path / "m", "bert")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!")
-    with pytest.raises(ModelError, match="gives no model"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged"):
         load(tiny_config(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="gives no model"):
+    with pytest.raises(ModelError, match=r"pickled, .*pytorch_model\.bin"):
         load(tiny_config(folder))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.errors import FwdLLMError
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
@@ -252,6 +253,7 @@ def test_what_is_kept_does_not_grow_with_the_depth(tmp_path, architecture, metho
 
 @pytest.mark.parametrize("accident", [RuntimeError, KeyboardInterrupt])
 def test_an_accident_leaves_nothing_patched(tmp_path, accident):
+    raised = FwdLLMError if accident is RuntimeError else accident
     twin = Twin(tmp_path, "bert", "lora", {"layers_to_transform": [LAST]})
     layers = twin.model.base_model.model.bert.encoder.layer
     armed = True
@@ -261,7 +263,7 @@ def test_an_accident_leaves_nothing_patched(tmp_path, accident):
             raise accident("planned")
 
     recording = layers[0].attention.self.query.register_forward_pre_hook(stop)
-    with pytest.raises(accident):
+    with pytest.raises(raised):
         twin.cached.on(twin.batch())
     assert nothing_is_patched(twin.model)
     recording.remove()
@@ -271,9 +273,9 @@ def test_an_accident_leaves_nothing_patched(tmp_path, accident):
     for kind in ESTIMATORS.names():
         for size in (1, 2):
             armed = True
-            with pytest.raises(accident):
+            with pytest.raises(raised):
                 twin.estimator(estimator=kind, probes_per_batch=size).slopes(batch_loss, KEYS)
-            with pytest.raises(accident):
+            with pytest.raises(raised):
                 twin.gradient(batch_loss, gradient_checkpointing=size == 2)
             assert nothing_is_patched(twin.model)
             armed = False

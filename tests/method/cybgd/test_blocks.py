@@ -11,7 +11,7 @@ import transformers
 from fs_fwdllm.config.schema import BlocksConfig
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.cybgd.blocks import BlockPlan, block_plan
-from fs_fwdllm.model.loading import load_model, load_tokenizer
+from fs_fwdllm.model import load_model, load_tokenizer
 from tests.host.small import World
 from tests.method.cybgd.settings import blocks
 from tests.model.tiny import ARCHITECTURES, DECODERS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY
