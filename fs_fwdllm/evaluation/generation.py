@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch
+from fs_fwdllm.model.trial import foreign_code
 
 __all__ = ["MAX_NEW_TOKENS", "continue_prompts", "generate_answers"]
 
@@ -54,6 +55,9 @@ def continue_prompts(
         max_new_tokens: of each text.
         stop: the tokens that end a text; the tokenizer's end token unless told.
         options: of transformers' ``generate``; greedy unless told.
+
+    Raises:
+        ModelError: the model's own code fails.
     """
     width = max(map(len, prompts))
     tokens = np.full((len(prompts), width), tokenizer.pad_token_id, dtype=np.int64)
@@ -62,10 +66,11 @@ def continue_prompts(
         tokens[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
-    written = model.generate(
-        input_ids=torch.as_tensor(tokens, device=device), attention_mask=torch.as_tensor(mask, device=device),
-        max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id if stop is None else list(stop), **{"do_sample": False, **options},
-    )  # fmt: skip
+    with foreign_code(f"{type(model).__name__}: continuing {len(prompts)} prompts of up to {width} tokens"):
+        written = model.generate(
+            input_ids=torch.as_tensor(tokens, device=device), attention_mask=torch.as_tensor(mask, device=device),
+            max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id if stop is None else list(stop), **{"do_sample": False, **options},
+        )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
     return texts

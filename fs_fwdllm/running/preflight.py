@@ -10,12 +10,13 @@ import torch
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.readers import data_task
+from fs_fwdllm.data.sources import read_source
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.evaluation.metrics import check_metrics
 from fs_fwdllm.method import check_combination
 from fs_fwdllm.model.source import model_source
 
-__all__ = ["check_beforehand"]
+__all__ = ["ask_hub_last", "check_beforehand"]
 
 
 def check_beforehand(config: Config) -> None:
@@ -31,3 +32,13 @@ def check_beforehand(config: Config) -> None:
     found = torch.cuda.device_count() if config.use_gpu else 0
     if found and config.device >= found:
         raise ConfigError(f"device {config.device}: this machine has accelerators 0 to {found - 1}; -1 takes the first")
+
+
+def ask_hub_last(config: Config) -> None:
+    """Read the data before a hub is asked for the model: a mistake in it is told at once, and without a network.
+
+    Raises:
+        ConfigError, DataError: as :func:`~fs_fwdllm.data.sources.read_source`.
+    """
+    if not model_source(config).is_local:
+        read_source(config)

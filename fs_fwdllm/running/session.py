@@ -18,7 +18,6 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
 from fs_fwdllm.data.readers import data_task
-from fs_fwdllm.data.sources import read_source
 from fs_fwdllm.data.summary import data_remarks
 from fs_fwdllm.data.types import rows_fingerprint
 from fs_fwdllm.errors import ConfigError, DataError
@@ -30,9 +29,10 @@ from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_traine
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
 from fs_fwdllm.model.saving import write_folder
-from fs_fwdllm.model.source import folder_files, model_source, model_task
+from fs_fwdllm.model.source import folder_files, model_task
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
+from fs_fwdllm.running.preflight import ask_hub_last
 
 __all__ = ["Session"]
 
@@ -74,8 +74,7 @@ class Session:
         """
         check_combination(config)
         _check_task(config)
-        if not model_source(config).is_local:
-            read_source(config)  # a mistake in the data is told before a hub is asked for the model
+        ask_hub_last(config)
         tokenizer = load_tokenizer(config)
         session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
         if not session.client_samples:

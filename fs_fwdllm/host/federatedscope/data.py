@@ -35,7 +35,7 @@ from fs_fwdllm.host.federatedscope.settings import (
     refuse_unsupported,
 )
 from fs_fwdllm.model import load_tokenizer
-from fs_fwdllm.running.preflight import check_beforehand
+from fs_fwdllm.running.preflight import ask_hub_last, check_beforehand
 
 __all__ = ["ExampleSplits", "load_data"]
 
@@ -136,6 +136,7 @@ def _only(federated: FederatedData, client: int) -> FederatedData:
 def _read_ourselves(config: Any, client_configs: Any, own: Config) -> tuple[Any, Any, FederatedData, Any]:
     from federatedscope.core.auxiliaries.utils import setup_seed
 
+    ask_hub_last(own)
     tokenizer = load_tokenizer(own)
     federated = load_federated_data(own, tokenizer)
     config.federate.client_num = len(federated.clients)
