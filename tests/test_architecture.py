@@ -26,7 +26,7 @@ FLOORS = (
     ("inference",),
     ("running",),
     ("forecast",),
-    ("profiler",),
+    ("profiler", "sweep"),
     ("host",),
     ("cli",),
     ("__init__", "__main__"),

@@ -17,10 +17,13 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.cli.config import config_app
 from fs_fwdllm.cli.data import data_app
 from fs_fwdllm.cli.doctor import examine
+from fs_fwdllm.cli.sweep import SweepCommand, sweep
 from fs_fwdllm.cli.trained import COMMANDS as COMMANDS_FOR_TRAINED
-from fs_fwdllm.errors import ConfigError, FwdLLMError, nearest
+from fs_fwdllm.cli.words import file_and_words
+from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.host.hosts import FILE_OPTIONS, HOSTS, owner_of
 from fs_fwdllm.report.terminal import loading, print_facts, say
 
@@ -54,15 +57,17 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app)
+app.add_typer(config_app)
 
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
 _CFG_HELP = "Configuration, YAML: a file, or the name of a packaged one (demo, fwdllm/agnews_fwd)."
 _CF_HELP = "FedML's file, or the name of a packaged one (fedml/fwd_agnews_sp), with --host fedml."
-ConfigFile = Annotated[Path, typer.Option("--cfg", metavar="FILE", help=_CFG_HELP)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY VALUE ...", help="Replace values of the file, e.g. seed 7.")
+ConfigFile = Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help=_CFG_HELP)]
+FileAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FILE] KEY VALUE ...", help="The file, unless --cfg names it; then values to replace."),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
@@ -84,24 +89,31 @@ def _options(
 
 @app.command(context_settings=_WITH_OVERRIDES)
 def run(
-    cfg: Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help=_CFG_HELP)] = None,
-    overrides: Overrides = None,
+    words: FileAndOverrides = None,
+    cfg: ConfigFile = None,
     host: Annotated[str, typer.Option(metavar="HOST", help=f"One of {', '.join(HOSTS)}.")] = "local",
     cf: Annotated[Path | None, typer.Option("--cf", metavar="FILE", help=_CF_HELP)] = None,
 ) -> None:
-    """Train: run a configuration from the first round to the last."""
+    """Train: run a configuration from the first round to the last.
+
+    Example: fs-fwdllm run demo
+
+    Example: fs-fwdllm run my.yaml train.optimizer.lr 0.3 eval.metrics '[accuracy, macro_f1]'
+    """
     chosen = HOSTS[host]
     given = {option: file for option, file in zip(FILE_OPTIONS, (cfg, cf), strict=True) if file is not None}
-    if list(given) != [chosen.option]:
+    if {*given} - {chosen.option} or not (given or words):
         raise ConfigError(f"{chosen.option} FILE: is what --host {host} reads{_readers_of({*given} - {chosen.option})}")
-    _refuse_stray_options(overrides)
-    chosen.run_file(given[chosen.option], overrides or [])
+    chosen.run_file(*file_and_words(words, given.get(chosen.option), "run"))
 
 
 @app.command(context_settings=_WITH_OVERRIDES)
-def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
-    """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round."""
-    config = _read_config(cfg, overrides)
+def plan(words: FileAndOverrides = None, cfg: ConfigFile = None) -> None:
+    """Say what a run would cost, without training: parameters, memory, bytes and forward passes per round.
+
+    Example: fs-fwdllm plan demo fwdllm.probes 100
+    """
+    config = _read_config(*file_and_words(words, cfg, "plan"))
     with loading(config):
         forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
     print_facts(Console(highlight=False), forecast.rows())
@@ -111,8 +123,8 @@ def plan(cfg: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command(context_settings=_WITH_OVERRIDES)
 def profile(
-    cfg: ConfigFile,
-    overrides: Overrides = None,
+    words: FileAndOverrides = None,
+    cfg: ConfigFile = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where table, picture and winner.yaml go.")] = Path(
         "profile"
     ),
@@ -122,12 +134,16 @@ def profile(
         bool, typer.Option("--rates", help="Only search the learning rate of what the file trains, as it trains it.")
     ] = False,
 ) -> None:
-    """Find the adapter that learns most by forward gradients on this model and data, before a federation is started."""
-    config = _read_config(cfg, overrides)
+    """Find the adapter that learns most by forward gradients on this model and data, before a federation is started.
+
+    Example: fs-fwdllm profile demo --passes 200
+    """
+    file, overrides = file_and_words(words, cfg, "profile")
+    config = _read_config(file, overrides)
     profiler = importlib.import_module("fs_fwdllm.profiler")
-    pairs = list(zip((overrides or [])[::2], (overrides or [])[1::2], strict=False))
+    pairs = list(zip(overrides[::2], overrides[1::2], strict=False))
     left_out = [pair for pair in pairs if pair[0] in profiler.TRIAL_KEYS]
-    kept = _read_config(cfg, [part for pair in pairs if pair not in left_out for part in pair])
+    kept = _read_config(file, [part for pair in pairs if pair not in left_out for part in pair])
     found = (
         profiler.run_rate_search(config, output, passes, kept)
         if rates
@@ -141,9 +157,15 @@ def profile(
         raise typer.Exit(_EXIT_OF_INTERRUPT)
 
 
+app.command(cls=SweepCommand, context_settings=_WITH_OVERRIDES)(sweep)
+
+
 @app.command()
 def plot(run: RunArgument) -> None:
-    """Draw report.png of a run again."""
+    """Draw report.png of a run again.
+
+    Example: fs-fwdllm plot runs/demo
+    """
     from fs_fwdllm.report import plot_run
 
     _say(f"picture {plot_run(run)}")
@@ -154,7 +176,10 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("comparison.png"),
 ) -> None:
-    """Compare several runs: one picture, one table."""
+    """Compare several runs: one picture, one table.
+
+    Example: fs-fwdllm compare runs/demo runs/demo-2 --output demos.png
+    """
     from fs_fwdllm.report import compare_runs
 
     compared = compare_runs(runs, output)
@@ -175,7 +200,10 @@ def cost(
     target: Annotated[float | None, typer.Option(help="Value of the metric whose first reaching is timed.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes, PNG.")] = Path("costs.png"),
 ) -> None:
-    """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model."""
+    """What runs cost: memory and bytes measured, passes counted, the time of other devices by a stated model.
+
+    Example: fs-fwdllm cost runs/demo --target 0.7
+    """
     from fs_fwdllm.report import DEVICES_FILE, analyse_costs, read_device_model
 
     costs = analyse_costs(runs, read_device_model(devices or DEVICES_FILE), output, target)
@@ -192,7 +220,10 @@ def resume(
         int | None, typer.Option(metavar="N", min=1, help="Rounds in all; a finished run goes on to round N.")
     ] = None,
 ) -> None:
-    """Go on with a stopped run from its last checkpoint, or give a finished one more rounds."""
+    """Go on with a stopped run from its last checkpoint, or give a finished one more rounds.
+
+    Example: fs-fwdllm resume runs/demo --rounds 400
+    """
     owner_of(run).resume(run, rounds)
 
 
@@ -216,7 +247,10 @@ Checkout = Annotated[Path, typer.Argument(metavar="PATH", help="A FederatedScope
 
 @hook.command("install")
 def hook_install(path: Checkout) -> None:
-    """Place our one guarded file in federatedscope/contrib/configs/; doing it again changes nothing."""
+    """Place our one guarded file in federatedscope/contrib/configs/; doing it again changes nothing.
+
+    Example: fs-fwdllm hook install FederatedScope
+    """
     from fs_fwdllm.host.federatedscope.hook import install
 
     _say(f"placed {install(path)}; now python federatedscope/main.py --cfg FILE works in {path}")
@@ -224,7 +258,10 @@ def hook_install(path: Checkout) -> None:
 
 @hook.command("remove")
 def hook_remove(path: Checkout) -> None:
-    """Take the file out again."""
+    """Take the file out again.
+
+    Example: fs-fwdllm hook remove FederatedScope
+    """
     from fs_fwdllm.host.federatedscope.hook import remove
 
     removed = remove(path)
@@ -233,7 +270,10 @@ def hook_remove(path: Checkout) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say which versions, devices, extras and hosts are found here."""
+    """Say which versions, devices, extras and hosts are found here.
+
+    Example: fs-fwdllm doctor
+    """
     facts = [(finding.name, f"{finding.found}\n{finding.hint}".strip()) for finding in examine()]
     print_facts(Console(highlight=False), facts)
 
@@ -243,23 +283,16 @@ def main() -> None:
     app(prog_name="fs-fwdllm")
 
 
-def _read_config(cfg: Path, overrides: list[str] | None) -> Any:
+def _read_config(file: Path, overrides: list[str]) -> Any:
     from fs_fwdllm.config import load_config
 
-    _refuse_stray_options(overrides)
-    return load_config(cfg, overrides or [])
+    return load_config(file, overrides)
 
 
 def _readers_of(options: set[str]) -> str:
     """Says which hosts the options go with that were given to another."""
     readers = {option: [name for name in HOSTS if HOSTS[name].option == option] for option in sorted(options)}
     return "".join(f"; {option} goes with --host {' or '.join(names)}" for option, names in readers.items())
-
-
-def _refuse_stray_options(overrides: list[str] | None) -> None:
-    stray = next((key for key in (overrides or [])[::2] if key.startswith("--")), None)
-    if stray is not None:
-        raise ConfigError(f"{stray}: is not an option of this command{nearest(stray, [*FILE_OPTIONS, '--host'])}")
 
 
 def _say(text: str) -> None:

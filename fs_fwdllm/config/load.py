@@ -114,8 +114,13 @@ def dump_config(config: Config) -> str:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put ``key value key value`` texts into ``tree``, in place. Raises ``ConfigError`` for what is no such list."""
+    if torn := _torn_value(overrides):
+        raise ConfigError(f"the value {torn} has spaces and must be quoted: '{torn}'")
     if len(overrides) % 2:
-        raise ConfigError(f"overrides come in pairs 'key value', but {overrides[-1]!r} stands alone")
+        raise ConfigError(
+            f"overrides come in pairs 'key value', but {overrides[-1]!r} stands alone; a value with spaces is quoted, "
+            "as in eval.metrics '[exact_match, f1]'"
+        )
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
         node = tree
         *sections, leaf = key.split(".")
@@ -127,6 +132,17 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
                 raise ConfigError(f"{key} {shown(text)}: {section!r} is a value, not a section")
             node = child
         node[leaf] = _override_value(key, text)
+
+
+def _torn_value(words: Sequence[str]) -> str:
+    """A list or mapping that the shell has cut at its spaces, put together again; empty if there is none."""
+    for first, word in enumerate(words):
+        closing = {"[": "]", "{": "}"}.get(word[:1])
+        if closing and closing not in word:
+            last = next((place for place in range(first + 1, len(words)) if words[place].endswith(closing)), None)
+            if last is not None:
+                return " ".join(words[first : last + 1])
+    return ""
 
 
 def _override_value(key: str, text: str) -> Any:

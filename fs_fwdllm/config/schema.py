@@ -371,7 +371,9 @@ class FwdllmConfig(Section):
         "train.is_enable_half",
     )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
-    strategy_span: float = Field(5e-6, ge=0, description="farthest train.train_strategy moves a learning rate")
+    strategy_span: float = Field(
+        -1.0, description="farthest train.train_strategy moves a learning rate; -1 is half of the schedule's rate"
+    )
     max_failed_rounds: int = Field(3, ge=1, description="rounds in a row without a usable update before giving up")
     deadline_s: float = Field(
         600.0, gt=0, description="seconds a host of several processes waits for clients to join, to answer, to evaluate"
@@ -419,6 +421,13 @@ class FwdllmConfig(Section):
     @classmethod
     def _direction_is_known(cls, value: str) -> str:
         return _known(DIRECTIONS, value)
+
+    @field_validator("strategy_span")
+    @classmethod
+    def _span_is_a_distance(cls, value: float) -> float:
+        if value < 0 and value != -1:
+            raise ValueError("must not be negative, except -1 for half of the schedule's rate")
+        return value
 
     @field_validator("ext")
     @classmethod

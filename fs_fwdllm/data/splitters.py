@@ -113,6 +113,8 @@ def divide_shares(
 
     Over all clients together a share is met to within one row, however few rows a single client has, and a share above
     zero is never rounded to nothing; what a client cannot give, the next gives. No client loses its last training row.
+    Test rows are drawn first: they do not depend on how many rows validation takes, so that who chooses on validation
+    rows held out from training has not seen a test row.
 
     Args:
         parts: row indices per client.
@@ -134,7 +136,7 @@ def divide_shares(
         val = min(math.ceil(exact[1] / whole * seen) - given_val, spare - test)
         given_val, given_test = given_val + val, given_test + test
         order = part[seeded_permutation(len(part), "train, val, test", seed, client)]
-        divided.append((np.sort(order[val + test :]), np.sort(order[:val]), np.sort(order[val : val + test])))
+        divided.append((np.sort(order[test + val :]), np.sort(order[test : test + val]), np.sort(order[:test])))
     return divided
 
 

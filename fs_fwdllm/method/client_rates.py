@@ -24,6 +24,10 @@ With every client in every round these are the published formulas. They are defi
   since a single change is the mean change; two changes are equally far from theirs. Sums are exact (rational numbers):
   equal losses are equal, and no finite loss is too large.
 * A rate that would be negative is zero: the client works and reports, and does not move.
+
+The published span is 5e-6 whatever the rate, half of the 1e-5 it was published with. At the hundred times larger rates
+that smaller models need, so little moves nothing; a span of -1 therefore means half of the schedule's rate, which is
+the published number at the published rate, to the bit.
 """
 
 from __future__ import annotations
@@ -45,13 +49,21 @@ StrategyName = Literal["frozen", "random", "round-wise", "five-round", "model-di
 _WINDOWS: dict[str, int] = {"round-wise": 1, "five-round": 5, "model-diff": 1}
 
 
+#: Part of the schedule's rate that a rate may move by, where no span is given.
+_SHARE_OF_THE_RATE = 0.5
+
+
 @dataclass(frozen=True)
 class StrategySettings:
-    """Which strategy, how far a rate may move from the schedule's, and the run's seed (for ``random``)."""
+    """Which strategy, how far a rate may move from the schedule's (-1 is half of it), and the run's seed."""
 
     name: StrategyName = "frozen"
-    span: float = 5e-6
+    span: float = -1.0
     seed: int = 0
+
+    def span_at(self, base: float) -> float:
+        """The largest distance from a schedule's rate of ``base``."""
+        return self.span if self.span >= 0 else _SHARE_OF_THE_RATE * base
 
 
 def random_rate(base: float, span: float, seed: int, round_index: int, client: int) -> float:
@@ -99,7 +111,7 @@ class ClientRates:
 
     def rates(self, base: float, round_index: int, clients: Iterable[int]) -> dict[int, float]:
         """The rate of each of ``clients`` in a round whose schedule says ``base``."""
-        name, span, seed = self._settings.name, self._settings.span, self._settings.seed
+        name, span, seed = self._settings.name, self._settings.span_at(base), self._settings.seed
         if name == "random":
             return {client: random_rate(base, span, seed, round_index, client) for client in clients}
         known: dict[int, float] = {}

@@ -424,7 +424,20 @@ def test_unknown_strategies_and_negative_spans_are_refused(world: World) -> None
         parse_config(world.tree({"train.train_strategy": "round_wise"}))
     with pytest.raises(ConfigError, match=r"fwdllm.strategy_span"):
         parse_config(world.tree({"fwdllm.strategy_span": -1e-6}))
-    assert world.config().fwdllm.strategy_span == 5e-6
+    assert world.config().fwdllm.strategy_span == -1
+
+
+def test_the_span_follows_the_rate_unless_it_is_given() -> None:
+    """Half of the rate: the published 5e-6 at the published 1e-5 to the bit, and as visible at any other rate."""
+
+    def rates_at(base: float, *span: float) -> dict[int, float]:
+        rates = ClientRates(StrategySettings("round-wise", *span))
+        rates.complete_round({1: 1.0, 2: 2.0, 3: 6.0})
+        return rates.rates(base, 1, [1, 2, 3])
+
+    assert rates_at(1e-5) == rates_at(1e-5, 5e-6)
+    assert rates_at(0.02) == pytest.approx({1: 0.02 / 3 * 2, 2: 0.02 / 6 * 5, 3: 0.03}, rel=1e-12)
+    assert rates_at(0.02, 5e-6)[3] == pytest.approx(0.020005, rel=1e-12)
 
 
 @pytest.mark.parametrize(
