@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -378,3 +379,22 @@ def test_a_list_that_the_shell_has_cut_is_put_together_in_the_advice(named: list
         assert done.exit_code == 2 and f"quoted: '{' '.join(words)}'" in done.stderr
     done = call("plan", *named, "seed")
     assert done.exit_code == 2 and "'seed' stands alone" in done.stderr and "quoted" in done.stderr
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    found = []
+    for name, command in group.commands.items():
+        deeper = (*path, name)
+        found += _commands(command, deeper) if hasattr(command, "commands") else [(" ".join(deeper), command.help)]
+    return found
+
+
+#: FedML's own tree; and the one whose words are its data's.
+_WITHOUT = {"fedml", "data show"}
+
+
+def test_every_commands_help_has_an_example() -> None:
+    found = dict(_commands(typer.main.get_command(app)))
+    assert {"run", "config keys", "sweep"} <= set(found)
+    for name, text in found.items():
+        assert name in _WITHOUT or f"Example: fs-fwdllm {name} " in f"{text} ".replace("\n", " "), name

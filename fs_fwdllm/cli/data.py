@@ -35,7 +35,10 @@ def build(
     columns: Annotated[str, typer.Option(help="Columns of a file without a header line, with commas.")] = "",
     labels: Annotated[str, typer.Option(help="Classes in index order, with commas; else the sorted labels.")] = "",
 ) -> None:
-    """Write the h5 file of a data set from its original files."""
+    """Write the h5 file of a data set from its original files.
+
+    Example: fs-fwdllm data build agnews agnews_data.h5 --train train.csv --test test.csv
+    """
     from fs_fwdllm.data.h5 import builders
 
     if dataset not in builders.RECIPES:
@@ -65,7 +68,10 @@ def partition(
     name: Annotated[str, typer.Option(help="Name of the partition; else the published one.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
-    """Deal the rows of a data file to clients."""
+    """Deal the rows of a data file to clients.
+
+    Example: fs-fwdllm data partition agnews_data.h5 agnews_partition.h5 --method niid_label
+    """
     from fs_fwdllm.data.h5.builders import make_partition
     from fs_fwdllm.data.h5.files import read_h5_data
     from fs_fwdllm.data.h5.partition_files import write_partition
