@@ -123,6 +123,7 @@ def test_test_rows_do_not_depend_on_the_share_of_validation(sizes: list[int], te
         assert sorted([*less, *chosen]) == train.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"data.splits": [0.6, 0.2, 0.2]}, {"fwdllm.data.test_file": "more.jsonl"}])
 def test_a_point_is_judged_on_rows_that_are_not_tested_on(world: World, cfg: Path, given: dict[str, Any]) -> None:
     world.texts(20, "more.jsonl")
@@ -172,6 +173,7 @@ def test_from_the_command_to_a_configuration_that_runs(sweep: Callable[..., Resu
     assert text.startswith("# Written by fs-fwdllm sweep") and "federate.total_round_num 2" in text
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again_and_more_values_add_to_it(
     sweep: Callable[..., Result], world: World
 ) -> None:
@@ -184,6 +186,7 @@ def test_what_is_finished_is_not_run_again_and_more_values_add_to_it(
     assert len(list((world.root / "out").rglob("metrics.jsonl"))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["a checkpoint", "a folder"])
 def test_an_unfinished_point_ends_as_if_it_had_not_been_stopped(
     sweep: Callable[..., Result], world: World, left: str
@@ -213,12 +216,14 @@ def test_a_point_that_diverges_is_a_row_and_is_not_tried_again(sweep: Callable[.
     assert again.output.count("as it was") == 2
 
 
+@pytest.mark.slow
 def test_where_all_diverge_there_is_no_best(sweep: Callable[..., Result], world: World) -> None:
     done = sweep(LR, "1e29", "1e30")
     assert done.exit_code == 2 and "no setting ended" in done.stderr and "diverged" in done.output
     assert not (world.root / "out" / "best.yaml").exists() and (world.root / "out" / "sweep.csv").exists()
 
 
+@pytest.mark.slow
 def test_another_configurations_runs_are_not_taken_for_these(sweep: Callable[..., Result]) -> None:
     sweep(LR, "0.01", "0.05")
     done = sweep(LR, "0.01", "0.05", "dataloader.batch_size", 3)
@@ -236,6 +241,7 @@ def test_a_value_that_cannot_be_is_refused_before_the_first_run(sweep: Callable[
     assert not (world.root / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_metric_that_there_is_not_is_named(sweep: Callable[..., Result]) -> None:
     done = sweep(LR, "0.01", "0.05", "--by", "acuracy")
     assert done.exit_code == 2 and "did you mean 'accuracy'" in done.stderr
@@ -285,6 +291,7 @@ def test_that_nothing_is_learned_is_told() -> None:
         assert "nothing is learned" in warnings_of(best, [(LR, ("1", "2", "3"))], metric)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language_model", [False, True])
 def test_the_standard_error_is_that_of_rows(world: World, language_model: bool, tmp_path: Path) -> None:
     """Against one row at a time; where a row is one label the ratio is a plain mean."""

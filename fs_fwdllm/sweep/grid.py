@@ -88,6 +88,7 @@ class Grid:
         judged = config.eval.best_res_update_round_wise_key
         if judged.startswith("test_"):
             config.eval.best_res_update_round_wise_key = f"val_{judged.removeprefix('test_')}"
+        config.fwdllm.check_saved = False  # what is saved is the run's that follows
         config.outdir, config.expname = str(out), point.name
         return config
 

@@ -26,10 +26,10 @@ def test_the_first_comment_says_whether_it_learns(path: Path) -> None:
 
 @pytest.mark.slow
 def test_mezo_learns_from_installed_packages_alone(tmp_path: Path) -> None:
-    """The first rounds of the demo: enough to see, in seconds."""
-    shortened = ["federate.total_round_num", "12", "train.scheduler.type", "constant", "eval.freq", "-1"]
-    run(load_config("mezo_demo", [*shortened, "outdir", str(tmp_path), "threads", "1"]))
-    record = RunRecord.load(tmp_path / "mezo_demo")
-    losses = record.series("round", "eval.loss")[1]
-    assert losses[-1] < losses[0] - 0.05
-    assert not record.rounds[-1]["backward_passes"]
+    """A third of the demo's rounds: enough to see, in seconds."""
+    shortened = ["federate.total_round_num", "20", "eval.freq", "-1", "outdir", str(tmp_path), "threads", "1"]
+    run(load_config("mezo_demo", shortened))
+    summary = RunRecord.load(tmp_path / "mezo_demo").summary()
+    assert summary.final is not None and summary.majority is not None
+    assert summary.final > summary.majority + 0.1
+    assert not summary.backward_passes
