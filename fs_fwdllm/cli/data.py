@@ -100,7 +100,10 @@ def show(
     tok_len: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 0,
     method: Annotated[str, typer.Option(help="Show this partition of an h5 file only.")] = "",
 ) -> None:
-    """Say what a file holds: rows, format, classes, gaps, repetitions, lengths, and what clients would hold."""
+    """Say what a file holds: rows, format, classes, gaps, repetitions, lengths, and what clients would hold.
+
+    Example: fs-fwdllm data show tickets.csv
+    """
     if data_file is None or data_file.suffix.lower() != ".h5":
         if partition_file is not None:
             raise ConfigError(f"{partition_file}: partitions are shown for .h5 files; {data_file} is none")
