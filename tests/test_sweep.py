@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
@@ -197,8 +198,7 @@ def test_an_unfinished_point_ends_as_if_it_had_not_been_stopped(
     written = "".join(json.dumps(line) + "\n" for line in lines if not line.get("final"))
     (folder / "metrics.jsonl").write_text(written if left == "a checkpoint" else "")
     if left == "a folder":
-        (folder / "checkpoint" / "state.safetensors").unlink()
-        (folder / "checkpoint").rmdir()
+        shutil.rmtree(folder / "checkpoint")
     done = sweep(LR, "0.01", "0.05", "fwdllm.checkpoint_every", 1)
     assert done.exit_code == 0, done.output
     again = read_jsonl(folder / "metrics.jsonl")
@@ -252,7 +252,7 @@ def test_a_metric_that_there_is_not_is_named(sweep: Callable[..., Result]) -> No
 
 def outcome(lr: str, seed: int, loss: float, accuracy: float = 0.5, problem: str = "") -> Outcome:
     end = {"loss": loss, "accuracy": accuracy}
-    return Outcome(Point(((LR, lr),), seed), Path(), {"loss": 2.0, "accuracy": 0.3}, end, 1, 1, problem)
+    return Outcome(Point(((LR, lr),), seed), Path(), {"loss": 2.0, "accuracy": 0.3}, end, "accuracy", 1, 1, problem)
 
 
 def test_the_best_has_the_best_mean_and_ended_with_every_seed() -> None:

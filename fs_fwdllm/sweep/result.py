@@ -15,7 +15,7 @@ from rich.text import Text
 from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.yaml_text import dump_yaml
 from fs_fwdllm.report.files import write_text_atomically
-from fs_fwdllm.report.record import METRIC_NAMES, evaluation_metric
+from fs_fwdllm.report.record import metric_title
 from fs_fwdllm.report.units import format_count, format_metric, format_seconds
 from fs_fwdllm.sweep.choose import Setting
 from fs_fwdllm.sweep.grid import Grid
@@ -35,7 +35,7 @@ def sweep_table(settings: Sequence[Setting], best: Setting | None, metric: str) 
     """One line a setting: mean and standard deviation over seeds of ``metric`` and of the task's own."""
     names = [metric, *(name for name in _task_metrics(settings) if name != metric)][:2]
     keys = [key for key, _ in settings[0].values] if settings else []
-    right = [*(METRIC_NAMES.get(name, name) for name in names), "passes", "time"]
+    right = [*(metric_title(name) for name in names), "passes", "time"]
     if "evaluation loss" in right:
         right[right.index("evaluation loss")] = "loss"
     heads = [Column(Text(_short(key, keys)), justify="right") for key in keys] or [Column("setting")]
@@ -96,10 +96,9 @@ def write_best(cfg: str | Path, grid: Grid, best: Setting, out: Path, found: str
 
 
 def _task_metrics(settings: Sequence[Setting]) -> list[str]:
-    """The loss, and the metric that the task is usually judged by."""
-    ended = next((found.end for setting in settings for found in setting.outcomes if found.end), {})
-    own = evaluation_metric(dict(ended))
-    return ["loss", *([own] if own else [])]
+    """The loss, and the metric that the runs are judged by."""
+    judged = next((found.metric for setting in settings for found in setting.outcomes if found.metric), "loss")
+    return list(dict.fromkeys(("loss", judged)))
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -41,6 +41,7 @@ class Outcome:
     Attributes:
         folder: of its run; there may be none where the run could not begin.
         start, end: the numbers of the evaluation before the first and after the last round, by name.
+        metric: what the run is judged by; empty if it never evaluated.
         passes: forward and backward passes.
         seconds: of the run.
         problem: why there is no result; empty if there is one.
@@ -50,6 +51,7 @@ class Outcome:
     folder: Path
     start: dict[str, float] = field(default_factory=dict)
     end: dict[str, float] = field(default_factory=dict)
+    metric: str = ""
     passes: float = math.nan
     seconds: float = math.nan
     problem: str = ""
@@ -170,7 +172,7 @@ def _read(point: Point, folder: Path) -> Outcome:
     if not problem and _diverged(start.get("loss", math.nan), end.get("loss", math.nan)):
         problem = f"diverged: validation loss {format_metric(start.get('loss'))} to {format_metric(end.get('loss'))}"
     passes = (summary.forward_passes or 0) + (summary.backward_passes or 0)
-    return Outcome(point, folder, start, end, passes, summary.duration_s or math.nan, problem)
+    return Outcome(point, folder, start, end, summary.metric or "", passes, summary.duration_s or math.nan, problem)
 
 
 def _numbers(evaluation: dict[str, Any]) -> dict[str, float]:
