@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table as Printed
 from rich.text import Text
 
-from fs_fwdllm.config import Config, load_config, parse_config
 from fs_fwdllm.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from fs_fwdllm.config import Config
     from fs_fwdllm.data import FederatedData
     from fs_fwdllm.data.inspection import FileFacts
 
@@ -37,6 +37,7 @@ def show_rows(file: Path | None, cfg: Path | None, text: str, label: str, tokeni
     Raises:
         ConfigError, DataError, ModelError: see their messages.
     """
+    from fs_fwdllm.config import parse_config
     from fs_fwdllm.data.files import read_table
     from fs_fwdllm.data.inspection import inspect_table
     from fs_fwdllm.data.sources import read_source
@@ -64,6 +65,8 @@ def show_rows(file: Path | None, cfg: Path | None, text: str, label: str, tokeni
 
 def _configuration(file: Path | None, cfg: Path, overrides: dict[str, Any]) -> Config:
     """A configuration, about ``file`` where there is one."""
+    from fs_fwdllm.config import load_config
+
     config = load_config(cfg, [str(part) for pair in overrides.items() for part in pair])
     if file is not None:
         kind = config.data.type.rpartition("@")[2] or "text"
