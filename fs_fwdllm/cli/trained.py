@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fs_fwdllm.cli.rows import write_rows
 from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.report.terminal import compact_table
 
 if TYPE_CHECKING:
     from fs_fwdllm.inference import Prediction
@@ -211,7 +211,7 @@ def _rows(rows: Sequence[dict[str, Any]], found: Sequence[Prediction], *, flat: 
 
 
 def _print_predictions(rows: Sequence[dict[str, Any]], found: Sequence[Prediction]) -> None:
-    table = Table("text", "prediction", "probability", "next")
+    table = compact_table("text", "prediction", "probability", "next")
     for row, one in zip(rows, found, strict=True):
         ranked = sorted(one.probabilities.items(), key=lambda item: -item[1])
         probability = f"{ranked[0][1]:.3f}" if ranked else ""
@@ -221,17 +221,15 @@ def _print_predictions(rows: Sequence[dict[str, Any]], found: Sequence[Predictio
 
 
 def _print_metrics(found: dict[str, Any]) -> None:
-    table = Table("metric", "value")
+    from fs_fwdllm.report.classes import class_table, scores_of
+
+    table = compact_table("metric", "value")
     for name, value in found.items():
         if isinstance(value, int | float):
             table.add_row(name, f"{value:.4f}")
     Console(highlight=False).print(table)
-    per_class = found.get("per_class")
-    if per_class:
-        classes = Table("class", "rows", "recall")
-        for name, counts, recall in zip(per_class["labels"], per_class["confusion"], per_class["recall"], strict=True):
-            classes.add_row(Text(name), str(sum(counts)), "" if recall is None else f"{recall:.4f}")
-        Console(highlight=False).print(classes)
+    if found.get("per_class"):
+        Console(highlight=False).print(class_table(scores_of(found["per_class"])))
 
 
 def _say(text: str) -> None:

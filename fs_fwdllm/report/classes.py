@@ -52,7 +52,7 @@ def _score(name: str, table: list[list[int]], code: int) -> ClassScore:
 
 def class_table(scores: list[ClassScore]) -> Table:
     """One line a class."""
-    table = compact_table("class", "rows", "precision", "recall", "F1", title="classes, last evaluation")
+    table = compact_table("class", "rows", "precision", "recall", "F1", title="classes")
     for score in scores:
         shares = ("-" if value is None else f"{value:.3f}" for value in (score.precision, score.recall, score.f1))
         table.add_row(Text(score.name), f"{score.rows:,}", *shares)

@@ -165,6 +165,7 @@ def _draw_ends(axis: Axes, groups: Sequence[RunGroup], y: str, y_label: str) -> 
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_ylabel("line of the legend", fontsize=11)
     axis.set_xlabel(f"{y_label} at the end", fontsize=11)
+    axis.locator_params(axis="x", nbins=4)
 
 
 def _result_table(groups: Sequence[RunGroup], y: str, y_label: str) -> Table:
