@@ -187,6 +187,8 @@ def compare(
         _say(compared.warning)
     console = Console(highlight=False)
     print_facts(console, compared.legend)
+    if compared.common:
+        _say(compared.common)
     console.print(compared.result, compared.costs)
     _say(f"picture {compared.picture}")
 

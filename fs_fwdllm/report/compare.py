@@ -27,7 +27,7 @@ from fs_fwdllm.report.figure import (
     write_warning,
 )
 from fs_fwdllm.report.groups import Curve, RunGroup, group_runs, incomparable
-from fs_fwdllm.report.record import RunRecord, RunSummary, metric_title
+from fs_fwdllm.report.record import RunRecord, RunSummary, method_name, metric_title
 from fs_fwdllm.report.terminal import compact_table
 from fs_fwdllm.report.units import format_bytes, format_metric, format_seconds, short_count
 
@@ -49,12 +49,14 @@ class Comparison:
     Attributes:
         picture: the file.
         legend: number and label of each group of runs.
+        common: what all runs share: method, model, data, and how they train.
         result, costs: what they reached, and what that took.
         warning: said if the runs are not of one task; else empty.
     """
 
     picture: Path
     legend: list[tuple[str, str]]
+    common: str
     result: Table
     costs: Table
     warning: str
@@ -78,9 +80,10 @@ def compare_runs(paths: Sequence[str | Path], output: str | Path) -> Comparison:
         )
     y, y_label = common_curve(records)
     warning = incomparable(groups)
-    picture = _draw(groups, y, y_label, warning, Path(output))
+    common = _common_facts(records)
+    picture = _draw(groups, y, y_label, warning, common, Path(output))
     legend = [(str(number + 1), group.label) for number, group in enumerate(groups)]
-    return Comparison(picture, legend, _result_table(groups, y, y_label), _cost_table(groups), warning)
+    return Comparison(picture, legend, common, _result_table(groups, y, y_label), _cost_table(groups), warning)
 
 
 def load_runs(paths: Sequence[str | Path], command: str) -> list[RunRecord]:
@@ -104,10 +107,14 @@ def common_curve(records: Sequence[RunRecord]) -> tuple[str, str]:
     return f"eval.{metric}", metric_title(metric or "loss")
 
 
-def _draw(groups: Sequence[RunGroup], y: str, y_label: str, warning: str, output: Path) -> Path:
-    every = [given_facts(record) for group in groups for record in group.records]
+def _common_facts(records: Sequence[RunRecord]) -> str:
+    every = [[method_name(record.config), *given_facts(record)] for record in records]
     common = [fact for fact in every[0] if all(fact in facts for facts in every)]
-    figure, axes = new_figure(2, 3, *_SIZE_PX, title="", caption=f"all of them: {joined(common)}" if common else "")
+    return f"{'all of them: ' if len(records) > 1 else ''}{joined(common)}" if common else ""
+
+
+def _draw(groups: Sequence[RunGroup], y: str, y_label: str, warning: str, common: str, output: Path) -> Path:
+    figure, axes = new_figure(2, 3, *_SIZE_PX, title="", caption=common)
     by_round, losses, *by_cost, ends = axes
     _draw_curves(by_round, groups, "round", y, y_label)
     majorities = [summary.majority for group in groups if _is_own(group, y) for summary in group.summaries]

@@ -185,9 +185,8 @@ class Keeper:
 
     def _read_best(self, best: BestRound) -> Kept:
         _, values = read_state(self._folder.best_path)
-        return Kept(
-            best.round, best.digest, _usable(best.evaluation) if self._is_same_data else None, Trainables(values)
-        )
+        in_order = Trainables({name: values[name] for name in self._session.parts.trainables.names})
+        return Kept(best.round, best.digest, _usable(best.evaluation) if self._is_same_data else None, in_order)
 
     def stop_for_ruin(self) -> None:
         """A run ends since its steps have left the range of numbers: keep what was good."""

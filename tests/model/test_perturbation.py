@@ -13,6 +13,7 @@ from torch import nn
 from fs_fwdllm.core.direction import DirectionKey, Gaussian, Rademacher
 from fs_fwdllm.core.replay import Contributions, add_contributions
 from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.perturbation import ResidentPerturbation, StreamedPerturbation, make_perturbation
@@ -196,7 +197,7 @@ def test_an_error_between_the_hooks_leaves_every_parameter(tmp_path):
     streamed = StreamedPerturbation(model, trainables, Rademacher())
     last = layer.register_forward_pre_hook(stop)
     for hook in (first, last):
-        with pytest.raises(RuntimeError, match="planned"):
+        with pytest.raises(ModelError, match="planned"):
             streamed.loss(batch_loss, KEY, RADIUS)
         assert trainables.digest() == before
         hook.remove()
