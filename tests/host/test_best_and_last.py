@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 _OVERFITS = {
     **METHODS["fedavg"], "train.optimizer.lr": 0.5, "data.splits": [0.6, 0.2, 0.2], "federate.total_round_num": 6
 }  # fmt: skip
-#: With it the validation loss improves in rounds 1, 2 and 5.
-_IMPROVES_LATE = {"train.optimizer.lr": 1.5, "seed": 4}
+#: With it the validation loss improves in rounds 1, 3 and 5.
+_IMPROVES_LATE = {"train.optimizer.lr": 1.5, "seed": 1}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
