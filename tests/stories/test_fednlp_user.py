@@ -63,8 +63,9 @@ def test_from_published_files_to_two_methods_compared(tmp_path: Path) -> None:
 def test_the_same_inside_fedml(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     _write_rows(tmp_path, 240, 60)
-    words = ["data.root", ".", "data.type", "train.csv@text", "train_args.comm_round", "4"]
-    words += ["train_args.client_num_in_total", "10", "train_args.client_num_per_round", "4", "fwdllm.probes", "10"]
+    words = ["data.root", ".", "data.type", "train.csv@text", "fwdllm.data.test_file", "test.csv", "comm_round", "4"]
+    words += ["fwdllm.data.columns", "[label, title, description]", "fwdllm.data.text", "title+description"]
+    words += ["client_num_in_total", "10", "client_num_per_round", "4", "fwdllm.probes", "10"]
     shell.type("run", "--host", "fedml", "--cf", "fedml/fwd_agnews_sp", *words)
     (run,) = (path.parent for path in tmp_path.rglob("metrics.jsonl"))
     shell.type("predict", str(run), "--text", "The striker scored twice in the final")
