@@ -78,6 +78,7 @@ def text_fields(config: Config) -> list[str]:
 def classify(trained: Predictor, table: Table, batch_size: int) -> list[Prediction]:
     """A prediction for every row of a table that has the training's text fields."""
     config = trained.config
+    table.joined(config.fwdllm.data.text, "fwdllm.data.text")  # an absent text is told before a label is made up
     numbers = trained.task == "regression"
     placeholder = "0" if numbers else trained.classes[0]
     labelled = [{**record, config.fwdllm.data.label: placeholder} for record in table.records]

@@ -13,7 +13,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fs_fwdllm._version import __version__
 from fs_fwdllm.config import Config, parse_config
@@ -120,7 +120,12 @@ class SavedFacts:
         classes = tree.get("classes")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             wrong.append("classes")
+        if tree.get("task") not in get_args(Task):
+            wrong.append("task")
+        if not _names_a_model(tree.get("tree")):
+            wrong.append("tree.model.type")
         if wrong:
+            wrong = list(dict.fromkeys(wrong))
             raise ModelError(f"{file}: {', '.join(wrong)}: missing or of another kind; the file is damaged")
         known = {name: tree[name] for name in (*texts, "tree", "results")}
         return cls(**known, classes=tuple(classes or ()), written_by=str(tree.get("written_by", "")))
@@ -154,6 +159,12 @@ class SavedFacts:
             suffix = str(tree["model"]["type"]).rpartition("@")[2]
             tree["model"]["type"] = f"{location}@{suffix}"
         return parse_config(tree)
+
+
+def _names_a_model(tree: Any) -> bool:
+    """Whether sections of a configuration have ``model.type``, the one key that loading cannot do without."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    return isinstance(model, dict) and isinstance(model.get("type"), str)
 
 
 def digest_of_files(source: ModelSource) -> str:

@@ -284,6 +284,9 @@ class TestCommands:
         assert rows[0]["note"] == 'a "b", c' and math.isclose(
             float(rows[0][f"probability of {CLASSES[0]}"]), expected[0].probabilities[CLASSES[0]]
         )
+        world.write_rows("strange.jsonl", [{"body": "w4"}])
+        message = refused("predict", result.folder, "--file", world.root / "strange.jsonl")
+        assert "row 1: has no field 'text'" in message and "it has 'body'" in message and "label" not in message
         assert "either --text TEXT" in refused("predict", result.folder)
         assert "must end in .csv, .jsonl, .json" in refused("predict", result.folder, "--text", "a", "--out", "x.txt")
         assert "does not exist" in refused("predict", result.folder, "--text", "a", "--out", tmp_path / "no/x.csv")

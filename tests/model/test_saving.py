@@ -272,6 +272,11 @@ def test_the_card_says_what_the_folder_is(tmp_path):
     assert "base_model" not in metadata  # a folder of this machine is none of the hub's names
 
 
+def change_facts(folder, **changes):
+    file = folder / "fs_fwdllm.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -279,6 +284,10 @@ def test_the_card_says_what_the_folder_is(tmp_path):
         (lambda f: (f / "fs_fwdllm.json").write_text("[]"), "format_version is None"),
         (lambda f: (f / "fs_fwdllm.json").write_text('{"format_version": 1}'), "task, trained, .* missing"),
         (lambda f: (f / "fs_fwdllm.json").unlink(), "has no fs_fwdllm.json"),
+        (lambda f: change_facts(f, tree={}), "tree.model.type: missing or of another kind"),
+        (lambda f: change_facts(f, tree={"model": "bert"}), "tree.model.type: missing"),
+        (lambda f: change_facts(f, tree={"model": {"type": [1]}}), "tree.model.type: missing"),
+        (lambda f: change_facts(f, task="poetry"), "task: missing or of another kind"),
         (
             lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 40),
             "adapter_model.safetensors: cannot be read",
