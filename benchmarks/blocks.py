@@ -102,7 +102,7 @@ def prepare(kind: str, *, small: bool, rows: int, tokens: int) -> Callable[[], o
             digest,
             1e-6,
             2,
-            0,
+            (),
             batch_index=0,
             block=0,
             versions=(0,),

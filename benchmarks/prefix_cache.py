@@ -67,7 +67,7 @@ def make_batch() -> Batch:
 
 def probing(worker: LookingWorker, batch: Batch, probes: int) -> Callable[[], np.ndarray]:
     """Measure ``probes`` slopes, the same ones every time."""
-    assignment = Assignment(0, 1, worker.replica.digest, 0.0, 1, probes, batch_index=0)
+    assignment = Assignment(0, 1, worker.replica.digest, 0.0, 1, (probes,), batch_index=0)
     return lambda: worker.measure(assignment, [batch])[0].values
 
 

@@ -59,7 +59,7 @@ def worker_step(parts: Parts, batch: Batch, probes: int = 1) -> Callable[[], obj
 
     def run() -> object:
         index = next(rounds)
-        assignment = Assignment(index, 1, worker.replica.digest, _LEARNING_RATE, 1, probes, batch_index=index)
+        assignment = Assignment(index, 1, worker.replica.digest, _LEARNING_RATE, 1, (probes,), batch_index=index)
         if isinstance(worker, SteppingWorker):
             return worker.descend(assignment, [batch], last_move=True)
         assert isinstance(worker, LookingWorker)

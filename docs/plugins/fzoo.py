@@ -33,6 +33,6 @@ FACTS = MethodFacts(
     title="FZOO",
     spellings=(("fzoo", "fzootrainer"), ("fzoo", "")),
     recipe="fzoo:RECIPE",
-    forward_only=True,
+    measures_slopes=True,
     clients_step=True,
 )

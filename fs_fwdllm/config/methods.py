@@ -42,10 +42,10 @@ class MethodFacts:
         spellings: pairs ``(federate.method, trainer.type)`` that choose it, in any case (kept in lower case); the first
             one is how it is recommended.
         recipe: the :class:`~fs_fwdllm.method.parts.Recipe`, or where it is: ``"module:attribute"``.
-        forward_only: clients measure slopes by forward passes and never backpropagate. Such a method takes
-            ``fwdllm.estimator`` and what belongs to it.
+        measures_slopes: clients measure slopes along seeded directions, by forward passes unless
+            ``fwdllm.estimator`` or ``fwdllm.parts`` name another source, and send those.
         clients_step: clients move at a learning rate of their own; otherwise the server takes the steps, and with
-            ``forward_only`` it pools slopes (gate, directed sampling, step control, momentum).
+            ``measures_slopes`` it pools slopes (gate, directed sampling, step control, momentum).
         trains_blocks: blocks of the model's own weights take turns. Such a method has no adapter, keeps the weights in
             the model's dtype with float32 masters elsewhere, leaves nothing frozen that could be cached, and names the
             clients of a round itself.
@@ -55,7 +55,7 @@ class MethodFacts:
     title: str
     spellings: tuple[tuple[str, str], ...]
     recipe: Any
-    forward_only: bool = False
+    measures_slopes: bool = False
     clients_step: bool = False
     trains_blocks: bool = False
 
@@ -66,7 +66,7 @@ class MethodFacts:
     @property
     def pools_slopes(self) -> bool:
         """Whether the server builds its steps from slopes of all clients at one point."""
-        return self.forward_only and not self.clients_step
+        return self.measures_slopes and not self.clients_step
 
 
 #: What ``federate.method`` is where a file does not say, as in FederatedScope.
@@ -86,7 +86,7 @@ METHODS: Registry[MethodFacts] = Registry(
                 title="MeZO",
                 spellings=(("fedmezo", "mezotrainer"), ("fedmezo", ""), ("fedavg", "mezotrainer")),
                 recipe="fs_fwdllm.method.mezo.recipe:RECIPE",
-                forward_only=True,
+                measures_slopes=True,
                 clients_step=True,
             ),
             MethodFacts(
@@ -100,7 +100,7 @@ METHODS: Registry[MethodFacts] = Registry(
                     ("fedavg", "fwdtrainer"),
                 ),
                 recipe="fs_fwdllm.method.forward.recipe:RECIPE",
-                forward_only=True,
+                measures_slopes=True,
             ),
             MethodFacts(
                 name="fedavg",

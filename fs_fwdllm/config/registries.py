@@ -19,6 +19,8 @@ ESTIMATORS: Registry[Any] = Registry(
         "central": "fs_fwdllm.estimator.differences:CentralDifference",
         "one_sided": "fs_fwdllm.estimator.differences:OneSidedDifference",
         "forward_mode": "fs_fwdllm.estimator.forward_mode:ForwardMode",
+        "closed_form": "fs_fwdllm.estimator.closed_form:ClosedForm",
+        "projected": "fs_fwdllm.estimator.exact:Projected",
     },
     kind="fs_fwdllm.estimator.base:Estimator",
 )

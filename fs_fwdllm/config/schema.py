@@ -20,13 +20,17 @@ from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.errors import ConfigError, nearest
 
 __all__ = [
+    "FROZEN",
     "BlockDownloadConfig",
     "BlocksConfig",
     "Config",
+    "FleetConfig",
     "FwdllmConfig",
     "FwdllmDataConfig",
     "GateConfig",
+    "PartConfig",
     "Section",
+    "SourceConfig",
     "is_host_only",
 ]
 
@@ -177,6 +181,9 @@ class TrainConfig(Section):
     data_para_dids: list[int] = host_only([])
 
 
+#: A source of no slopes: what it is given for stays as it is.
+FROZEN = "frozen"
+
 #: FederatedScope's words for the loss among the metrics.
 LOSS_WORDS = ("loss", "avg_loss", "total")
 
@@ -310,6 +317,38 @@ class StepConfig(Section):
     )
 
 
+class SourceConfig(Section):
+    slopes: str = Field(
+        "", description="where slopes come from: as fwdllm.estimator, or frozen for none; empty is fwdllm.estimator"
+    )
+    probes: int = Field(0, ge=0, description="directions per step, each measured by forward passes; 0: fwdllm.probes")
+    scalars: int = Field(
+        0, ge=0, description="the same where a slope costs no pass (closed_form, projected); 0 is fwdllm.probes"
+    )
+
+    @field_validator("slopes")
+    @classmethod
+    def _source_is_known(cls, value: str) -> str:
+        return value if value == "" else _known([*ESTIMATORS, FROZEN], value)
+
+
+class PartConfig(SourceConfig):
+    match: str = Field(
+        "*",
+        min_length=1,
+        description="trainables of the part: words of their dotted names, or a pattern with * and ?; the first part "
+        "that matches has a tensor",
+    )
+    rate: float = Field(1.0, ge=0, description="what train.optimizer.lr is multiplied with")
+
+
+class FleetConfig(SourceConfig):
+    clients: int | list[int] = Field(description="how many clients (the next by number), or their numbers")
+    parts: list[PartConfig] = Field(
+        [], description="sources part by part, in the order of fwdllm.parts; empty has one for all that are not frozen"
+    )
+
+
 class BlockDownloadConfig(Section):
     select: Literal["all", "changed"] = Field(
         "changed", description="blocks a client is sent: all, or those that changed since it last received them"
@@ -349,7 +388,7 @@ class BlocksConfig(Section):
 class FwdllmConfig(Section):
     estimator: str = Field("central", description="how a slope along a direction is measured")
     direction: str = Field("rademacher", description="distribution of a direction")
-    probes: int = Field(1, ge=1, description="directions evaluated per step")
+    probes: int = Field(1, ge=1, description="directions per step: one slope each is measured and sent")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
     radius_scale: Literal["absolute", "relative"] = Field(
         "absolute", description="relative: the perturbation is radius times the norm of the trainables long"
@@ -359,7 +398,21 @@ class FwdllmConfig(Section):
         ge=1,
         description="directions evaluated in one batched (vmap) forward pass; 2 batches both points of a single one",
     )
-    upload: Literal["scalars", "dense"] = Field("scalars", description="what a forward-only client sends")
+    parts: list[PartConfig] = Field(
+        [],
+        description="trainables by parts, [{match, slopes, probes or scalars, rate}]; empty is all of them as one",
+    )
+    fleet: list[FleetConfig] = Field(
+        [],
+        description="clients that measure in their own way, [{clients, slopes, probes or scalars}]; others do as "
+        "fwdllm.parts or fwdllm.estimator say",
+    )
+    weigh_by: Literal["precision", "samples"] = Field(
+        "precision",
+        description="weights of clients that send different numbers of slopes for a part: samples over the noise that "
+        "each brings, or samples alone",
+    )
+    upload: Literal["scalars", "dense"] = Field("scalars", description="what a client that measures slopes sends")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
     gradient_checkpointing: bool = Field(False, description="recompute activations wherever there is backpropagation")
     attention: Literal["auto", "eager", "sdpa"] = Field(

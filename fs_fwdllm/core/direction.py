@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ __all__ = [
     "DIRECTIONS",
     "REFERENCE_SEED",
     "AimedDirections",
+    "ConfinedDirections",
     "DirectionKey",
     "Distribution",
     "Gaussian",
@@ -166,6 +167,10 @@ class Distribution(ABC):
             rounded once.
         """
 
+    def covers(self, tensor_id: int) -> bool:
+        """Whether directions are anything but zero in a tensor."""
+        return True
+
     @abstractmethod
     def spread(self, dimensions: int) -> float:
         """``E|g z - grad|^2 / |grad|^2`` of one probe with exact slope ``g = z . grad`` in ``dimensions`` dimensions.
@@ -278,6 +283,36 @@ class AimedDirections(Distribution):
     def _candidate(self, key: DirectionKey, tensor_id: int) -> DirectionKey:
         seeds = self.chosen.get(key.seed)
         return key if seeds is None else DirectionKey(key.run_seed, seeds[tensor_id])
+
+
+class ConfinedDirections(Distribution):
+    """Directions that are zero outside some tensors: those of one part of the trainables.
+
+    Only whoever measures needs the zeros. A replay adds a part's directions to the part's tensors and to no other.
+    """
+
+    name = "confined"
+
+    def __init__(self, drawn: Distribution, tensor_ids: Collection[int]) -> None:
+        self.drawn = drawn
+        self.tensor_ids = frozenset(tensor_ids)
+
+    @property
+    def portable(self) -> bool:  # type: ignore[override]
+        return self.drawn.portable
+
+    def covers(self, tensor_id: int) -> bool:
+        return tensor_id in self.tensor_ids
+
+    def values(
+        self, keys: Sequence[DirectionKey], tensor_id: int, start: int, count: int, arrays: Arrays = NUMPY
+    ) -> Array:
+        if self.covers(tensor_id):
+            return self.drawn.values(keys, tensor_id, start, count, arrays)
+        return arrays.place(np.zeros((len(keys), count), dtype=np.float32))
+
+    def spread(self, dimensions: int) -> float:
+        return self.drawn.spread(dimensions)
 
 
 #: The distributions by the words of ``fwdllm.direction``.

@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from fs_fwdllm.core.arrays import Array, arrays_of, count_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
+from fs_fwdllm.core.division import Division
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 
 __all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contribution_slice", "add_contributions", "perturb"]
@@ -49,6 +51,7 @@ class Contributions:
             a round has decayed since.
         reference: coefficient of the reference.
         directions: what the seeds mean, where it is not the replayer's own distribution.
+        parts: per direction, the part of the trainables that it covers; ``None`` where there is one part only.
     """
 
     seeds: Sequence[int]
@@ -56,10 +59,24 @@ class Contributions:
     decayed: np.ndarray | None = None
     reference: float = 0.0
     directions: Distribution | None = None
+    parts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.coefficients):
             raise ValueError(f"{len(self.seeds)} seeds but {len(self.coefficients)} coefficients")
+
+    def of_part(self, part: int) -> Contributions:
+        """Those whose directions cover ``part``, in the same order."""
+        if self.parts is None:
+            return self
+        chosen = np.flatnonzero(self.parts == part)
+        return replace(
+            self,
+            seeds=[self.seeds[int(index)] for index in chosen],
+            coefficients=np.asarray(self.coefficients)[chosen],
+            decayed=None if self.decayed is None else np.asarray(self.decayed)[chosen],
+            parts=None,
+        )
 
     def coefficients_for(self, decays: bool) -> list[float]:
         """The coefficients of a tensor that decays or does not, as float32 numbers."""
@@ -74,22 +91,40 @@ def add_contributions(
     distribution: Distribution,
     chunk: int = DEFAULT_CHUNK,
     decays: Sequence[bool] | None = None,
+    division: Division | None = None,
 ) -> None:
     """Add ``sum_i c_i z_i`` to ``buffers`` in place; ``buffers[k]`` has id ``k``, ``None`` leaves it out.
 
+    A tensor that no direction covers is not touched.
+
     Args:
         decays: per tensor, whether the decayed coefficients apply; needed only where there are such.
+        division: which part each tensor belongs to; all to one unless told.
     """
-    keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
-    plain, decayed = contributions.coefficients_for(False), contributions.coefficients_for(True)
+    division = division or Division.whole(len(buffers))
+    by_part = [_Prepared.of(contributions.of_part(part), run_seed) for part in range(division.parts)]
     for tensor_id, buffer in enumerate(buffers):
-        if buffer is None:
+        keys, plain, decayed = by_part[division.owners[tensor_id]]
+        if buffer is None or not keys:
             continue
         coefficients = decayed if decays is not None and decays[tensor_id] else plain
         flat = arrays_of(buffer).flat(buffer)
         for start in range(0, len(flat), chunk):
             part = flat[start : start + chunk]
             add_contribution_slice(part, keys, coefficients, tensor_id, start, distribution)
+
+
+class _Prepared(NamedTuple):
+    """A part's directions, and their coefficients as float32 numbers for tensors that do not decay or do."""
+
+    keys: list[DirectionKey]
+    plain: list[float]
+    decayed: list[float]
+
+    @classmethod
+    def of(cls, contributions: Contributions, run_seed: int) -> _Prepared:
+        keys = [DirectionKey(run_seed, seed) for seed in contributions.seeds]
+        return cls(keys, contributions.coefficients_for(False), contributions.coefficients_for(True))
 
 
 def add_contribution_slice(
@@ -138,12 +173,18 @@ class Replayer:
     """
 
     def __init__(
-        self, trainables: Trainables, run_seed: int, distribution: Distribution, chunk: int = DEFAULT_CHUNK
+        self,
+        trainables: Trainables,
+        run_seed: int,
+        distribution: Distribution,
+        chunk: int = DEFAULT_CHUNK,
+        division: Division | None = None,
     ) -> None:
         self.trainables = trainables
         self.run_seed = run_seed
         self.distribution = distribution
         self.chunk = chunk
+        self.division = division or Division.whole(len(trainables.tensors))
         self.momentum: list[Array] | None = None
         self.reference: list[Array] | None = None
 
@@ -222,4 +263,4 @@ class Replayer:
         if len(contributions.seeds):
             distribution = contributions.directions or self.distribution
             decays = self.trainables.decays()
-            add_contributions(buffers, contributions, self.run_seed, distribution, self.chunk, decays)
+            add_contributions(buffers, contributions, self.run_seed, distribution, self.chunk, decays, self.division)

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _MAGIC = b"FF"
-_VERSION = 3
+_VERSION = 4
 _PREFIX = struct.Struct("<2sBI")
 _LENGTH = struct.Struct("<I")
 #: Where a header starts.
@@ -61,8 +61,8 @@ DEFAULT_LIMIT_BYTES = 1 << 31
 
 _EMPTY = np.zeros(0, dtype=np.float32)
 
-#: ``(round, client, steps, probes)``.
-Participant = tuple[int, int, int, int]
+#: ``(round, client, steps, probes of part 0, probes of part 1, ...)``.
+Participant = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Assignment(Record):
         digest: of the server's trainables; the client must hold the same before it starts.
         learning_rate: local learning rate (unused where the client does not move).
         steps: local steps, or mini-batches evaluated at one point.
-        probes: directions per step; 0 for methods that backpropagate.
+        probes: directions per step, a number for each part of the trainables; empty for methods that have none.
         reference_scale: the last probe of a step is measured along the reference times this; 0 for none.
         choices: little-endian uint32 ``[steps, probes, tensors]``: the candidates that were chosen; empty for none.
         catch_up: frames of :class:`RoundUpdate` or :class:`DenseState`, oldest first.
@@ -109,7 +109,7 @@ class Assignment(Record):
     digest: bytes
     learning_rate: float
     steps: int
-    probes: int
+    probes: tuple[int, ...]
     catch_up: tuple[bytes, ...] = ()
     batch_index: int = field(kw_only=True)
     reference_scale: float = 0.0
@@ -157,8 +157,8 @@ class RoundUpdate(Record):
     ``values`` are the float32 coefficients, participant after participant, step after step, probe after probe.
 
     Attributes:
-        participants: ``(round, client, steps, probes)``, which give every direction's seed. The rounds are those of the
-            evaluations: one record replays what several rounds have pooled.
+        participants: ``(round, client, steps, probes of each part ...)``, which give every direction's seed. The rounds
+            are those of the evaluations: one record replays what several rounds have pooled.
         decay, momentum, rate: as :meth:`fs_fwdllm.core.replay.Replayer.apply` has them.
         step_decay: decay factor of one local step, a number per participant; empty where contributions do not decay
             within the round.
@@ -314,6 +314,8 @@ def _check_types(record_type: type[Record], named: dict[str, Any]) -> None:
             valid = isinstance(value, bytes) and len(value) == DIGEST_BYTES
         elif name == "participants":
             valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
+        elif name == "probes":
+            valid = isinstance(value, tuple) and all(map(_is_count, value))
         elif name == "step_decay":
             valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
         elif name == "choices":
@@ -335,7 +337,7 @@ def _is_count(value: object) -> bool:
 def _is_participant(part: object) -> bool:
     return (
         isinstance(part, tuple)
-        and len(part) == 4
+        and len(part) >= 4
         and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in part)
     )
 

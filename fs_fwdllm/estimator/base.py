@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.model.objective import BatchLoss
 
-__all__ = ["Estimator", "Footprint", "Slopes", "make_estimator", "stack_directions"]
+__all__ = ["Estimator", "Footprint", "Passes", "Slopes", "make_estimator", "stack_directions"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class Slopes:
         loss: training loss of the batch (of the clean point where the estimator evaluates it, else the mean over the
             perturbed points).
         forward_passes: evaluations of the model this took; a forward-mode tangent counts as one.
+        backward_passes: gradients this took by backpropagation.
     """
 
     values: np.ndarray
     loss: float
     forward_passes: int
+    backward_passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,20 @@ class Footprint:
         points: parameter points that the forward pass evaluates together (a forward-mode tangent counts as one).
         copies: copies of the trainables, as perturbed points or as directions.
         by_layer: whether one layer at a time is copied where all of a model is trained.
+        backpropagates: whether a graph is kept for a backward pass, with all activations.
     """
 
     points: int = 1
     copies: int = 1
     by_layer: bool = False
+    backpropagates: bool = False
+
+
+class Passes(NamedTuple):
+    """Forward and backward passes of a step."""
+
+    forward: int
+    backward: int = 0
 
 
 class Estimator(ABC):
@@ -69,6 +80,10 @@ class Estimator(ABC):
 
     #: Whether slopes are differences over ``fwdllm.radius``, so that a base's rounding can hide them.
     has_radius: ClassVar[bool] = True
+    #: Whether slopes follow from a gradient of the batch, so that any number of them takes the same passes.
+    exact: ClassVar[bool] = False
+    #: Whether it runs the model where it stands, a pass that estimators of other parts need not repeat.
+    runs_here: ClassVar[bool] = False
     #: Whether a single probe runs through fused attention kernels.
     works_with_fused_attention: ClassVar[bool] = True
     #: Whether ``fwdllm.probes_per_batch`` may be above one where all of a model is trained.
@@ -90,6 +105,11 @@ class Estimator(ABC):
     @abstractmethod
     def passes(cls, probes: int, probes_per_batch: int) -> int:
         """Forward passes of a step with so many probes; a forward-mode tangent counts as one."""
+
+    @classmethod
+    def passes_as(cls, config: FwdllmConfig, probes: int) -> Passes:
+        """Passes of a step with so many probes, as configured."""
+        return Passes(cls.passes(probes, config.probes_per_batch))
 
     @classmethod
     def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
@@ -133,6 +153,9 @@ def stack_directions(
     """Whole directions as float32 tensors, one ``[len(keys), *shape]`` stack per trainable (for batched passes)."""
     stacks = []
     for tensor_id, tensor in enumerate(batch_loss.trainables.tensors):
+        if not distribution.covers(tensor_id):
+            stacks.append(torch.zeros((), device=tensor.device).expand(len(keys), *tensor.shape))
+            continue
         values = distribution.values(keys, tensor_id, 0, tensor.numel(), arrays_of(tensor))
         stacks.append(values.to(torch.float32).view(len(keys), *tensor.shape))
     return stacks

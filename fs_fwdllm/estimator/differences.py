@@ -41,12 +41,16 @@ class Radius:
     value: float
     relative: bool = False
 
-    def at(self, trainables: Trainables) -> float:
-        """The radius where the trainables stand, as float32 sees it; absolute where all of them are zero."""
+    def at(self, trainables: Trainables, distribution: Distribution) -> float:
+        """The radius where the trainables that directions cover stand, as float32 sees it.
+
+        It is absolute where all of them are zero.
+        """
         scale = 1.0
         if self.relative:
-            squared = math.fsum(float(tensor.detach().double().square().sum()) for tensor in trainables.tensors)
-            scale = math.sqrt(squared / trainables.count) or 1.0
+            moved = [tensor for index, tensor in enumerate(trainables.tensors) if distribution.covers(index)]
+            squared = math.fsum(float(tensor.detach().double().square().sum()) for tensor in moved)
+            scale = math.sqrt(squared / sum(tensor.numel() for tensor in moved)) or 1.0
         return _float32(self.value * scale)
 
 
@@ -126,7 +130,7 @@ class CentralDifference(_Difference):
         return max(probes, 2)  # 2 batches both points of a single probe
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
-        radius = self._radius.at(self.perturbation.trainables)
+        radius = self._radius.at(self.perturbation.trainables, self.perturbation.distribution)
         losses = _to_host(self._losses.evaluate(batch_loss, keys, (radius, -radius)))
         values = (losses[0] - losses[1]) / (2.0 * radius)
         passes = self.passes(len(keys), self._losses.probes_per_batch)
@@ -136,14 +140,15 @@ class CentralDifference(_Difference):
 class OneSidedDifference(_Difference):
     """Forward difference with one clean loss shared by all probes of a step."""
 
+    runs_here = True
+
     @classmethod
     def passes(cls, probes: int, probes_per_batch: int) -> int:
         return 1 + probes
 
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
-        with torch.no_grad():
-            clean = batch_loss.here()
-        radius = self._radius.at(self.perturbation.trainables)
+        clean = batch_loss.clean()
+        radius = self._radius.at(self.perturbation.trainables, self.perturbation.distribution)
         perturbed = self._losses.evaluate(batch_loss, keys, (radius,))[0]
         losses = _to_host(torch.cat([clean.reshape(1), perturbed]))
         values = (losses[1:] - losses[0]) / radius

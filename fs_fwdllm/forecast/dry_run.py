@@ -17,14 +17,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.sources import sources_of
 from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, frame_bytes
 from fs_fwdllm.data.batches import visited_samples
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.estimator import Backprop
+from fs_fwdllm.estimator import Backprop, passes_of_step
 from fs_fwdllm.method import Parts, RoundServer, assemble_server
 from fs_fwdllm.method.cybgd.forecast import BlockAnswers
 from fs_fwdllm.method.cybgd.server import BlockServer
@@ -152,8 +152,9 @@ class _NoNews:
 def _passes(config: Config, assignment: Assignment) -> tuple[int, int]:
     """Forward and backward passes of a client's round."""
     own = config.fwdllm
-    if config.method.forward_only:
-        return assignment.steps * ESTIMATORS[own.estimator].passes(assignment.probes, own.probes_per_batch), 0
+    if config.method.measures_slopes:
+        step = passes_of_step(sources_of(config, assignment.client), own)
+        return assignment.steps * step.forward, assignment.steps * step.backward
     return assignment.steps * Backprop.passes(gradient_checkpointing=own.gradient_checkpointing), assignment.steps
 
 
@@ -191,7 +192,7 @@ class _CountingReplayer(Replayer):
 
     def __init__(self, parts: Parts) -> None:
         mine = parts.replica.replayer
-        super().__init__(_Weightless(parts.trainables), mine.run_seed, mine.distribution)
+        super().__init__(_Weightless(parts.trainables), mine.run_seed, mine.distribution, division=mine.division)
         self._steps = 0
 
     def digest(self) -> bytes:

@@ -14,8 +14,8 @@ those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estima
   frame that the played rounds send (:mod:`.dry_run`), or ``5 T`` where none were played (twice that with momentum on
   scalars). A run on scalars whose clients keep up never sends a state; one that is resumed sends one, which is not
   counted. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is averaged.
-* work, forward only: ``copies T`` (for full-parameter tuning one by one, the largest module), ``T`` for the starting
-point where clients move, and ``points * (layer + logits)``.
+* work, slopes (of the costliest source): ``copies T`` (for full-parameter tuning one by one, the largest module), ``T``
+  for the starting point where clients move, and ``points * (layer + logits)``; from backpropagation as below.
 * work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
   where clients move), and the activations: ``1.5 layer`` per layer from the lowest trainable one on (norms and
   activations keep copies of their own), with checkpointing ``1.5 layer`` once and a hidden state per layer; and
@@ -43,7 +43,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.sources import Source, groups_of_sources
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.estimator import Footprint
@@ -109,7 +109,7 @@ def estimate_memory(
     examples = [example for held in session.data.clients.values() for example in held.train]
     rows = min(session.config.dataloader.batch_size, max(session.client_samples.values()))
     work = _Pass(rows, max(len(example.input_ids) for example in examples), rows * max(map(_labels, examples)))
-    forward_only = session.config.method.forward_only
+    measures = session.config.method.measures_slopes
     trainable_bytes = session.parts.trainables.bytes
     traffic = traffic or Traffic(trainable_bytes, trainable_bytes)
     return MemoryEstimate(
@@ -117,7 +117,7 @@ def estimate_memory(
         model_bytes=model_bytes,
         replicas_bytes=_replicas(session.config, session.parts, traffic),
         messages_bytes=_messages(session.config, trainable_bytes, clients_per_round, traffic),
-        work_bytes=_forward_only(session, shape, work, steps) if forward_only else _backprop(session, shape, work),
+        work_bytes=_slopes(session, shape, work, steps) if measures else _backprop(session, shape, work),
         evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
         prefix_cache_bytes=_prefix_cache(session, examples),
         check_bytes=model_bytes if session.config.fwdllm.check_saved else 0,
@@ -201,7 +201,7 @@ def _replicas(config: Config, parts: Parts, traffic: Traffic) -> int:
     if facts.trains_blocks:  # the server's float32 blocks, and the frames of their views, which it keeps
         return 4 * parts.trainables.count + min(trainable_bytes, traffic.largest_download_bytes)
     copies, log_bytes = 1, 0
-    if facts.forward_only:
+    if facts.measures_slopes:
         scalars = own.upload == "scalars"
         copies += (2 if scalars else 1) * bool(own.server_momentum)
         log_bytes = min(trainable_bytes, traffic.upload_bytes) if scalars else 0
@@ -213,14 +213,21 @@ def _replicas(config: Config, parts: Parts, traffic: Traffic) -> int:
 def _messages(config: Config, trainable_bytes: int, clients_per_round: int, traffic: Traffic) -> int:
     if config.method.trains_blocks:  # an assignment of the blocks that a client lacks, its frame, and both unpacked
         return 4 * traffic.largest_download_bytes
-    if config.method.forward_only and config.fwdllm.upload == "scalars":
+    if config.method.measures_slopes and config.fwdllm.upload == "scalars":
         return 5 * traffic.largest_download_bytes
     return (8 + clients_per_round) * trainable_bytes
 
 
-def _forward_only(session: Session, shape: _Shape, work: _Pass, steps: int) -> int:
+def _slopes(session: Session, shape: _Shape, work: _Pass, steps: int) -> int:
+    sources = [source for group in groups_of_sources(session.config) for source in group if source.estimator]
+    return max(_of_source(session, source, shape, work, steps) for source in sources)
+
+
+def _of_source(session: Session, source: Source, shape: _Shape, work: _Pass, steps: int) -> int:
     own, trainable_bytes = session.config.fwdllm, session.parts.trainables.bytes
-    held: Footprint = ESTIMATORS[own.estimator].footprint(own.probes, own.probes_per_batch)
+    held: Footprint = source.estimator.footprint(source.probes, own.probes_per_batch)
+    if held.backpropagates:
+        return trainable_bytes + _backprop_activations(session, shape, work)
     layer_by_layer = session.parts.full and held.by_layer
     copies_bytes = _largest_module(session.loaded.model) if layer_by_layer else held.copies * trainable_bytes
     moves = session.config.method.clients_step and (steps > 1 or own.upload == "dense")

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.config.sources import describe_sources, sources_of
 from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
 from fs_fwdllm.forecast.memory import MemoryEstimate, Traffic, estimate_memory, resident_bytes
 from fs_fwdllm.method.parts import work_plans
@@ -37,7 +38,7 @@ class Plan:
         adapter: which parameters are trained.
         clients, clients_with_data, clients_per_round: all; those that can be asked; those that are asked.
         steps: fewest and most local steps of a client in a round.
-        probes: directions per step; 0 for methods that backpropagate.
+        sources: where the slopes come from, in words; empty for methods that send none.
         costliest_client: the largest of each number over the clients of the first round.
         first_round, last_round, run: sums over clients; of the last round that was played.
         rounds_per_step: fewest and most rounds of a server step, which the variance gate decides.
@@ -56,7 +57,7 @@ class Plan:
     clients_per_round: int
     rounds: int
     steps: tuple[int, int]
-    probes: int
+    sources: str
     costliest_client: Cost
     first_round: Cost
     last_round: Cost
@@ -70,7 +71,6 @@ class Plan:
         """``(name, value)`` pairs to print."""
         share = self.trainable_parameters / self.total_parameters
         steps = " to ".join(str(steps) for steps in sorted(set(self.steps)))
-        probes = f", {self.probes} probes each" if self.probes else ""
         clients = f"{self.clients_per_round} a round of {self.clients_with_data} with data ({self.clients} in all)"
         client, memory = self.costliest_client, self.memory
         copies = f"{format_bytes(memory.replicas_bytes)} + {format_bytes(memory.messages_bytes)}"
@@ -81,7 +81,8 @@ class Plan:
             ("clients", clients),
             ("rounds", format_count(self.rounds)),
             *self._gate_rows(),
-            ("steps per client and round", f"{steps}{probes}"),
+            ("steps per client and round", steps),
+            *([("slopes per step", self.sources)] if self.sources else []),
             ("passes per client and round", _passes(client)),
             ("passes per round", _passes(self.first_round)),
             ("passes of the run", _passes(self.run)),
@@ -142,7 +143,7 @@ def make_plan(config: Config) -> Plan:
         clients_per_round=len(rounds[0]),
         rounds=config.federate.total_round_num,
         steps=steps,
-        probes=next(iter(plans.values())).probes,
+        sources=describe_sources(sources_of(config)) if config.method.measures_slopes else "",
         costliest_client=_largest(rounds[0]),
         first_round=sum(rounds[0], Cost()),
         last_round=sum(rounds[-1], Cost()),

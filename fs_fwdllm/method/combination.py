@@ -7,8 +7,8 @@ follows from the facts of a method, whichever it is.
 from __future__ import annotations
 
 from fs_fwdllm.config.methods import MethodFacts, examples_of
-from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.config.schema import Config
+from fs_fwdllm.config.sources import estimators_of, groups_of_sources
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.parts import recipe_of
 
@@ -36,29 +36,60 @@ def check_combination(config: Config) -> None:
         _refuse_pacing(config)
     if not facts.trains_blocks:
         _refuse_block_settings(config, facts)
-    if facts.forward_only:
-        _check_estimator(config)
+    if facts.measures_slopes:
+        _check_sources(config)
+    elif config.fwdllm.parts or config.fwdllm.fleet:
+        key = "parts" if config.fwdllm.parts else "fleet"
+        raise ConfigError(
+            f"fwdllm.{key}: says where slopes come from, and {facts.name} sends none; leave it out, or use "
+            f"{examples_of(lambda other: other.measures_slopes)}"
+        )
     recipe.check(config)
 
 
-def _check_estimator(config: Config) -> None:
-    own = config.fwdllm
-    estimator = ESTIMATORS[own.estimator]
-    if own.attention == "sdpa" and not estimator.works_with_fused_attention:
-        raise ConfigError(
-            f"fwdllm.attention 'sdpa': fused attention has no forward-mode derivative, which fwdllm.estimator "
-            f"{own.estimator!r} needs; set fwdllm.attention: eager"
-        )
-    if own.probes_per_batch > 1 and not config.llm.adapter.use and not estimator.batches_whole_models:
-        raise ConfigError(
-            f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of the "
-            "model; set it to 1 or use an adapter (llm.adapter.use: true)"
-        )
-    most = estimator.largest_batch(own.probes)
+def _check_sources(config: Config) -> None:
+    own, used = config.fwdllm, estimators_of(config)
+    for word, estimator in used.items():
+        if own.attention == "sdpa" and not estimator.works_with_fused_attention:
+            raise ConfigError(
+                f"fwdllm.attention 'sdpa': fused attention has no forward-mode derivative, which slopes {word!r} need; "
+                "set fwdllm.attention: eager"
+            )
+        if own.probes_per_batch > 1 and not config.llm.adapter.use and not estimator.batches_whole_models:
+            raise ConfigError(
+                f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of "
+                "the model; set it to 1 or use an adapter (llm.adapter.use: true)"
+            )
+    probing = [source for group in groups_of_sources(config) for source in group if source.slopes in used]
+    most = max(source.estimator.largest_batch(source.probes) for source in probing)
     if own.probes_per_batch > most:
         raise ConfigError(
-            f"fwdllm.probes_per_batch {own.probes_per_batch}: more than fwdllm.probes {own.probes}; allowed are 1 to "
-            f"{most}"
+            f"fwdllm.probes_per_batch {own.probes_per_batch}: more than {_most_probes(config)}; allowed are 1 to {most}"
+        )
+    if own.parts or own.fleet:
+        _check_division(config)
+
+
+def _most_probes(config: Config) -> str:
+    own = config.fwdllm
+    return "the probes of any part" if own.parts or own.fleet else f"fwdllm.probes {own.probes}"
+
+
+def _check_division(config: Config) -> None:
+    """What is made for one source of slopes says nothing, or something else, where there are several."""
+    own = config.fwdllm
+    key = "fwdllm.parts" if own.parts else "fwdllm.fleet"
+    for name, value, neutral in (
+        ("fwdllm.sampling.kind", own.sampling.kind, "none"),
+        ("fwdllm.step.report_cosine", own.step.report_cosine, False),
+        ("train.optimizer.weight_decay", config.train.optimizer.weight_decay, 0.0),
+    ):
+        if value != neutral:
+            raise ConfigError(f"{name} {value!r}: does not go with {key}; set it to {neutral!r}, or leave {key} out")
+    if own.gate.kind == "published":
+        raise ConfigError(
+            f"fwdllm.gate.kind 'published': takes all slopes for those of one part, which {key} does not have; use "
+            "'relative' or 'none'"
         )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fs_fwdllm.config.registries import ESTIMATORS
-from fs_fwdllm.config.schema import Config, FwdllmConfig
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.config.sources import Source, counts_of, division_of, estimators_of, groups_of_sources, sources_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution, make_distribution
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.replay import Replayer
@@ -27,7 +27,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import collate, steps_per_epoch
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import ConfigError, EstimatorError
-from fs_fwdllm.estimator import Estimator, make_estimator
+from fs_fwdllm.estimator import PartedEstimator, make_parted_estimator
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.replica import Replica
@@ -130,37 +130,55 @@ class Parts:
     def _supported(self, config: Config) -> Config:
         """``config``, with probes one by one where this model cannot evaluate several of them in one pass."""
         own = config.fwdllm
-        if not config.method.forward_only or self.trial is None:
+        if not config.method.measures_slopes or self.trial is None:
             return config
-        if own.probes_per_batch == 1 and ESTIMATORS[own.estimator].works_with_fused_attention:
-            return config  # an ordinary forward pass: nothing to find out
+        plain = own.probes_per_batch == 1
+        if plain and not any(one.exact or not one.works_with_fused_attention for one in estimators_of(config).values()):
+            return config  # ordinary forward passes: nothing to find out
         try:
-            self._try_estimator(own)
+            self._try_estimators(config)
         except EstimatorError:
-            if own.probes_per_batch == 1:
+            if plain:
                 raise
-            one_by_one = own.model_copy(update={"probes_per_batch": 1})
-            self._try_estimator(one_by_one)
-            return config.model_copy(update={"fwdllm": one_by_one})
+            one_by_one = config.model_copy(update={"fwdllm": own.model_copy(update={"probes_per_batch": 1})})
+            self._try_estimators(one_by_one)
+            return one_by_one
         return config
 
-    def _try_estimator(self, settings: FwdllmConfig) -> None:
+    def _try_estimators(self, config: Config) -> None:
+        """Measure two slopes of every part as every group of clients does."""
         assert self.trial is not None
-        directions = make_distribution(settings.direction)
-        estimator = make_estimator(self.model, self.trainables, directions, settings, full=self.full)
-        estimator.slopes(self.objective.on(self.trial), [DirectionKey(0, 0), DirectionKey(0, 1)])
+        directions, division = make_distribution(config.fwdllm.direction), division_of(config, self.trainables.names)
+        for sources in groups_of_sources(config):
+            estimator = make_parted_estimator(
+                self.model, self.trainables, directions, config.fwdllm, division, sources, full=self.full
+            )
+            keys = [[DirectionKey(0, probe) for probe in range(min(2, count))] for count in estimator.probes]
+            estimator.slopes(self.objective.on(self.trial), keys)
 
     def server_replayer(self) -> Replayer:
         """The server's own copy of the trainables, so that clients really have to rebuild it."""
         return _replayer(self.config, self.trainables.clone())
 
-    def make_estimator(self, directions: Distribution) -> Estimator:
-        """The configured estimator along ``directions``."""
-        return make_estimator(self.model, self.trainables, directions, self.config.fwdllm, full=self.full)
+    def measuring(self, directions: Distribution) -> Callable[[int], PartedEstimator]:
+        """From a client's number to what measures its slopes along ``directions``, made once for all who do alike."""
+        made: dict[tuple[Source, ...], PartedEstimator] = {}
+
+        def of(client: int) -> PartedEstimator:
+            sources = sources_of(self.config, client)
+            if sources not in made:
+                division = self.replica.replayer.division
+                made[sources] = make_parted_estimator(
+                    self.model, self.trainables, directions, self.config.fwdllm, division, sources, full=self.full
+                )
+            return made[sources]
+
+        return of
 
 
 def _replayer(config: Config, trainables: Trainables) -> Replayer:
-    return Replayer(trainables, config.seed, make_distribution(config.fwdllm.direction))
+    division = division_of(config, trainables.names) if config.method.measures_slopes else None
+    return Replayer(trainables, config.seed, make_distribution(config.fwdllm.direction), division=division)
 
 
 def _nothing_to_check(config: Config) -> None:
@@ -236,12 +254,12 @@ def server_settings(config: Config, client_samples: dict[int, int]) -> ServerSet
         equal_weights=config.federate.ignore_weight,
         max_failed_rounds=config.fwdllm.max_failed_rounds,
         strategy=StrategySettings(config.train.train_strategy, config.fwdllm.strategy_span, config.seed),
+        weigh_by_precision=config.fwdllm.weigh_by == "precision",
     )
 
 
 def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, WorkPlan]:
     """Steps and probes of every client's round; with ``batch_or_epoch: epoch`` the steps follow the client's size."""
-    probes = config.fwdllm.probes if config.method.forward_only else 0
     plans = {}
     for client, samples in client_samples.items():
         steps = config.train.local_update_steps
@@ -249,6 +267,7 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
             steps *= steps_per_epoch(samples, config.dataloader.batch_size)
         else:
             steps *= config.grad.grad_accum_count
+        probes = counts_of(config, client) if config.method.measures_slopes else ()
         plans[client] = WorkPlan(steps=steps, probes=probes)
     return plans
 

@@ -18,22 +18,45 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import DenseState, Participant, RoundUpdate, decode
 from fs_fwdllm.errors import DivergenceError, WireError
 
-__all__ = ["Replica", "apply_round_update", "chosen_seeds", "contributions_of", "later_decay", "seeds_of"]
+__all__ = [
+    "Replica",
+    "apply_round_update",
+    "chosen_seeds",
+    "contributions_of",
+    "directions_of",
+    "later_decay",
+    "parts_of",
+    "probe_spreads",
+    "seeds_of",
+]
 
 
 def seeds_of(participants: Sequence[Participant]) -> list[int]:
     """Direction seeds in replay order: participant, then step, then probe."""
     return [
         direction_seed(round_index, client, step, probe)
-        for round_index, client, steps, probes in participants
+        for round_index, client, steps, *probes in participants
         for step in range(steps)
-        for probe in range(probes)
+        for probe in range(sum(probes))
     ]
+
+
+def directions_of(participants: Sequence[Participant]) -> int:
+    """How many directions participants looked along."""
+    return sum(steps * sum(probes) for _, _, steps, *probes in participants)
+
+
+def parts_of(participants: Sequence[Participant]) -> np.ndarray:
+    """The part that each direction covers, in replay order."""
+    numbers = [np.zeros(0, dtype=np.int64)]
+    for _, _, steps, *probes in participants:
+        numbers.append(np.tile(np.repeat(np.arange(len(probes)), probes), steps))
+    return np.concatenate(numbers)
 
 
 def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
     """Take the step a record describes. Raises :class:`~fs_fwdllm.errors.WireError` if its length is inconsistent."""
-    expected = sum(steps * probes for *_, steps, probes in record.participants)
+    expected = directions_of(record.participants)
     if expected != len(record.values):
         raise WireError(f"a round update names {expected} probes but carries {len(record.values)} coefficients")
     if record.step_decay and len(record.step_decay) != len(record.participants):
@@ -62,14 +85,25 @@ def contributions_of(
     """The directions that participants evaluated, times ``coefficients``.
 
     Raises:
-        WireError: ``choices`` does not name one candidate per probe and tensor.
+        WireError: ``choices`` does not name one candidate per probe and tensor, or a participant has another number of
+            parts than the trainables.
     """
+    parts = replayer.division.parts
+    if wrong := [part for part in participants if len(part) != 3 + parts]:
+        raise WireError(f"a participant names {len(wrong[0]) - 3} parts, but the trainables are divided into {parts}")
     directions = None
     if choices:
         tensors = len(replayer.trainables.tensors)
         directions = AimedDirections(replayer.distribution, chosen_seeds(participants, choices, tensors))
     seeds = seeds_of(participants)
-    return Contributions(seeds, coefficients, reference=reference, directions=directions)
+    covered = None if parts == 1 else parts_of(participants)
+    return Contributions(seeds, coefficients, reference=reference, directions=directions, parts=covered)
+
+
+def probe_spreads(replayer: Replayer) -> tuple[float, ...]:
+    """``E|g z - grad|^2 / |grad|^2`` of one probe of each part, which the distribution knows."""
+    dimensions = replayer.division.dimensions(replayer.trainables.tensors)
+    return tuple(replayer.distribution.spread(count) for count in dimensions)
 
 
 def chosen_seeds(participants: Sequence[Participant], choices: bytes, tensors: int) -> dict[int, tuple[int, ...]]:
@@ -78,7 +112,7 @@ def chosen_seeds(participants: Sequence[Participant], choices: bytes, tensors: i
     Raises:
         WireError: ``choices`` has another length than the participants' probes ask for.
     """
-    probes = sum(steps * count for *_, steps, count in participants)
+    probes = directions_of(participants)
     if len(choices) != 4 * probes * tensors:
         raise WireError(f"{len(choices)} bytes of choices do not fit {probes} probes of {tensors} tensors")
     rows = np.frombuffer(choices, dtype="<u4").reshape(probes, tensors)
@@ -92,8 +126,8 @@ def chosen_seeds(participants: Sequence[Participant], choices: bytes, tensors: i
 def _later_decay(record: RoundUpdate) -> np.ndarray:
     """:func:`later_decay` of every participant, one after the other."""
     factors = [
-        later_decay(steps, probes, factor)
-        for (*_, steps, probes), factor in zip(record.participants, record.step_decay, strict=True)
+        later_decay(steps, sum(probes), factor)
+        for (_, _, steps, *probes), factor in zip(record.participants, record.step_decay, strict=True)
     ]
     return np.concatenate(factors) if factors else np.ones(0)
 

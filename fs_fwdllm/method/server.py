@@ -25,16 +25,25 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
 from fs_fwdllm.method.client_rates import StrategySettings
+from fs_fwdllm.method.weights import client_shares
 
 __all__ = ["RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"]
 
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """How much a client does in a round: ``steps`` batches with ``probes`` directions each (0 without directions)."""
+    """How much a client does in a round: ``steps`` batches with ``probes`` directions each for every part.
+
+    Methods without directions have no parts.
+    """
 
     steps: int
-    probes: int
+    probes: tuple[int, ...] = ()
+
+    @property
+    def directions(self) -> int:
+        """Directions of a step, of all parts together."""
+        return sum(self.probes)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class ServerSettings:
         equal_weights: weigh clients equally instead of by samples.
         max_failed_rounds: rounds in a row without a usable update before training stops.
         strategy: how each client's learning rate follows from the schedule's.
+        weigh_by_precision: clients that send different numbers of slopes weigh by the noise each brings.
     """
 
     plans: dict[int, WorkPlan]
@@ -56,6 +66,7 @@ class ServerSettings:
     equal_weights: bool = False
     max_failed_rounds: int = 3
     strategy: StrategySettings = field(default_factory=StrategySettings)
+    weigh_by_precision: bool = True
 
 
 @dataclass
@@ -138,7 +149,7 @@ class RoundServer(ABC):
             digest=self.digest,
             learning_rate=0.0,
             steps=0,
-            probes=0,
+            probes=(),
             batch_index=self.round_index,
             catch_up=self._lacking(client),
         )
@@ -272,9 +283,7 @@ class RoundServer(ABC):
 
 def sample_weights(updates: Sequence[ClientUpdate], *, equal: bool) -> np.ndarray:
     """Every update's share of the samples (or an equal one), float64, in order; they sum to one."""
-    samples = np.array([1 if equal else update.samples for update in updates], dtype=np.float64)
-    shares: np.ndarray = samples / samples.sum()
-    return shares
+    return client_shares([update.samples for update in updates], equal=equal)
 
 
 def numbered(tensors: dict[str, torch.Tensor], prefix: str) -> list[torch.Tensor]:

@@ -53,16 +53,18 @@ def scalar_distances(replayer: Replayer, changes: Sequence[ScalarChange]) -> lis
 
     Not finite where the changes are not.
     """
-    keys = [[DirectionKey(replayer.run_seed, seed) for seed in change.contributions.seeds] for change in changes]
-    tensors, decays = replayer.trainables.tensors, replayer.trainables.decays()
+    tensors, decays, division = replayer.trainables.tensors, replayer.trainables.decays(), replayer.division
+    by_part = [[change.contributions.of_part(part) for change in changes] for part in range(division.parts)]
 
     def blocks() -> Iterator[tuple[int, torch.Tensor]]:
         for tensor_id, start, count in _slices([tensor.numel() for tensor in tensors], len(changes)):
             origin = tensors[tensor_id].detach().view(-1)[start : start + count]
             block = torch.zeros(len(changes), count, device=origin.device)
-            for row, own_keys, change in zip(block, keys, changes, strict=True):
-                coefficients = change.contributions.coefficients_for(decays[tensor_id])
-                add_contribution_slice(row, own_keys, coefficients, tensor_id, start, replayer.distribution)
+            for row, covering, change in zip(block, by_part[division.owners[tensor_id]], changes, strict=True):
+                keys = [DirectionKey(replayer.run_seed, seed) for seed in covering.seeds]
+                coefficients = covering.coefficients_for(decays[tensor_id])
+                if keys:
+                    add_contribution_slice(row, keys, coefficients, tensor_id, start, replayer.distribution)
                 if decays[tensor_id] and change.decay != 1.0:
                     row.add_(origin, alpha=change.decay - 1.0)
             yield tensor_id, block

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.facts import SavedFacts
@@ -180,10 +180,13 @@ def _base_dtype(config: Config) -> torch.dtype:
 def _attention(config: Config) -> dict[str, str]:
     if config.fwdllm.attention != "auto":
         return {"attn_implementation": config.fwdllm.attention}
-    if not config.method.forward_only:
+    if not config.method.measures_slopes:
         return {}
-    wanted = ESTIMATORS[config.fwdllm.estimator].default_attention(config.fwdllm.probes_per_batch)
-    return {} if wanted is None else {"attn_implementation": wanted}
+    for estimator in estimators_of(config).values():
+        wanted = estimator.default_attention(config.fwdllm.probes_per_batch)
+        if wanted is not None:
+            return {"attn_implementation": wanted}
+    return {}
 
 
 def _check_size(source: ModelSource, auto: Any, safely: dict[str, Any]) -> None:
@@ -207,15 +210,16 @@ def _check_size(source: ModelSource, auto: Any, safely: dict[str, Any]) -> None:
 def _use_plain_experts(config: Config, model: Any) -> None:
     """Grouped kernels of a mixture of experts have no forward-mode derivative; the plain loop over experts has."""
     switch = getattr(model, "set_experts_implementation", None)
-    forward_only = config.method.forward_only
-    if switch is not None and forward_only and not ESTIMATORS[config.fwdllm.estimator].works_with_fused_attention:
+    if switch is None or not config.method.measures_slopes:
+        return
+    if not all(estimator.works_with_fused_attention for estimator in estimators_of(config).values()):
         switch("eager")
 
 
 def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
     """IA3 multiplies activations by 1 +- radius: below half a unit in the last place, rounding undoes every probe."""
     smallest = torch.finfo(dtype).eps / 2
-    has_radius = config.method.forward_only and ESTIMATORS[config.fwdllm.estimator].has_radius
+    has_radius = config.method.measures_slopes and any(one.has_radius for one in estimators_of(config).values())
     if method == "ia3" and has_radius and config.fwdllm.radius < smallest:
         raise ConfigError(
             f"fwdllm.radius: is {config.fwdllm.radius:g}, but ia3 over a {str(dtype).removeprefix('torch.')} base "

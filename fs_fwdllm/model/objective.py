@@ -30,7 +30,7 @@ from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import DataError, EstimatorError, ModelError
 from fs_fwdllm.model.inputs import Group, batch_on, groups_of
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
-from fs_fwdllm.model.readout import make_readout
+from fs_fwdllm.model.readout import Readout, make_readout
 from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, foreign_code
 
 __all__ = ["BatchLoss", "Objective"]
@@ -90,6 +90,10 @@ class Objective:
             for owner, key, index in self._places:
                 owner[key] = self.trainables.tensors[index]
 
+    def places_of(self, tensor: torch.Tensor) -> int:
+        """In how many places of the model a trainable stands: more than one where modules share it."""
+        return sum(self.trainables.tensors[index] is tensor for _, _, index in self._places)
+
     def _select_positions(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._positions is None:
             return None
@@ -114,10 +118,11 @@ class BatchLoss:
         self._objective = objective
         self._batch = on_device = batch_on(objective.trainables.device, batch)
         self._groups = groups_of(on_device, objective.conduct, segments=_knows_segments(objective.model))
-        self._positions, self.targets = objective.readout.labelled(on_device)
+        self.positions, self.targets = objective.readout.labelled(on_device)
         if not len(self.targets):
             raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
         self.size = len(batch)
+        self._clean: torch.Tensor | None = None
         self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._probing_loss)
 
     @property
@@ -125,13 +130,32 @@ class BatchLoss:
         return self._objective.trainables
 
     @property
+    def objective(self) -> Objective:
+        return self._objective
+
+    @property
     def model(self) -> nn.Module:
         return self._objective.model
+
+    @property
+    def readout(self) -> Readout:
+        return self._objective.readout
 
     def here(self) -> torch.Tensor:
         """The loss at the model's current parameters; differentiable if gradients are enabled."""
         with self._replayed():
             return self._plain_loss()
+
+    @torch.no_grad()
+    def clean(self) -> torch.Tensor:
+        """As :meth:`here` without a graph, of the first call: for estimators that share the pass of a step."""
+        if self._clean is None:
+            self._clean = self.here()
+        return self._clean
+
+    def note_clean(self, loss: torch.Tensor) -> None:
+        """Somebody has run the model where it stands, and this came out."""
+        self._clean = loss.detach()
 
     def at(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss with the trainables standing at ``values`` (same order and shapes)."""
@@ -189,12 +213,12 @@ class BatchLoss:
     def _logits(self) -> torch.Tensor:
         objective, shape = self._objective, tuple(self._batch.input_ids.shape)
         what = f"{type(objective.model).__name__}: a forward pass of {shape[0]} samples of {shape[1]} tokens failed"
-        with objective.selecting(self._positions), foreign_code(what):
-            if self._positions is None:
+        with objective.selecting(self.positions), foreign_code(what):
+            if self.positions is None:
                 return objective.readout.logits(self._output(), self._batch).float()
             tokens = objective.model(**self._groups[0].inputs).logits
             if not objective._selected:
-                tokens = tokens.flatten(0, -2).index_select(0, self._positions)
+                tokens = tokens.flatten(0, -2).index_select(0, self.positions)
             return objective.readout.of_tokens(tokens).float()
 
     def _output(self) -> Any:

@@ -52,6 +52,9 @@ class ResidentPerturbation(Perturbation):
         if self._buffers is None:
             self._buffers = [torch.empty_like(tensor.detach()) for tensor in self.trainables.tensors]
         for tensor_id, (tensor, buffer) in enumerate(zip(self.trainables.tensors, self._buffers, strict=True)):
+            if not self.distribution.covers(tensor_id):
+                buffer.copy_(tensor.detach())
+                continue
             perturb(tensor.detach(), buffer, coefficient, key, tensor_id, self.distribution)
         return batch_loss.at(self._buffers)
 
@@ -120,7 +123,11 @@ class StreamedPerturbation(Perturbation):
         key, coefficient = self._active
         # A tensor held for the whole pass, or shared with a caller that is still running, has been moved already.
         standing = {id(parameter) for moved in self._open for parameter, _ in moved.originals}
-        due = [parameter for parameter in parameters if id(parameter) not in standing]
+        due = [
+            parameter
+            for parameter in parameters
+            if id(parameter) not in standing and self.distribution.covers(self._ids[id(parameter)])
+        ]
         scratch = self._scratch_for(len(self._open), sum(parameter.numel() for parameter in due))
         originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._open.append(_Moved(module, originals))

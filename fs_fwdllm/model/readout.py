@@ -56,12 +56,20 @@ class Readout:
         """The loss of float32 logits; rows whose target is ``-100`` do not count."""
         return F.cross_entropy(logits, targets, reduction=reduction)
 
+    def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The derivative of the mean loss by outputs ``start`` to ``stop`` of the output layer, ``[targets, stop -
+        start]``: ``(softmax - onehot) / N``."""
+        return _softmax_error(logits, targets, start, stop)
+
 
 class _NumberReadout(Readout):
     """The model's one output is the number."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         return F.mse_loss(logits.squeeze(-1), targets, reduction=reduction)
+
+    def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return (2.0 / len(targets)) * (logits - targets[:, None])[:, start:stop]
 
 
 class _TokenReadout(Readout):
@@ -93,6 +101,14 @@ class _LabelWordReadout(Readout):
     def of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         return logits[..., self._label_tokens]
 
+    def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Of the whole vocabulary's outputs, of which only the classes' words have a part in the loss."""
+        errors = _softmax_error(logits, targets, 0, logits.shape[1])
+        spread = errors.new_zeros(len(errors), stop - start)
+        inside = [index for index, token in enumerate(self._label_tokens) if start <= token < stop]
+        spread[:, [self._label_tokens[index] - start for index in inside]] = errors[:, inside]
+        return spread
+
 
 class _SpanReadout(Readout):
     """The first and the last token of an answer, each among the tokens of the window."""
@@ -104,6 +120,16 @@ class _SpanReadout(Readout):
         ends = torch.cat([output.start_logits, output.end_logits]).float()
         padding = torch.cat([batch.attention_mask, batch.attention_mask]) == 0
         return ends.masked_fill(padding, torch.finfo(ends.dtype).min)
+
+
+def _softmax_error(logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """``(softmax(logits) - onehot(targets)) / N`` in columns ``start`` to ``stop``; zero in rows that do not count."""
+    counts = targets != IGNORED_LABEL
+    errors = torch.exp(logits[:, start:stop] - logits.logsumexp(dim=1, keepdim=True))
+    inside = torch.nonzero(counts & (targets >= start) & (targets < stop)).flatten()
+    errors[inside, targets[inside] - start] -= 1.0
+    errors *= counts[:, None]
+    return errors.div_(max(1, int(counts.sum())))
 
 
 def make_readout(task: Task, label_tokens: Sequence[int] = ()) -> Readout:

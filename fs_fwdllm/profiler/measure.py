@@ -21,7 +21,7 @@ from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import ConfigError, FwdLLMError
-from fs_fwdllm.estimator import Backprop
+from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.forecast.memory import estimate_memory, resident_bytes
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.profiler.candidates import Candidate
@@ -139,10 +139,16 @@ def check_profile(first: Session) -> None:
     Raises:
         ConfigError: the configured method needs backpropagation, or there is nothing to evaluate on.
     """
-    if not first.config.method.forward_only:
+    if not first.config.method.measures_slopes:
         raise ConfigError(
             f"federate.method {first.config.federate.method!r}: the profiler is for forward-only methods; set "
-            f"{examples_of(lambda facts: facts.forward_only)}"
+            f"{examples_of(lambda facts: facts.measures_slopes)}"
+        )
+    own = first.config.fwdllm
+    if own.parts or own.fleet:
+        raise ConfigError(
+            f"fwdllm.{'parts' if own.parts else 'fleet'}: the profiler compares what to train under one source for all "
+            "of it and all clients; leave the key out, and look at a divided configuration with fs-fwdllm plan"
         )
     if not first.evaluation_batches:
         raise ConfigError("data.splits: the profiler needs validation or test samples; give them a share")
@@ -219,7 +225,8 @@ def _similarity(session: Session, budget: Budget) -> float:
     """Mean cosine of the forward gradient to the backpropagated one, at the starting point."""
     parts = session.parts
     distribution = parts.replica.replayer.distribution
-    estimator = parts.make_estimator(distribution)
+    own = parts.config.fwdllm
+    estimator = make_estimator(parts.model, parts.trainables, distribution, own, full=parts.full)
     backprop = Backprop(parts.model)
     cosines = []
     for number, batch in enumerate(_client_batches(session, budget.batches)):

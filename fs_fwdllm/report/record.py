@@ -9,6 +9,7 @@ from typing import Any
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.schema import EvalConfig
+from fs_fwdllm.config.sources import describe_sources, sources_of
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.sinks import read_lines
@@ -69,11 +70,9 @@ def method_name(config: Config) -> str:
         facts = config.method
     except ConfigError:  # of a package that is no longer installed; its runs can still be looked at
         return config.federate.method
-    own = config.fwdllm
-    if facts.forward_only:
-        probes = "1 probe" if own.probes == 1 else f"{own.probes} probes"
-        return f"{facts.title} ({own.estimator.replace('_', ' ')}, {probes})"
-    return f"{facts.title} ({own.blocks.schedule if facts.trains_blocks else 'backpropagation'})"
+    if facts.measures_slopes:
+        return f"{facts.title} ({describe_sources(sources_of(config))})"
+    return f"{facts.title} ({config.fwdllm.blocks.schedule if facts.trains_blocks else 'backpropagation'})"
 
 
 @dataclass(frozen=True)

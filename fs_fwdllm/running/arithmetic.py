@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.sources import sources_of
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch, FederatedData
-from fs_fwdllm.estimator import Backprop
+from fs_fwdllm.estimator import Backprop, passes_of_step
 from fs_fwdllm.method import Parts
 
 __all__ = ["count_flops", "model_facts"]
@@ -28,13 +28,12 @@ def model_facts(parts: Parts, data: FederatedData) -> dict[str, Any]:
     The operations are missing where this process holds no training row or a kernel cannot be counted.
     """
     own = parts.config.fwdllm
-    forward_only = parts.config.method.forward_only
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
         "trainable_parameters": parts.trainables.count,
         "clients": len(data.clients),
-        "passes_per_step": ESTIMATORS[own.estimator].passes(own.probes, own.probes_per_batch)
-        if forward_only
+        "passes_per_step": passes_of_step(sources_of(parts.config), own).forward
+        if parts.config.method.measures_slopes
         else Backprop.passes(gradient_checkpointing=own.gradient_checkpointing),
     }
     batch = _first_batch(parts, data)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.registries import ESTIMATORS
+from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
@@ -139,7 +139,7 @@ class Session:
         if self.config.use_gpu and self.device.type == "cpu":
             found.append("warning: use_gpu true, but no accelerator is found here: everything runs on the CPU")
         found += [*self.loaded.remarks, *self.parts.remarks]
-        has_radius = facts.forward_only and ESTIMATORS[own.estimator].has_radius
+        has_radius = facts.measures_slopes and any(one.has_radius for one in estimators_of(self.config).values())
         if has_radius and self.loaded.base_dtype == torch.bfloat16 and own.radius < _BFLOAT16_RADIUS:
             found.append(
                 f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01"
@@ -165,7 +165,7 @@ class Session:
 
     def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
         """Say, once, what a user should know about how the rounds go."""
-        if report.zero_share > _TOO_MANY_ZEROS and self.config.method.forward_only and not self._warned:
+        if report.zero_share > _TOO_MANY_ZEROS and self.config.method.measures_slopes and not self._warned:
             self._warned = True
             say(
                 f"warning: {report.zero_share:.0%} of the slopes are exactly zero: fwdllm.radius "

@@ -64,7 +64,7 @@ def test_a_run_is_ours_if_either_word_is_ours_alone() -> None:
 
 def test_a_method_of_a_program_is_chosen_like_any_other(throwaway: MethodFacts) -> None:
     assert parse_config({"federate": {"method": "ThrowAway"}}).method is throwaway
-    assert is_ours("throwaway", "") and "throwaway" in examples_of(lambda row: not row.forward_only)
+    assert is_ours("throwaway", "") and "throwaway" in examples_of(lambda row: not row.measures_slopes)
 
 
 def test_a_row_may_be_written_in_any_case() -> None:

@@ -277,7 +277,7 @@ def test_a_replica_elsewhere_says_that_it_is_lost(world: World) -> None:
         replica.follow(assignment.catch_up, assignment.digest)
 
 
-@pytest.mark.parametrize("case", [*SCALAR_CASES, *methods_where(lambda facts: not facts.forward_only)])
+@pytest.mark.parametrize("case", [*SCALAR_CASES, *methods_where(lambda facts: not facts.measures_slopes)])
 def test_work_leaves_the_clients_parameters_as_they_were(world: World, case: str) -> None:
     federation = Federation(world.config(SCALAR_CASES.get(case) or METHODS[case]))
     federation.round(0)

@@ -39,7 +39,7 @@ def an_update(values=(), kind=ScalarUpdate, **changes):
 EXAMPLES = [
     an_update([1.5, -2.0, np.inf, np.nan]),
     an_update([0.0] * 9, DenseUpdate),
-    Assignment(3, 4, DIGEST, 1e-5, 6, 7, (b"frame", b""), batch_index=2, reference_scale=0.5, choices=b"1234"),
+    Assignment(3, 4, DIGEST, 1e-5, 6, (7,), (b"frame", b""), batch_index=2, reference_scale=0.5, choices=b"1234"),
     RoundUpdate(
         1, DIGEST, DIGEST[::-1], 0.5, (0.75, 1.0), 0.9, 1e-3, ((1, 1, 2, 3), (0, 9, 1, 3)), values=np.arange(9)
     ),
@@ -72,7 +72,7 @@ def test_a_scalar_upload_is_four_bytes_a_probe_and_at_most_100_around_them(count
 
 def test_a_long_catch_up_fits():
     frames = tuple(bytes([index % 256]) * 1000 for index in range(200))
-    assert decode(encode(Assignment(0, 1, DIGEST, 0.1, 1, 1, frames, batch_index=0))).catch_up == frames
+    assert decode(encode(Assignment(0, 1, DIGEST, 0.1, 1, (1,), frames, batch_index=0))).catch_up == frames
 
 
 @given(data=st.binary(max_size=400))
@@ -127,7 +127,7 @@ def framed(*header, payload=b""):
     """A frame with a right checksum around whatever is given."""
     packed = msgpack.packb(header, use_bin_type=True)
     covered = len(packed).to_bytes(4, "little") + packed + payload
-    return b"FF\x03" + zlib.crc32(covered).to_bytes(4, "little") + covered
+    return b"FF\x04" + zlib.crc32(covered).to_bytes(4, "little") + covered
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def framed(*header, payload=b""):
         (framed([]), "not one of ours"),
         (framed(2, 1, 1), "2 header fields, not 7"),
         (framed(5, 1, DIGEST, False, False, payload=b"12345"), "5 bytes of values"),
-        (framed(1, 1, 1, DIGEST, 0.1, 1, 1, [b"frame"], 0, 0.0, b""), "unusable catch_up"),
-        (framed(1, 1, 1, DIGEST, 0.1, 1, 1, [-1], 0, 0.0, b""), "unusable catch_up"),
-        (framed(1, 1, 1, DIGEST, 0.1, 1, 1, [3, 4], 0, 0.0, b"", payload=b"123456"), "frames of 7 bytes in 6"),
+        (framed(1, 1, 1, DIGEST, 0.1, 1, [1], [b"frame"], 0, 0.0, b""), "unusable catch_up"),
+        (framed(1, 1, 1, DIGEST, 0.1, 1, [1], [-1], 0, 0.0, b""), "unusable catch_up"),
+        (framed(1, 1, 1, DIGEST, 0.1, 1, [1], [3, 4], 0, 0.0, b"", payload=b"123456"), "frames of 7 bytes in 6"),
     ],
 )
 def test_frames_with_a_right_checksum_around_something_else_are_refused(frame, message):

@@ -21,7 +21,7 @@ EXAMPLES: list[Record] = [
         DIGEST,
         1e-5,
         6,
-        0,
+        (),
         (b"frame", b""),
         batch_index=3,
         block=2,

@@ -19,7 +19,8 @@ from tests.model.tiny import tiny_config
 
 EAGER = {"fwdllm.attention": "eager"}
 MODELS = [("llama", "lora"), ("bert", "lora"), ("bert", "full"), ("gpt2", "lora"), ("albert", "bottleneck")]
-KINDS = ESTIMATORS.names()
+#: The closed form covers output layers alone: tests/estimator/test_exact.py.
+KINDS = [name for name in ESTIMATORS.names() if name != "closed_form"]
 
 
 def gradient_of(it, batch_loss, **settings):
@@ -102,7 +103,7 @@ def test_each_direction_is_measured_for_itself(tmp_path, kind, size):
     batch_loss = it.loss()
     estimator = it.estimator(estimator=kind, radius=0.01, probes_per_batch=size)
     forwards, backwards = (estimator.slopes(batch_loss, keys).values for keys in (KEYS, KEYS[::-1]))
-    if size == 1:
+    if size == 1 and not ESTIMATORS[kind].exact:  # a product of matrices may add up a row as its place has it
         assert (forwards == backwards[::-1]).all()
     np.testing.assert_allclose(forwards, backwards[::-1], rtol=1e-4, atol=1e-4)
 
@@ -235,11 +236,11 @@ def test_an_unknown_direction_names_the_key():
 def test_a_relative_radius_follows_the_parameters() -> None:
     """``|h z| = radius |theta|``; for parameters that are all zero there is nothing to follow."""
     trainables = Trainables({"a": torch.full((3, 4), 2.0), "b": torch.full((5,), -2.0)})
-    assert Radius(0.01, relative=True).at(trainables) == pytest.approx(0.02)
-    assert Radius(0.01).at(trainables) == pytest.approx(0.01)
+    assert Radius(0.01, relative=True).at(trainables, Rademacher()) == pytest.approx(0.02)
+    assert Radius(0.01).at(trainables, Rademacher()) == pytest.approx(0.01)
     with torch.no_grad():
         trainables.load_values([torch.zeros_like(tensor) for tensor in trainables.tensors])
-    assert Radius(0.01, relative=True).at(trainables) == pytest.approx(0.01)
+    assert Radius(0.01, relative=True).at(trainables, Rademacher()) == pytest.approx(0.01)
 
 
 def test_scaled_parameters_of_a_scaled_loss_have_the_same_relative_slopes() -> None:

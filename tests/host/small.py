@@ -53,7 +53,7 @@ def methods_where(wanted: Callable[[MethodFacts], bool]) -> list[str]:
     return [name for name in METHODS if wanted(FACTS[name])]
 
 
-SCALAR_METHODS = methods_where(lambda facts: facts.forward_only)
+SCALAR_METHODS = methods_where(lambda facts: facts.measures_slopes)
 
 
 @dataclass(frozen=True)

@@ -98,11 +98,11 @@ def test_the_counts_of_a_run_add_up(world: World, method: str) -> None:
         for line in lines[1:]:
             assert line[name] == sum(row[name] for row in rows if row["round"] <= line["round"])
     steps, probes = config.train.local_update_steps, config.fwdllm.probes
-    assert lines[-1]["forward_passes"] == 5 * asked * steps * (2 * probes if facts.forward_only else 1)
-    assert lines[-1]["backward_passes"] == (0 if facts.forward_only else 5 * asked * steps)
+    assert lines[-1]["forward_passes"] == 5 * asked * steps * (2 * probes if facts.measures_slopes else 1)
+    assert lines[-1]["backward_passes"] == (0 if facts.measures_slopes else 5 * asked * steps)
     dense = 4 * Session.open(config).parts.trainables.count
     for row in rows:
-        if facts.forward_only:
+        if facts.measures_slopes:
             assert 4 * steps * probes < row["upload_bytes"] <= 4 * steps * probes + 100
         elif facts.trains_blocks:
             assert 0.3 * dense < row["upload_bytes"] < 0.6 * dense, "one of two blocks, and the head"

@@ -122,7 +122,7 @@ def test_nan_on_a_repeat_stays_out_of_the_pool(world: World) -> None:
 
     assert federation.round(1, meddle=spoil).rejected == {2: "not_finite"}
     assert all(np.isfinite(entry.slopes).all() for entry in server.pooled.pool.entries)
-    assert server.pooled.pool.probes == 28
+    assert server.pooled.pool.directions == 28
 
 
 def test_a_pool_survives_rounds_without_an_answer_until_there_are_too_many(world: World) -> None:
@@ -154,7 +154,7 @@ def test_a_pool_holds_scalars_only(world: World) -> None:
             entry = server.pooled
             entry.collect([replace(answer, client=client, round_index=round_index)], {client: server.assigned[1]})
     held = sum(entry.slopes.nbytes + entry.along_reference.nbytes + len(entry.choices) for entry in pool.entries)
-    assert held == 4 * pool.probes == 4 * 3000 * 4
+    assert held == 4 * pool.directions == 4 * 3000 * 4
 
 
 @pytest.mark.slow

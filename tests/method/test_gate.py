@@ -13,9 +13,10 @@ from fs_fwdllm.config.schema import GateConfig
 from fs_fwdllm.core.direction import Gaussian, Rademacher
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.method.forward.gate import PublishedStatistic, RelativeVariance, VarianceGate, probe_spread, tensor_ids
+from fs_fwdllm.method.forward.gate import PublishedStatistic, RelativeVariance, VarianceGate, tensor_ids
 from fs_fwdllm.method.forward.pacing import make_gate
 from fs_fwdllm.method.forward.pool import Pool
+from fs_fwdllm.method.replica import probe_spreads
 from tests.method.pools import dense_directions, dense_estimate, flat, pool_of, replayer_for
 
 SIZES = (15, 7, 33)
@@ -58,19 +59,19 @@ def test_replay_equals_the_dense_computation(
     estimate = flat(pool.estimate(replayer))
     np.testing.assert_allclose(estimate, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
-    if pool.probes > 1:
+    if pool.directions > 1:
         for tensors, columns in ((None, slice(None)), ([1], slice(15, 22))):
             expected_variance = dense_published(replayer, pool, columns)
             assert PublishedStatistic(tensors)(pool, replayer) == pytest.approx(expected_variance, rel=1e-4)
 
     counts = pool.client_probes()
     noise = sum(
-        (samples[e.client] / sum(samples.values()) / counts[e.client] * float(slope)) ** 2 * probe_spread(replayer)
+        (samples[e.client] / sum(samples.values()) / counts[e.client] * float(slope)) ** 2 * probe_spreads(replayer)[0]
         for e in pool.entries
         for slope in e.slopes.ravel()
     )
     signal = float(expected @ expected) - noise
-    assert pool.noise(probe_spread(replayer)) == pytest.approx(noise, rel=1e-6)
+    assert pool.noise(probe_spreads(replayer)) == pytest.approx(noise, rel=1e-6)
     measured = RelativeVariance()(pool, replayer)
     if abs(signal) > 1e-4 * noise:
         assert measured == pytest.approx(noise / signal if signal > 0 else math.inf, rel=1e-2)
@@ -84,7 +85,7 @@ def test_a_client_that_missed_a_repeat_keeps_its_weight() -> None:
     pool = pool_of(replayer, gradients, 4, range(3), {1: 10, 2: 30, 3: 60}, absent)
     assert pool.client_weights() == pytest.approx({1: 0.1, 2: 0.3, 3: 0.6})
     assert pool.client_probes() == {1: 12, 2: 4, 3: 8}
-    assert pool.exchanges == 3 and pool.first_round == 0 and pool.probes == 24
+    assert pool.exchanges == 3 and pool.first_round == 0 and pool.directions == 24
 
 
 def test_relative_variance_does_not_know_the_scale_of_the_loss() -> None:

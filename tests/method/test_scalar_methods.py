@@ -37,7 +37,7 @@ def decayed(point: Point, factor: float) -> Point:
 
 def walk(federation: Federation, client: int, point: Point, round_index: int, weight_decay: float) -> Point:
     """One client's MeZO round: decay, then step against the mean slope, batch after batch."""
-    probes = federation.server.settings.plans[client].probes
+    probes = federation.server.settings.plans[client].directions
     model = federation.session.loaded.model
     for step, batch in enumerate(federation.batches(client, round_index)):
         signs = [direction(point, federation.config.seed, round_index, client, step, p) for p in range(probes)]
@@ -127,7 +127,7 @@ def test_a_forward_gradient_round_is_one_step_on_the_mean_estimate(world: World,
         samples = {client: sum(map(len, own)) for client, own in batches.items()}
         for client, own in batches.items():
             for step, batch in enumerate(own):
-                count = plans[client].probes
+                count = plans[client].directions
                 signs = [direction(point, federation.config.seed, round_index, client, step, p) for p in range(count)]
                 slopes = central_slopes(model, point, batch, signs, RADIUS)
                 share = samples[client] / sum(samples.values()) / (count * len(own))

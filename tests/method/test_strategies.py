@@ -51,7 +51,7 @@ def start() -> dict[str, torch.Tensor]:
 def a_server(name: str, clients: int, kind: type[ReplayServer] = SteppingServer, **changes: Any) -> ReplayServer:
     """A server of clients that take different numbers of steps."""
     schedule = Schedule(BASE, "cosine", ROUNDS)
-    plans = {client: WorkPlan(1 + client % 3, 2) for client in range(1, clients + 1)}
+    plans = {client: WorkPlan(1 + client % 3, (2,)) for client in range(1, clients + 1)}
     strategy = StrategySettings(name, SPAN, SEED)
     own = ServerSettings(**{"plans": plans, "schedule": schedule, "strategy": strategy, **changes})
     replayer = Replayer(Trainables(start()), SEED, Rademacher())
@@ -114,14 +114,14 @@ def walked(server: ReplayServer, update: ClientUpdate, rate: float) -> dict[str,
         return dict(zip(here, pieces, strict=True))
     plan = server.settings.plans[update.client]
     point = {name: value.clone() for name, value in here.items()}
-    for step, slopes in enumerate(update.values.reshape(plan.steps, plan.probes)):
+    for step, slopes in enumerate(update.values.reshape(plan.steps, plan.directions)):
         for value in point.values():
             if value.dim() > 1:
                 value *= 1 - rate * server.settings.weight_decay
         for probe, slope in enumerate(slopes):
             z = direction(here, SEED, update.round_index, update.client, step, probe)
             for name, value in point.items():
-                value -= rate / plan.probes * float(slope) * z[name]
+                value -= rate / plan.directions * float(slope) * z[name]
     return {name: (point[name] - here[name]).numpy().ravel() for name in here}
 
 

@@ -80,7 +80,7 @@ class Case:
         )
         parts = self.parts.with_config(self.config.model_copy(update={"fwdllm": own}))
         before = parts.trainables.digest()
-        measured = parts.make_estimator(make_distribution("rademacher")).slopes(self.objective.on(self.batch), KEYS)
+        measured = parts.measuring(make_distribution("rademacher"))(1).slopes(self.objective.on(self.batch), [KEYS])
         assert parts.trainables.digest() == before
         return measured.values, parts.remarks
 

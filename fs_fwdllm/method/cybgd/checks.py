@@ -17,7 +17,7 @@ def check_blocks(config: Config) -> None:
     if config.llm.adapter.use:
         raise ConfigError(
             f"llm.adapter.use true: {config.federate.method} trains the model's own blocks; set it to false, or train "
-            f"the adapter with {examples_of(lambda facts: facts.clients_step and not facts.forward_only)}"
+            f"the adapter with {examples_of(lambda facts: facts.clients_step and not facts.measures_slopes)}"
         )
     asked = own.parallel_blocks * own.clients_per_block
     if config.federate.sample_client_num not in (-1, asked) or config.federate.sample_client_rate > 0:

@@ -125,7 +125,7 @@ class BlockServer(RoundServer):
             digest=self._digest,
             learning_rate=rate,
             steps=self.settings.plans[client].steps,
-            probes=0,
+            probes=(),
             batch_index=self.round_index,
             catch_up=tuple(frames),
             block=visit.block,

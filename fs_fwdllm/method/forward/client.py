@@ -9,16 +9,16 @@ import numpy as np
 
 from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.direction import REFERENCE_SEED, AimedDirections, DirectionKey
-from fs_fwdllm.core.replay import Contributions, add_contributions
+from fs_fwdllm.core.replay import add_contributions
 from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import DivergenceError
-from fs_fwdllm.estimator import Estimator, Slopes
+from fs_fwdllm.estimator import Slopes
 from fs_fwdllm.method.client import BatchSettings
 from fs_fwdllm.method.forward.directed_sampling import residual_slopes
-from fs_fwdllm.method.probing import ProbingWorker
-from fs_fwdllm.method.replica import Replica, chosen_seeds
+from fs_fwdllm.method.probing import Measuring, ProbingWorker
+from fs_fwdllm.method.replica import Replica, chosen_seeds, contributions_of
 from fs_fwdllm.model.objective import Objective
 
 __all__ = ["LookingWorker"]
@@ -28,7 +28,7 @@ class LookingWorker(ProbingWorker):
     """Measures slopes without moving.
 
     Args:
-        directions: what ``estimator`` takes directions from, where assignments may say which; ``None`` where directions
+        directions: what ``measuring`` takes directions from, where assignments may say which; ``None`` where directions
             are as drawn.
     """
 
@@ -37,12 +37,12 @@ class LookingWorker(ProbingWorker):
         objective: Objective,
         replica: Replica,
         batches: BatchSettings,
-        estimator: Estimator,
+        measuring: Measuring,
         directions: AimedDirections | None = None,
         *,
         dense_upload: bool = False,
     ) -> None:
-        super().__init__(objective, replica, batches, estimator, dense_upload=dense_upload)
+        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload)
         self.directions = directions
 
     def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
@@ -61,7 +61,7 @@ class LookingWorker(ProbingWorker):
             return
         self.directions.chosen = {}
         if assignment.choices:
-            participant = (assignment.round_index, assignment.client, assignment.steps, assignment.probes)
+            participant = (assignment.round_index, assignment.client, assignment.steps, *assignment.probes)
             tensors = len(self.trainables.tensors)
             self.directions.chosen = chosen_seeds([participant], assignment.choices, tensors)
         if assignment.reference_scale:
@@ -69,12 +69,11 @@ class LookingWorker(ProbingWorker):
 
     def _slopes(self, assignment: Assignment, step: int, batch: Batch) -> Slopes:
         """The slopes of a step; with a reference, the last probe looks along it and the others get what it leaves."""
-        keys = self.keys(assignment, step)
         if not assignment.reference_scale:
-            return self._estimator.slopes(self.objective.on(batch), keys)
-        drawn, scale = keys[:-1], assignment.reference_scale
-        along = DirectionKey(self.replica.replayer.run_seed, REFERENCE_SEED)
-        slopes = self._estimator.slopes(self.objective.on(batch), [*drawn, along])
+            return self.look(assignment, step, batch)
+        (keys,), scale = self.keys(assignment, step), assignment.reference_scale  # of the one part that there is
+        drawn, along = keys[:-1], DirectionKey(self.replica.replayer.run_seed, REFERENCE_SEED)
+        slopes = self.measured_by(assignment).slopes(self.objective.on(batch), [[*drawn, along]])
         distribution = self.replica.replayer.distribution
         return replace(slopes, values=residual_slopes(slopes.values, drawn, self._reference(), scale, distribution))
 
@@ -88,8 +87,10 @@ class LookingWorker(ProbingWorker):
         """The pooled gradient estimate as one vector."""
         replayer = self.replica.replayer
         estimate = self.trainables.zeros_like()
-        for step, slopes in enumerate(measured):
-            coefficients = slopes.values.astype(np.float64) / (len(slopes.values) * len(measured))
-            contributions = Contributions(self.seeds(assignment, step), coefficients.astype(np.float32))
-            add_contributions(estimate, contributions, replayer.run_seed, replayer.distribution)
+        participant = (assignment.round_index, assignment.client, len(measured), *assignment.probes)
+        divisors = np.repeat(assignment.probes, assignment.probes) * len(measured)
+        rates = np.repeat(replayer.division.rates, assignment.probes)
+        values = np.concatenate([slopes.values.astype(np.float64) / divisors * rates for slopes in measured])
+        contributions = contributions_of(replayer, [participant], values.astype(np.float32))
+        add_contributions(estimate, contributions, replayer.run_seed, replayer.distribution, division=replayer.division)
         return flatten(estimate)

@@ -45,9 +45,10 @@ from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables, public_name
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.method.forward.pool import Pool
+from fs_fwdllm.method.replica import probe_spreads
 
 __all__ = [
-    "Decision", "GateStatistic", "PublishedStatistic", "RelativeVariance", "VarianceGate", "probe_spread", "tensor_ids"
+    "Decision", "GateStatistic", "PublishedStatistic", "RelativeVariance", "VarianceGate", "tensor_ids"
 ]  # fmt: skip
 
 #: What FwdLLM uses for DistilBERT and ALBERT.
@@ -90,17 +91,12 @@ class RelativeVariance(GateStatistic):
     """Noise over signal of the pooled estimate."""
 
     def __call__(self, pool: Pool, replayer: Replayer) -> float:
-        noise = pool.noise(probe_spread(replayer))
+        noise = pool.noise(probe_spreads(replayer))
         signal = squared_norm(pool.estimate(replayer)) - noise
         return noise / signal if signal > 0 else math.inf
 
     def default_threshold(self, dimensions: int) -> float:
         return math.sqrt(dimensions / 8.0)
-
-
-def probe_spread(replayer: Replayer) -> float:
-    """``E|g z - grad|^2 / |grad|^2`` of one probe, which the distribution knows."""
-    return replayer.distribution.spread(replayer.trainables.count)
 
 
 def tensor_ids(trainables: Trainables, name: str) -> list[int] | None:

@@ -67,7 +67,7 @@ class DirectedSampling:
             return dict(assigned)
         if self.kind == "corrected":
             return {client: replace(work, reference_scale=scale) for client, work in assigned.items()}
-        shares = {client: work.steps * work.probes for client, work in assigned.items()}
+        shares = {client: work.steps * sum(work.probes) for client, work in assigned.items()}
         round_index = next(iter(assigned.values())).round_index
         wanted = [part * sign for part in reference]
         choices = self.choose(round_index, sum(shares.values()), wanted, replayer)

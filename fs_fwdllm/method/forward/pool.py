@@ -6,11 +6,14 @@ gradient: 4 bytes a probe, whatever the number of parameters or clients. The est
     G = sum_c w_c 1/n_c sum_k g_ck z_ck
 
 where client ``c`` has weight ``w_c`` (its share of the samples) and ``n_c`` probes over all rounds of the pool. A
-client that missed a repeat has fewer probes but the same weight, so ``G`` estimates the same gradient."""
+client that missed a repeat has fewer probes but the same weight, so ``G`` estimates the same gradient.
+
+Where the trainables are divided into parts, all of this holds part by part: ``n_c`` counts the slopes of the part, the
+weights are the part's own (:mod:`fs_fwdllm.method.weights`), and the part's rate multiplies its coefficients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.wire import Participant
 from fs_fwdllm.method.replica import contributions_of
+from fs_fwdllm.method.weights import part_shares
 
 __all__ = ["Pool", "PoolEntry"]
 
@@ -28,9 +32,11 @@ class PoolEntry:
     """One client's answer in one round.
 
     Attributes:
-        slopes: float32 ``[steps, probes]`` along random directions (what a reference leaves of them, if there is one).
+        slopes: float32 ``[steps, directions]`` along random directions (what a reference leaves of them, if there is
+            one), part after part.
         along_reference: float32 ``[steps]``, slopes along the reference times ``scale``; empty without one.
         choices: which candidates were chosen, as the assignment had them.
+        probes: how many directions of a step each part has; all are the one part's if nothing is said.
     """
 
     round_index: int
@@ -40,15 +46,34 @@ class PoolEntry:
     along_reference: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     scale: float = 0.0
     choices: bytes = b""
+    probes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probes", self.probes or (self.slopes.shape[1],))
 
     @property
     def participant(self) -> Participant:
-        return (self.round_index, self.client, *self.slopes.shape)
+        return (self.round_index, self.client, len(self.slopes), *self.probes)
+
+    def columns(self, part: int) -> slice:
+        """Where in a step's slopes those of ``part`` are."""
+        start = sum(self.probes[:part])
+        return slice(start, start + self.probes[part])
+
+    def slopes_of(self, part: int) -> np.ndarray:
+        """Float32 ``[steps, probes of the part]``."""
+        return self.slopes[:, self.columns(part)]
 
 
 @dataclass
 class Pool:
     """Entries in the order of rounds, and of clients within a round.
+
+    Args:
+        equal_weights: clients count equally instead of by samples.
+        rates: per part, what its part of the estimate is multiplied with.
+        spreads: per part, variance of a single slope's estimate over ``|grad|^2``; without, clients that send different
+            numbers of slopes weigh by their samples alone.
 
     Attributes:
         first_round: the round whose clients and mini-batches the pool is about; ``None`` while it is empty.
@@ -56,15 +81,21 @@ class Pool:
     """
 
     equal_weights: bool
+    rates: tuple[float, ...] = (1.0,)
+    spreads: tuple[float, ...] | None = None
     entries: list[PoolEntry] = field(default_factory=list)
     exchanges: int = 0
+
+    @property
+    def parts(self) -> range:
+        return range(len(self.rates))
 
     @property
     def first_round(self) -> int | None:
         return self.entries[0].round_index if self.entries else None
 
     @property
-    def probes(self) -> int:
+    def directions(self) -> int:
         """Random directions evaluated so far."""
         return sum(entry.slopes.size for entry in self.entries)
 
@@ -88,28 +119,37 @@ class Pool:
         """All slopes along random directions, float64, in order."""
         return np.concatenate([entry.slopes.astype(np.float64).ravel() for entry in self.entries])
 
-    def client_weights(self) -> dict[int, float]:
-        """Every client's share of the samples (or an equal one); they sum to one."""
-        samples = {entry.client: 1 if self.equal_weights else entry.samples for entry in self.entries}
-        # As numpy has it for a round of its own, so that a step without a pool has the same bits.
-        shares = np.array(list(samples.values()), dtype=np.float64)
-        return dict(zip(samples, (shares / shares.sum()).tolist(), strict=True))
+    def client_weights(self, part: int = 0) -> dict[int, float]:
+        """Every client's weight in the estimate of a part; they sum to one."""
+        samples = {entry.client: entry.samples for entry in self.entries}
+        spread = None if self.spreads is None else self.spreads[part]
+        return part_shares(samples, self.client_probes(part), spread, equal=self.equal_weights)
 
-    def client_probes(self) -> dict[int, int]:
+    def client_probes(self, part: int = 0) -> dict[int, int]:
+        """How many slopes of a part each client has sent."""
         counts: dict[int, int] = {}
         for entry in self.entries:
-            counts[entry.client] = counts.get(entry.client, 0) + entry.slopes.size
+            counts[entry.client] = counts.get(entry.client, 0) + len(entry.slopes) * entry.probes[part]
         return counts
 
     def coefficients(self, sign: float = 1.0) -> np.ndarray:
-        """What every direction is multiplied with in ``sign * G``, float64 ``[probes]``."""
-        weights, counts = self.client_weights(), self.client_probes()
-        return np.concatenate(
-            [
-                (sign * weights[entry.client] / counts[entry.client] * entry.slopes.astype(np.float64)).ravel()
-                for entry in self.entries
-            ]
-        )
+        """What every direction is multiplied with in ``sign * G``, float64 ``[directions]``."""
+        made = [np.empty(entry.slopes.shape) for entry in self.entries]
+        for part, weighed in self._weighed():
+            rate = self.rates[part]
+            scale = sign if rate == 1.0 else sign * rate
+            for entry, coefficients, weight, count in zip(self.entries, made, *weighed, strict=True):
+                if count:
+                    own = scale * weight / count * entry.slopes_of(part).astype(np.float64)
+                    coefficients[:, entry.columns(part)] = own
+        return np.concatenate([coefficients.ravel() for coefficients in made])
+
+    def _weighed(self) -> Iterator[tuple[int, tuple[list[float], list[int]]]]:
+        """Per part, every entry's weight and its client's number of slopes."""
+        for part in self.parts:
+            weights, counts = self.client_weights(part), self.client_probes(part)
+            clients = [entry.client for entry in self.entries]
+            yield part, ([weights[client] for client in clients], [counts[client] for client in clients])
 
     def reference_coefficient(self, dimensions: int, sign: float = 1.0) -> float:
         """What the reference is multiplied with in ``sign * G``: ``sum_c w_c mean(g_r) scale / d``."""
@@ -133,27 +173,31 @@ class Pool:
         reference = self.reference_coefficient(replayer.trainables.count)
         return replayer.total(self.contributions(replayer, self.coefficients(), reference))
 
-    def noise(self, spread: float) -> float:
+    def noise(self, spreads: Sequence[float]) -> float:
         """Estimate of ``E|G - E G|^2`` from the scalars alone: ``sum_c w_c^2 / n_c * spread * mean_k g_ck^2``.
 
-        ``spread`` is ``E|g z - grad|^2 / |grad|^2`` of one probe: ``d - 1`` for signs.
+        ``spread`` is ``E|g z - grad|^2 / |grad|^2`` of one probe: ``d - 1`` for signs, part by part; the parts' errors
+        add up, each times its squared rate.
         """
-        weights, counts = self.client_weights(), self.client_probes()
-        return spread * sum(
-            (weights[entry.client] / counts[entry.client]) ** 2
-            * float(np.square(entry.slopes, dtype=np.float64).sum())
-            for entry in self.entries
-        )  # fmt: skip
+        total = 0.0
+        for part, weighed in self._weighed():
+            squares = sum(
+                (weight / count) ** 2 * float(np.square(entry.slopes_of(part), dtype=np.float64).sum())
+                for entry, weight, count in zip(self.entries, *weighed, strict=True)
+                if count
+            )
+            total += self.rates[part] ** 2 * spreads[part] * squares
+        return total
 
     def mean_squared_slope(self, dimensions: int) -> float:
         """Estimate of the clients' mean ``|grad_c|^2``: ``E g^2``, and what the reference explains (``g_r^2 / d``)."""
-        weights, counts = self.client_weights(), self.client_probes()
         total = 0.0
-        for entry in self.entries:
-            squares = float(np.square(entry.slopes, dtype=np.float64).sum())
-            explained = float(np.square(entry.along_reference, dtype=np.float64).sum()) / dimensions
-            explained *= entry.slopes.shape[1]
-            total += weights[entry.client] / counts[entry.client] * (squares + explained)
+        for part, weighed in self._weighed():
+            for entry, weight, count in zip(self.entries, *weighed, strict=True):
+                squares = float(np.square(entry.slopes_of(part), dtype=np.float64).sum())
+                explained = float(np.square(entry.along_reference, dtype=np.float64).sum()) / dimensions
+                explained *= entry.probes[part]
+                total += weight / count * (squares + explained) if count else 0.0
         return total
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
@@ -167,7 +211,9 @@ class Pool:
         return tensors
 
     def state_numbers(self) -> dict[str, object]:
-        rows = [[entry.round_index, entry.client, entry.samples, entry.scale] for entry in self.entries]
+        rows = [
+            [entry.round_index, entry.client, entry.samples, entry.scale, list(entry.probes)] for entry in self.entries
+        ]
         return {"pool": rows, "exchanges": self.exchanges}
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
@@ -184,7 +230,8 @@ class Pool:
                 along_reference=tensors.get(f"pool.along_reference.{index}", none).numpy().copy(),
                 scale=scale,
                 choices=tensors.get(f"pool.choices.{index}", none).numpy().tobytes(),
+                probes=tuple(probes),
             )
-            for index, (round_index, client, samples, scale) in enumerate(rows)
+            for index, (round_index, client, samples, scale, probes) in enumerate(rows)
         ]
         self.exchanges = int(str(numbers["exchanges"]))

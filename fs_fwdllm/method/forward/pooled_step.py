@@ -20,7 +20,7 @@ from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
 from fs_fwdllm.method.forward.step_control import norm_of
-from fs_fwdllm.method.replica import apply_round_update
+from fs_fwdllm.method.replica import apply_round_update, probe_spreads
 
 __all__ = ["PooledStep", "TakenStep"]
 
@@ -47,7 +47,8 @@ class PooledStep:
 
     Args:
         replayer: the server's own.
-        schedule, weight_decay, equal_weights: as in :class:`~fs_fwdllm.method.server.ServerSettings`.
+        schedule, weight_decay, equal_weights, weigh_by_precision: as in
+            :class:`~fs_fwdllm.method.server.ServerSettings`.
         momentum: of the server on the pooled estimate.
         pacing: gate, sampling and step control.
     """
@@ -61,8 +62,10 @@ class PooledStep:
         equal_weights: bool,
         momentum: float,
         pacing: Pacing,
+        weigh_by_precision: bool = True,
     ) -> None:
-        self.pool = Pool(equal_weights)
+        spreads = probe_spreads(replayer) if weigh_by_precision else None
+        self.pool = Pool(equal_weights, replayer.division.rates, spreads)
         self.server_steps = 0
         self.taken: TakenStep | None = None
         self._replayer = replayer
@@ -137,7 +140,7 @@ class PooledStep:
         columns: dict[str, object] = {
             "server_step": self.server_steps,
             "repeats": max(0, self.pool.exchanges - 1),
-            "pooled_probes": self.pool.probes,
+            "pooled_probes": self.pool.directions,
             "gate": "waiting" if decision is None else decision.outcome,
             "norm_growth": growth,
         }
@@ -161,9 +164,11 @@ class PooledStep:
 
 
 def _entry(update: ClientUpdate, work: Assignment) -> PoolEntry:
-    slopes = np.asarray(update.values, dtype=np.float32).reshape(work.steps, work.probes)
-    entry = PoolEntry(update.round_index, update.client, update.samples, slopes, choices=work.choices)
+    slopes = np.asarray(update.values, dtype=np.float32).reshape(work.steps, -1)
+    entry = PoolEntry(
+        update.round_index, update.client, update.samples, slopes, choices=work.choices, probes=work.probes
+    )
     if not work.reference_scale:
         return entry
     drawn, along = np.ascontiguousarray(slopes[:, :-1]), np.ascontiguousarray(slopes[:, -1])
-    return replace(entry, slopes=drawn, along_reference=along, scale=work.reference_scale)
+    return replace(entry, slopes=drawn, along_reference=along, scale=work.reference_scale, probes=())

@@ -23,7 +23,7 @@ def _make_worker(parts: Parts) -> ClientWorker:
         parts.objective,
         parts.replica,
         parts.batches,
-        parts.make_estimator(aimed or distribution),
+        parts.measuring(aimed or distribution),
         aimed,
         dense_upload=own.upload == "dense",
     )

@@ -39,6 +39,7 @@ class PooledServer(ReplayServer):
             settings.schedule,
             weight_decay=settings.weight_decay,
             equal_weights=settings.equal_weights,
+            weigh_by_precision=settings.weigh_by_precision,
             momentum=momentum,
             pacing=pacing or Pacing(),
         )
@@ -55,7 +56,7 @@ class PooledServer(ReplayServer):
         return round_index if first is None else first
 
     def expected_values(self, assignment: Assignment) -> int:
-        return assignment.steps * assignment.probes
+        return assignment.steps * sum(assignment.probes)
 
     def distances(self, accepted: list[ClientUpdate]) -> list[float]:
         raise ConfigError(

@@ -10,21 +10,47 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fs_fwdllm.core.division import Division
 from fs_fwdllm.core.learning_rate import decay_factor
 from fs_fwdllm.core.replay import Contributions
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.estimator import Estimator, Slopes
+from fs_fwdllm.estimator import Slopes
 from fs_fwdllm.method.client import BatchSettings
-from fs_fwdllm.method.probing import ProbingWorker
+from fs_fwdllm.method.probing import Measuring, ProbingWorker
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["Coefficients", "SteppingWorker"]
+__all__ = ["Coefficients", "SteppingWorker", "by_part"]
 
 #: From the slopes of steps, float64 ``[..., probes]``, and a learning rate, to what each direction is multiplied with
 #: (the same shape). Linear in the rate: the server weighs clients by it.
 Coefficients = Callable[[np.ndarray, float], np.ndarray]
+
+
+def by_part(
+    coefficients: Coefficients,
+    slopes: np.ndarray,
+    rate: float,
+    probes: Sequence[int],
+    division: Division,
+    weights: Sequence[float] | None = None,
+) -> np.ndarray:
+    """``coefficients`` of each part's slopes, at the part's own rate.
+
+    Args:
+        slopes: float64 ``[steps, directions]``, part after part.
+        weights: per part, what the client counts in it; 1 unless told.
+    """
+    pieces, start = [], 0
+    for part, count in enumerate(probes):
+        own = rate if division.rates[part] == 1.0 else rate * division.rates[part]
+        if weights is not None:
+            own = own * weights[part]
+        if count:
+            pieces.append(coefficients(slopes[:, start : start + count], own))
+        start += count
+    return np.concatenate(pieces, axis=1)
 
 
 class SteppingWorker(ProbingWorker):
@@ -40,19 +66,19 @@ class SteppingWorker(ProbingWorker):
         objective: Objective,
         replica: Replica,
         batches: BatchSettings,
-        estimator: Estimator,
+        measuring: Measuring,
         coefficients: Coefficients,
         *,
         weight_decay: float = 0.0,
         dense_upload: bool = False,
     ) -> None:
-        super().__init__(objective, replica, batches, estimator, dense_upload=dense_upload)
+        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload)
         self._coefficients = coefficients
         self._weight_decay = weight_decay
 
     def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
         if len(batches) == 1 and not self._dense_upload:
-            return self.answer(assignment, batches, [self._look(assignment, 0, batches[0])])
+            return self.answer(assignment, batches, [self.look(assignment, 0, batches[0])])
         with self._excursion() as start:
             measured = self.descend(assignment, batches, last_move=self._dense_upload)
             change = self._change_since(start) if self._dense_upload else None
@@ -62,20 +88,21 @@ class SteppingWorker(ProbingWorker):
         """Measure the slopes of every step; the trainables move after each, after the last only if asked."""
         measured: list[Slopes] = []
         for step, batch in enumerate(batches):
-            measured.append(self._look(assignment, step, batch))
+            measured.append(self.look(assignment, step, batch))
             if last_move or step + 1 < len(batches):
                 self._move(assignment, step, measured[-1])
         return measured
 
-    def _look(self, assignment: Assignment, step: int, batch: Batch) -> Slopes:
-        return self._estimator.slopes(self.objective.on(batch), self.keys(assignment, step))
-
     def _move(self, assignment: Assignment, step: int, slopes: Slopes) -> None:
         """One local step, taken on the device with the same arithmetic as a replay."""
-        rate = assignment.learning_rate
-        coefficients = self._coefficients(slopes.values.astype(np.float64), rate)
-        self.replica.replayer.apply(
-            Contributions(self.seeds(assignment, step), coefficients.astype(np.float32)),
+        rate, replayer = assignment.learning_rate, self.replica.replayer
+        values = slopes.values.astype(np.float64)[None]
+        coefficients = by_part(self._coefficients, values, rate, assignment.probes, replayer.division).ravel()
+        covered = (
+            None if len(assignment.probes) == 1 else np.repeat(np.arange(len(assignment.probes)), assignment.probes)
+        )
+        replayer.apply(
+            Contributions(self.seeds(assignment, step), coefficients.astype(np.float32), parts=covered),
             decay=decay_factor(rate, self._weight_decay),
             momentum=0.0,
             rate=0.0,

@@ -34,7 +34,7 @@ def local_step_recipe(coefficients_of: Callable[[Config], Coefficients]) -> Reci
             parts.objective,
             parts.replica,
             parts.batches,
-            parts.make_estimator(parts.replica.replayer.distribution),
+            parts.measuring(parts.replica.replayer.distribution),
             coefficients_of(config),
             weight_decay=config.train.optimizer.weight_decay,
             dense_upload=config.fwdllm.upload == "dense",

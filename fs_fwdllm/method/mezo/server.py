@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from fs_fwdllm.core.learning_rate import decay_factor
-from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, Participant, RoundUpdate, ScalarUpdate
-from fs_fwdllm.method.mezo.client import Coefficients
+from fs_fwdllm.method.mezo.client import Coefficients, by_part
 from fs_fwdllm.method.replay_server import ReplayServer
-from fs_fwdllm.method.replica import apply_round_update, later_decay, seeds_of
+from fs_fwdllm.method.replica import apply_round_update, contributions_of, later_decay, probe_spreads
 from fs_fwdllm.method.server import ServerSettings
 from fs_fwdllm.method.update_norms import ScalarChange, scalar_distances
+from fs_fwdllm.method.weights import part_shares
 
 __all__ = ["SteppingServer"]
 
@@ -30,15 +33,16 @@ class SteppingServer(ReplayServer):
         self._coefficients = coefficients
 
     def expected_values(self, assignment: Assignment) -> int:
-        return assignment.steps * assignment.probes
+        return assignment.steps * sum(assignment.probes)
 
     def distances(self, accepted: list[ClientUpdate]) -> list[float]:
         return scalar_distances(self.replayer, [self._change(update) for update in accepted])
 
     def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> RoundUpdate:
         values, decay = [], 0.0
-        for update, weight in zip(accepted, weights, strict=True):
-            values.append(self._coefficients(self._slopes(update), self._own_rate(update) * float(weight)))
+        shares = self._part_shares(accepted, weights)
+        for update, weight, own in zip(accepted, weights, shares, strict=True):
+            values.append(self._scaled(update, own))
             decay += float(weight) * self._own_factor(update) ** self.settings.plans[update.client].steps
         record = RoundUpdate(
             round_index=self.round_index,
@@ -61,12 +65,29 @@ class SteppingServer(ReplayServer):
 
     def _participant(self, update: ClientUpdate) -> Participant:
         plan = self.settings.plans[update.client]
-        return self.round_index, update.client, plan.steps, plan.probes
+        return self.round_index, update.client, plan.steps, *plan.probes
 
-    def _slopes(self, update: ClientUpdate) -> np.ndarray:
-        """What a client measured, float64 ``[steps, probes]``."""
+    def _part_shares(self, accepted: list[ClientUpdate], weights: np.ndarray) -> list[list[float]]:
+        """Every client's weight in each part; where all send equally many slopes, the share of the samples."""
+        counts = {update.client: self.settings.plans[update.client].probes for update in accepted}
+        if len(set(counts.values())) <= 1:
+            return [[float(weight)] * self.replayer.division.parts for weight in weights]
+        samples = {update.client: update.samples for update in accepted}
+        by_client: dict[int, list[float]] = {client: [] for client in samples}
+        for part, spread in enumerate(probe_spreads(self.replayer)):
+            slopes = {client: probes[part] for client, probes in counts.items()}
+            known = spread if self.settings.weigh_by_precision else None
+            shares = part_shares(samples, slopes, known, equal=self.settings.equal_weights)
+            for client, share in shares.items():
+                by_client[client].append(share)
+        return [by_client[update.client] for update in accepted]
+
+    def _scaled(self, update: ClientUpdate, weights: list[float] | None = None) -> np.ndarray:
+        """A client's coefficients ``[steps, directions]``, each part's times the client's weight in it."""
         plan = self.settings.plans[update.client]
-        return np.asarray(update.values, dtype=np.float64).reshape(plan.steps, plan.probes)
+        slopes = np.asarray(update.values, dtype=np.float64).reshape(plan.steps, plan.directions)
+        rate, division = self._own_rate(update), self.replayer.division
+        return by_part(self._coefficients, slopes, rate, plan.probes, division, weights)
 
     def _own_rate(self, update: ClientUpdate) -> float:
         """The rate of the client's local steps."""
@@ -78,7 +99,7 @@ class SteppingServer(ReplayServer):
     def _change(self, update: ClientUpdate) -> ScalarChange:
         """The client's local steps, unrolled."""
         plan, factor = self.settings.plans[update.client], self._own_factor(update)
-        coefficients = self._coefficients(self._slopes(update), self._own_rate(update)).ravel()
-        decayed = coefficients * later_decay(plan.steps, plan.probes, factor) if self._decays else None
-        seeds = seeds_of([self._participant(update)])
-        return ScalarChange(Contributions(seeds, coefficients, decayed), decay=factor**plan.steps)
+        coefficients = self._scaled(update).ravel()
+        decayed = coefficients * later_decay(plan.steps, plan.directions, factor) if self._decays else None
+        contributions = contributions_of(self.replayer, [self._participant(update)], coefficients)
+        return ScalarChange(replace(contributions, decayed=decayed), decay=factor**plan.steps)

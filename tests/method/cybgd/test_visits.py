@@ -281,7 +281,7 @@ def test_a_worker_refuses_another_base_model_and_other_records(world: World) -> 
         federation.worker(1).work(dataclasses.replace(assignment, held=(1, 5, 1)), examples)
     with pytest.raises(WireError, match="2 blocks, but the plan has 3"):
         federation.worker(1).work(dataclasses.replace(assignment, held=(1, 5)), examples)
-    plain = Assignment(0, 1, assignment.digest, 0.1, 1, 0, batch_index=0)
+    plain = Assignment(0, 1, assignment.digest, 0.1, 1, (), batch_index=0)
     with pytest.raises(WireError, match="was sent a Assignment"):
         federation.worker(1).work(plain, examples)
     foreign = BlockValues(99, 1, "float32", 1.0, True, False)
