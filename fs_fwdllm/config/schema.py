@@ -388,6 +388,11 @@ class BlocksConfig(Section):
 class FwdllmConfig(Section):
     estimator: str = Field("central", description="how a slope along a direction is measured")
     direction: str = Field("rademacher", description="distribution of a direction")
+    directions: Literal["own", "common"] = Field(
+        "own",
+        description="whose directions are looked along: each client's own, or the same orthogonal ones by all clients "
+        "of a round, for slopes that cost no pass (the server then sends probes numbers a round in all)",
+    )
     probes: int = Field(1, ge=1, description="directions per step: one slope each is measured and sent")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
     radius_scale: Literal["absolute", "relative"] = Field(

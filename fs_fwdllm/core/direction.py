@@ -38,6 +38,7 @@ from fs_fwdllm.core.registry import Registry
 
 __all__ = [
     "DIRECTIONS",
+    "EVERYBODY",
     "REFERENCE_SEED",
     "AimedDirections",
     "ConfinedDirections",
@@ -60,6 +61,8 @@ _VECTORISED_WORDS = 256
 _RECENT_LIMIT_BYTES = 64 << 20
 #: Owner of the candidates of a round, where a client stands in a direction's name.
 _CANDIDATES = -1
+#: Stands for all clients where a direction's client is named: the directions of a round that they have in common.
+EVERYBODY = (1 << 62) - 1
 #: Names the reference where a direction's seed is expected; outside the range of seeds.
 REFERENCE_SEED = -1
 
@@ -177,6 +180,10 @@ class Distribution(ABC):
 
         That is ``E|z|^2 (z . e)^2 - 1`` for any unit vector ``e``, since ``E[z z^T] = I``.
         """
+
+    def relative_variance(self, dimensions: int, count: int) -> float:
+        """The same for the mean of ``count`` probes; they are independent unless a distribution says otherwise."""
+        return self.spread(dimensions) / count
 
 
 class Rademacher(Distribution):

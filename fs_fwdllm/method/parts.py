@@ -22,6 +22,7 @@ from fs_fwdllm.config.schema import Config
 from fs_fwdllm.config.sources import Source, counts_of, division_of, estimators_of, groups_of_sources, sources_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution, make_distribution
 from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.orthogonal import OrthogonalRows
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import collate, steps_per_epoch
@@ -177,8 +178,13 @@ class Parts:
 
 
 def _replayer(config: Config, trainables: Trainables) -> Replayer:
-    division = division_of(config, trainables.names) if config.method.measures_slopes else None
-    return Replayer(trainables, config.seed, make_distribution(config.fwdllm.direction), division=division)
+    distribution = make_distribution(config.fwdllm.direction)
+    if not config.method.measures_slopes:
+        return Replayer(trainables, config.seed, distribution)
+    division = division_of(config, trainables.names)
+    if config.fwdllm.directions == "common":
+        distribution = OrthogonalRows(trainables.tensors, division)
+    return Replayer(trainables, config.seed, distribution, division=division)
 
 
 def _nothing_to_check(config: Config) -> None:

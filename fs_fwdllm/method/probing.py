@@ -18,7 +18,7 @@ from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.estimator import PartedEstimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.replica import Replica
+from fs_fwdllm.method.replica import Replica, common_seeds
 from fs_fwdllm.model.objective import Objective
 
 __all__ = ["Measuring", "ProbingWorker"]
@@ -32,6 +32,7 @@ class ProbingWorker(ClientWorker):
 
     Args:
         measuring: by client, how its slopes are measured.
+        in_common: all clients of a round look along the same directions.
         dense_upload: send the change (or the gradient estimate) instead of the slopes, as the published systems do.
     """
 
@@ -43,14 +44,18 @@ class ProbingWorker(ClientWorker):
         measuring: Measuring,
         *,
         dense_upload: bool = False,
+        in_common: bool = False,
     ) -> None:
         super().__init__(objective, replica, batches)
+        self._in_common = in_common
         self.replica: Replica = replica
         self._measuring = measuring
         self._dense_upload = dense_upload
 
     def seeds(self, assignment: Assignment, step: int) -> list[int]:
-        """The seeds of a step's directions, in order."""
+        """The seeds of a step's directions, in order; those of a round where all clients have them in common."""
+        if self._in_common:
+            return common_seeds(assignment.round_index, assignment.probes)
         probes = range(sum(assignment.probes))
         return [direction_seed(assignment.round_index, assignment.client, step, probe) for probe in probes]
 

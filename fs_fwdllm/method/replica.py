@@ -7,12 +7,13 @@ arrived.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fs_fwdllm.core.direction import AimedDirections, candidate_seed, direction_seed
+from fs_fwdllm.core.direction import EVERYBODY, AimedDirections, candidate_seed, direction_seed
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import DenseState, Participant, RoundUpdate, decode
@@ -22,6 +23,7 @@ __all__ = [
     "Replica",
     "apply_round_update",
     "chosen_seeds",
+    "common_seeds",
     "contributions_of",
     "directions_of",
     "later_decay",
@@ -33,12 +35,19 @@ __all__ = [
 
 def seeds_of(participants: Sequence[Participant]) -> list[int]:
     """Direction seeds in replay order: participant, then step, then probe."""
-    return [
-        direction_seed(round_index, client, step, probe)
-        for round_index, client, steps, *probes in participants
-        for step in range(steps)
-        for probe in range(sum(probes))
-    ]
+    seeds: list[int] = []
+    for round_index, client, steps, *probes in participants:
+        if client == EVERYBODY:
+            seeds += common_seeds(round_index, probes) * steps
+        else:
+            steps_and_probes = itertools.product(range(steps), range(sum(probes)))
+            seeds += [direction_seed(round_index, client, step, probe) for step, probe in steps_and_probes]
+    return seeds
+
+
+def common_seeds(round_index: int, probes: Sequence[int]) -> list[int]:
+    """The seeds of directions that all clients have in common: each part counts its own through all rounds."""
+    return [round_index * count + probe for count in probes for probe in range(count)]
 
 
 def directions_of(participants: Sequence[Participant]) -> int:

@@ -148,6 +148,6 @@ def test_what_choices_cost(world: World) -> None:
         (work,) = federation.server.assign(1, [1]).values()
         bare = len(encode(work)) - sum(map(len, work.catch_up))
         sizes[kind] = bare
-        tensors, probes = len(federation.server.trainables.tensors), work.steps * work.probes
+        tensors, probes = len(federation.server.trainables.tensors), work.steps * sum(work.probes)
     assert sizes["published"] - sizes["none"] == pytest.approx(4 * tensors * probes, abs=4)
     assert sizes["corrected"] == sizes["none"]

@@ -248,3 +248,50 @@ def test_a_client_that_is_configured_otherwise_says_so(world: World) -> None:
     assignment = server.server.assign(0, [1])[1]
     with pytest.raises(WireError, match=r"asked for \[5\] slopes a step.*says \[6\]"):
         client.worker(1).work(assignment, client.session.data.clients[1].train)
+
+
+COMMON = {**HEAD_ONLY, **forward(estimator="closed_form", directions="common", probes=9)}
+
+
+def test_directions_in_common_cost_the_same_download_whatever_the_number_of_clients(world: World) -> None:
+    sizes = []
+    for clients in (2, 4):
+        federation = Federation(world.config(COMMON | {"federate.client_num": clients}), separate_workers=True)
+        rounds(federation, 2)
+        frames = [assignment.catch_up for assignment in federation.server.assign(2, federation.clients).values()]
+        sizes.append({len(frame) for catch_up in frames for frame in catch_up[-1:]})
+        for client in federation.clients:
+            replica = federation.worker(client).replica
+            replica.follow(federation.server.assigned[client].catch_up, federation.server.assigned[client].digest)
+            assert replica.digest == federation.server.digest
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"fwdllm.server_momentum": 0.9}, {"train.local_update_steps": 2}])
+def test_a_step_along_common_directions_is_the_projected_mean_gradient(world: World, settings: dict[str, Any]) -> None:
+    """With as many rows as the matrix has, the step is the step of FedSGD, whose clients send whole gradients."""
+    with_all = COMMON | {"fwdllm.probes": 128} | settings
+    sgd = {
+        **HEAD_ONLY,
+        "federate.method": "FedSGD",
+        "train.optimizer.momentum": with_all.get("fwdllm.server_momentum", 0),
+    }
+    ours = Federation(world.config(with_all))
+    theirs = Federation(world.config(sgd | {key: value for key, value in settings.items() if "train" in key}))
+    assert ours.server.trainables.count <= 128
+    rounds(ours, 2), rounds(theirs, 2)
+    np.testing.assert_allclose(ours.parameters(), theirs.parameters(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fwdllm.estimator": "one_sided"}, "every client would spend its passes on the same few directions"),
+        ({"fwdllm.gate.kind": "relative"}, "fwdllm.gate.kind 'relative'"),
+        ({"federate.method": "fedmezo"}, "clients that step look from different points"),
+    ],
+)
+def test_directions_in_common_are_refused_where_they_lose(world: World, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Federation(world.config(COMMON | settings))
+    assert words in str(caught.value)

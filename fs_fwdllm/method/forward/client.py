@@ -41,8 +41,9 @@ class LookingWorker(ProbingWorker):
         directions: AimedDirections | None = None,
         *,
         dense_upload: bool = False,
+        in_common: bool = False,
     ) -> None:
-        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload)
+        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload, in_common=in_common)
         self.directions = directions
 
     def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:

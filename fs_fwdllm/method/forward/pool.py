@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fs_fwdllm.core.direction import EVERYBODY
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.wire import Participant
 from fs_fwdllm.method.replica import contributions_of
@@ -143,6 +144,12 @@ class Pool:
                     own = scale * weight / count * entry.slopes_of(part).astype(np.float64)
                     coefficients[:, entry.columns(part)] = own
         return np.concatenate([coefficients.ravel() for coefficients in made])
+
+    def in_common(self, coefficients: np.ndarray) -> tuple[tuple[Participant, ...], np.ndarray]:
+        """Who took part and with what coefficients, where all entries of one round are along the same directions."""
+        entry = self.entries[0]
+        total = coefficients.reshape(-1, entry.slopes.shape[1]).sum(axis=0)
+        return ((entry.round_index, EVERYBODY, 1, *entry.probes),), total
 
     def _weighed(self) -> Iterator[tuple[int, tuple[list[float], list[int]]]]:
         """Per part, every entry's weight and its client's number of slopes."""

@@ -51,6 +51,7 @@ class PooledStep:
             :class:`~fs_fwdllm.method.server.ServerSettings`.
         momentum: of the server on the pooled estimate.
         pacing: gate, sampling and step control.
+        in_common: all clients of a round look along the same directions.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class PooledStep:
         momentum: float,
         pacing: Pacing,
         weigh_by_precision: bool = True,
+        in_common: bool = False,
     ) -> None:
         spreads = probe_spreads(replayer) if weigh_by_precision else None
         self.pool = Pool(equal_weights, replayer.division.rates, spreads)
         self.server_steps = 0
         self.taken: TakenStep | None = None
+        self._in_common = in_common
         self._replayer = replayer
         self._schedule = schedule
         self._weight_decay = weight_decay
@@ -110,6 +113,9 @@ class PooledStep:
     def _record(self, round_index: int, digest: bytes) -> RoundUpdate:
         rate = self._schedule(round_index)
         scale = (1.0 if self._momentum else -rate) * self.pacing.control(self.pool, self._replayer)
+        participants, values = self.pool.participants, self.pool.coefficients(scale)
+        if self._in_common:  # one set of directions: the clients' coefficients add up to one set, too
+            participants, values = self.pool.in_common(values)
         return RoundUpdate(
             round_index=round_index,
             digest_before=digest,
@@ -118,11 +124,11 @@ class PooledStep:
             step_decay=(),
             momentum=self._momentum,
             rate=rate,
-            participants=self.pool.participants,
+            participants=participants,
             keeps_reference=self.pacing.sampling.keeps_reference,
             reference=self.pool.reference_coefficient(self._replayer.trainables.count, scale),
             choices=self.pool.choices,
-            values=self.pool.coefficients(scale),
+            values=values,
         )
 
     def columns(self, decision: Decision | None, step_norm: float | None) -> dict[str, object]:

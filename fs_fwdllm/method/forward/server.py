@@ -23,6 +23,7 @@ class PooledServer(ReplayServer):
     Args:
         momentum: of the server on the pooled estimate.
         pacing: gate, directed sampling and step control; the plain step unless told.
+        in_common: all clients of a round look along the same directions.
 
     Attributes:
         pooled: the pool and its step.
@@ -31,7 +32,13 @@ class PooledServer(ReplayServer):
     answer = ScalarUpdate
 
     def __init__(
-        self, replayer: Replayer, settings: ServerSettings, *, momentum: float = 0.0, pacing: Pacing | None = None
+        self,
+        replayer: Replayer,
+        settings: ServerSettings,
+        *,
+        momentum: float = 0.0,
+        pacing: Pacing | None = None,
+        in_common: bool = False,
     ) -> None:
         super().__init__(replayer, settings)
         self.pooled = PooledStep(
@@ -42,6 +49,7 @@ class PooledServer(ReplayServer):
             weigh_by_precision=settings.weigh_by_precision,
             momentum=momentum,
             pacing=pacing or Pacing(),
+            in_common=in_common,
         )
         self._decision: Decision | None = None
         self._step_norm: float | None = None

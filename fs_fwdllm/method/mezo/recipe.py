@@ -49,6 +49,12 @@ def local_step_recipe(coefficients_of: Callable[[Config], Coefficients]) -> Reci
 
 
 def _check(config: Config) -> None:
+    if config.fwdllm.directions != "own":
+        raise ConfigError(
+            f"fwdllm.directions {config.fwdllm.directions!r}: clients that step look from different points, so the "
+            f"directions of a round cannot be one set; set it to own or use "
+            f"{examples_of(lambda facts: facts.pools_slopes)}"
+        )
     if config.fwdllm.server_momentum:
         raise ConfigError(
             f"fwdllm.server_momentum {config.fwdllm.server_momentum}: the clients take the steps, so the server has no "
