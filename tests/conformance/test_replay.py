@@ -65,8 +65,8 @@ LANGUAGE_MODEL_CASES = ("mezo, decay", "forward, momentum", "forward, forward mo
 scalar_cases = pytest.mark.parametrize("case", SCALAR_CASES)
 
 
-def momentum_bits(replayer: Replayer) -> list[bytes]:
-    return [buffer.cpu().numpy().tobytes() for buffer in replayer.momentum or ()]
+def moment_bits(replayer: Replayer) -> list[bytes]:
+    return [buffer.cpu().numpy().tobytes() for buffers in replayer.moments.values() for buffer in buffers]
 
 
 def assert_equal_bits(replica: Replica, federation: Federation) -> None:
@@ -77,7 +77,7 @@ def assert_equal_bits(replica: Replica, federation: Federation) -> None:
     assert replica.replayer.digest() == server.replayer.digest() == server.digest
     for ours, theirs in zip(replica.trainables.tensors, server.trainables.tensors, strict=True):
         assert torch.equal(ours.detach(), theirs.detach())
-    assert momentum_bits(replica.replayer) == momentum_bits(server.replayer)
+    assert moment_bits(replica.replayer) == moment_bits(server.replayer)
 
 
 def follow(federation: Federation, assignment: Assignment) -> Replica:
@@ -88,10 +88,10 @@ def follow(federation: Federation, assignment: Assignment) -> Replica:
 
 
 def bits_held(worker: ClientWorker) -> tuple[object, ...]:
-    """Everything a client's model is: parameters, frozen or not, and momentum; and their digest, taken now."""
+    """Everything a client's model is: parameters, frozen or not, and moments; and their digest, taken now."""
     model, replica = worker.objective.model, worker.replica
     if isinstance(replica, Replica):
-        held: tuple[object, ...] = (momentum_bits(replica.replayer), replica.replayer.digest())
+        held: tuple[object, ...] = (moment_bits(replica.replayer), replica.replayer.digest())
     else:
         assert isinstance(replica, BlockReplica)
         replica.store.forget_digests()
