@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fs_fwdllm.config.methods import MethodFacts, examples_of
 from fs_fwdllm.config.registries import ESTIMATORS
-from fs_fwdllm.config.schema import Config
+from fs_fwdllm.config.schema import Config, FwdllmConfig
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.parts import recipe_of
 
@@ -63,7 +63,7 @@ def _check_estimator(config: Config) -> None:
 
 
 def _refuse_pacing(config: Config) -> None:
-    """Gate, sampling and step control mean nothing where no server step is built from pooled slopes."""
+    """Gate, sampling, step control and Adam mean nothing where no server step is built from pooled slopes."""
     own = config.fwdllm
     asked = [
         f"{name} {value!r}"
@@ -74,6 +74,9 @@ def _refuse_pacing(config: Config) -> None:
             ("fwdllm.step.control", own.step.control, "none"),
             ("fwdllm.step.report_norms", own.step.report_norms, False),
             ("fwdllm.step.report_cosine", own.step.report_cosine, False),
+            ("fwdllm.server_optimizer", own.server_optimizer, "sgd"),
+            ("fwdllm.server_betas", own.server_betas, FwdllmConfig.model_fields["server_betas"].default),
+            ("fwdllm.server_epsilon", own.server_epsilon, FwdllmConfig.model_fields["server_epsilon"].default),
         )
         if value != neutral
     ]

@@ -50,6 +50,13 @@ SCALAR_CASES: dict[str, dict[str, Any]] = {
     "forward, decay": {**_FORWARD, **_DECAY},
     "forward, momentum": {**_FORWARD, "fwdllm.server_momentum": 0.9},
     "forward, momentum and decay": {**_FORWARD, **_DECAY, "fwdllm.server_momentum": 0.9},
+    "forward, adam": {**_FORWARD, "fwdllm.server_optimizer": "adam"},
+    "forward, adam and decay": {
+        **_FORWARD,
+        **_DECAY,
+        "fwdllm.server_optimizer": "adam",
+        "fwdllm.server_betas": [0, 0.9],
+    },
     "forward, gaussian, momentum": {**_FORWARD, "fwdllm.direction": "gaussian", "fwdllm.server_momentum": 0.5},
     "forward, one-sided, batched": {**_FORWARD, "fwdllm.estimator": "one_sided", "fwdllm.probes_per_batch": 3},
     "forward, forward mode": {**_FORWARD, "fwdllm.estimator": "forward_mode", "fwdllm.probes_per_batch": 2},
@@ -58,9 +65,10 @@ SCALAR_CASES: dict[str, dict[str, Any]] = {
 }
 PORTABLE_CASES = [name for name, case in SCALAR_CASES.items() if case.get("fwdllm.direction") != "gaussian"]
 ARRIVAL_CASES = (
-    "mezo", "mezo, decay", "mezo, gaussian", "forward", "forward, momentum and decay", "forward, two batches"
+    "mezo", "mezo, decay", "mezo, gaussian", "forward", "forward, momentum and decay", "forward, adam",
+    "forward, two batches",
 )  # fmt: skip
-LANGUAGE_MODEL_CASES = ("mezo, decay", "forward, momentum", "forward, forward mode")
+LANGUAGE_MODEL_CASES = ("mezo, decay", "forward, momentum", "forward, adam", "forward, forward mode")
 
 scalar_cases = pytest.mark.parametrize("case", SCALAR_CASES)
 
@@ -182,7 +190,7 @@ def test_every_chunk_size_rebuilds_the_same_bits(world: World, case: str) -> Non
             assert_equal_bits(replica, federation)
 
 
-@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay"])
+@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay", "forward, adam and decay"])
 def test_a_client_that_missed_rounds_gets_their_scalars(world: World, case: str) -> None:
     federation = Federation(world.config(SCALAR_CASES[case]), separate_workers=True)
     federation.round(0)
@@ -199,7 +207,7 @@ def test_a_client_that_missed_rounds_gets_their_scalars(world: World, case: str)
     assert_equal_bits(follow(federation, assigned[4]), federation)
 
 
-@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay"])
+@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay", "forward, adam and decay"])
 def test_a_client_that_missed_very_many_rounds_gets_the_parameters(world: World, case: str) -> None:
     """As soon as the records outweigh the parameters, and never earlier."""
     federation = Federation(world.config(SCALAR_CASES[case]), separate_workers=True)
@@ -217,9 +225,10 @@ def test_a_client_that_missed_very_many_rounds_gets_the_parameters(world: World,
     (assignment,) = server.assign(round_index + 1, [4]).values()
     (state,) = map(decode, assignment.catch_up)
     assert isinstance(state, DenseState)
-    assert state.has_momentum == ("momentum" in case)
+    assert state.has_momentum == ("mezo" not in case)
+    assert state.has_second_moment == ("adam" in case)
     size = len(assignment.catch_up[0])
-    assert 0 < size - budget * (1 + state.has_momentum) < 100
+    assert 0 < size - budget * (1 + state.has_momentum + state.has_second_moment) < 100
     assert_equal_bits(follow(federation, assignment), federation)
     server.absorb([federation.work(assignment)])
     (after,) = server.assign(round_index + 2, [4]).values()

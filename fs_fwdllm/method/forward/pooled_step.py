@@ -19,6 +19,7 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate, RoundUpdate
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
+from fs_fwdllm.method.forward.server_optimizer import ServerOptimizer
 from fs_fwdllm.method.forward.step_control import norm_of
 from fs_fwdllm.method.replica import apply_round_update
 
@@ -31,7 +32,7 @@ class TakenStep:
 
     Attributes:
         start: the parameters it was estimated at.
-        estimate: the pooled gradient estimate, before step control and momentum.
+        estimate: the pooled gradient estimate, before step control and optimiser.
         weights: of the clients whose mini-batches it is about.
         batch_index: the round that names those mini-batches.
     """
@@ -48,7 +49,7 @@ class PooledStep:
     Args:
         replayer: the server's own.
         schedule, weight_decay, equal_weights: as in :class:`~fs_fwdllm.method.server.ServerSettings`.
-        momentum: of the server on the pooled estimate.
+        optimizer: what the server steps with on the pooled estimate.
         pacing: gate, sampling and step control.
     """
 
@@ -59,7 +60,7 @@ class PooledStep:
         *,
         weight_decay: float,
         equal_weights: bool,
-        momentum: float,
+        optimizer: ServerOptimizer,
         pacing: Pacing,
     ) -> None:
         self.pool = Pool(equal_weights)
@@ -68,13 +69,13 @@ class PooledStep:
         self._replayer = replayer
         self._schedule = schedule
         self._weight_decay = weight_decay
-        self._momentum = momentum
+        self._optimizer = optimizer
         self.pacing = pacing
         self._initial_norm = norm_of(replayer.trainables.tensors)
 
     def equip(self, assigned: Mapping[int, Assignment]) -> dict[int, Assignment]:
         """Assignments that say where to look, where directions are sampled discriminatively."""
-        sign = 1.0 if self._momentum else -1.0
+        sign = 1.0 if self._optimizer.takes_gradient else -1.0
         return self.pacing.sampling.equip(assigned, self._replayer, server_step=self.server_steps, sign=sign)
 
     def collect(self, accepted: Sequence[ClientUpdate], assigned: Mapping[int, Assignment]) -> None:
@@ -106,15 +107,17 @@ class PooledStep:
 
     def _record(self, round_index: int, digest: bytes) -> RoundUpdate:
         rate = self._schedule(round_index)
-        scale = (1.0 if self._momentum else -rate) * self.pacing.control(self.pool, self._replayer)
+        numbers = self._optimizer.numbers(self.server_steps + 1)
+        scale = (1.0 if self._optimizer.takes_gradient else -rate) * self.pacing.control(self.pool, self._replayer)
         return RoundUpdate(
             round_index=round_index,
             digest_before=digest,
             digest_after=digest,
             decay=decay_factor(rate, self._weight_decay),
             step_decay=(),
-            momentum=self._momentum,
+            momentum=numbers.momentum,
             rate=rate,
+            adam=numbers.adam,
             participants=self.pool.participants,
             keeps_reference=self.pacing.sampling.keeps_reference,
             reference=self.pool.reference_coefficient(self._replayer.trainables.count, scale),

@@ -11,6 +11,7 @@ from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pooled_step import PooledStep, TakenStep
+from fs_fwdllm.method.forward.server_optimizer import ServerOptimizer, Sgd
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.server import ServerSettings
 
@@ -21,7 +22,7 @@ class PooledServer(ReplayServer):
     """Steps on what all clients' probes estimate together.
 
     Args:
-        momentum: of the server on the pooled estimate.
+        optimizer: what the server steps with on the pooled estimate; plain SGD unless told.
         pacing: gate, directed sampling and step control; the plain step unless told.
 
     Attributes:
@@ -31,7 +32,12 @@ class PooledServer(ReplayServer):
     answer = ScalarUpdate
 
     def __init__(
-        self, replayer: Replayer, settings: ServerSettings, *, momentum: float = 0.0, pacing: Pacing | None = None
+        self,
+        replayer: Replayer,
+        settings: ServerSettings,
+        *,
+        optimizer: ServerOptimizer | None = None,
+        pacing: Pacing | None = None,
     ) -> None:
         super().__init__(replayer, settings)
         self.pooled = PooledStep(
@@ -39,7 +45,7 @@ class PooledServer(ReplayServer):
             settings.schedule,
             weight_decay=settings.weight_decay,
             equal_weights=settings.equal_weights,
-            momentum=momentum,
+            optimizer=optimizer or Sgd(),
             pacing=pacing or Pacing(),
         )
         self._decision: Decision | None = None
