@@ -25,6 +25,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import PoolEntry
 from fs_fwdllm.method.forward.pooled_step import PooledStep
+from fs_fwdllm.method.forward.server_optimizer import Sgd
 from fs_fwdllm.method.forward.step_control import STEP_CONTROLS, norm_of
 
 _FEATURES, _CLASSES, _BATCH = 20, 4, 8
@@ -64,7 +65,7 @@ def run(control: str, rate: float, updates: int, probes: int, seed: int) -> dict
     replayer = Replayer(trainables, seed, Rademacher())
     schedule = Schedule(rate, "constant", updates)
     pacing = Pacing(control=STEP_CONTROLS[control])
-    step = PooledStep(replayer, schedule, weight_decay=0.0, equal_weights=True, momentum=0.0, pacing=pacing)
+    step = PooledStep(replayer, schedule, weight_decay=0.0, equal_weights=True, optimizer=Sgd(), pacing=pacing)
     best = accuracy = 0.0
     for index in range(updates):
         keys = [DirectionKey(seed, direction_seed(index, 1, 0, probe)) for probe in range(probes)]

@@ -107,6 +107,36 @@ CONFIG_MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {**_MEZO, "fwdllm.server_momentum": 0.9},
         ("fwdllm.server_momentum 0.9", "federate.method: fedfwd"),
     ),
+    "Adam with MeZO": (
+        {**_MEZO, "fwdllm.server_optimizer": "adam"},
+        ("fwdllm.server_optimizer 'adam'", "federate.method: fedfwd"),
+    ),
+    "Adam where gradients travel": (
+        {"fwdllm.server_optimizer": "adam", "fwdllm.upload": "dense"},
+        ("fwdllm.server_optimizer 'adam'", "fwdllm.upload 'dense'", "fwdllm.upload: scalars"),
+    ),
+    "an epsilon with MeZO": ({**_MEZO, "fwdllm.server_epsilon": 1e-6}, ("fwdllm.server_epsilon 1e-06", "fedfwd")),
+    "momentum with Adam": (
+        {"fwdllm.server_optimizer": "adam", "fwdllm.server_momentum": 0.9},
+        ("fwdllm.server_momentum 0.9", "fwdllm.server_betas [0.9, 0.999]", "set fwdllm.server_momentum to 0"),
+    ),
+    "step control with Adam": (
+        {"fwdllm.server_optimizer": "adam", "fwdllm.step.control": "normalised"},
+        ("fwdllm.step.control 'normalised'", "fwdllm.server_optimizer to sgd"),
+    ),
+    "betas without Adam": (
+        {"fwdllm.server_betas": [0.9, 0.99]},
+        ("fwdllm.server_betas [0.9, 0.99]", "leave it at [0.9, 0.999]", "fwdllm.server_optimizer: adam"),
+    ),
+    "an epsilon without Adam": (
+        {"fwdllm.server_epsilon": 1e-6},
+        ("fwdllm.server_epsilon 1e-06", "fwdllm.server_optimizer: adam"),
+    ),
+    "a beta of one": ({"fwdllm.server_betas": [0.9, 1]}, ("fwdllm.server_betas", "[0.9, 1]", "below 1")),
+    "a negative beta": ({"fwdllm.server_betas": [-0.1, 0.9]}, ("fwdllm.server_betas", "at least 0")),
+    "one beta": ({"fwdllm.server_betas": [0.9]}, ("fwdllm.server_betas", "[0.9]", "2")),
+    "no epsilon": ({"fwdllm.server_epsilon": 0}, ("fwdllm.server_epsilon", "at least 1e-16")),
+    "unknown server optimiser": ({"fwdllm.server_optimizer": "adm"}, ("fwdllm.server_optimizer", "'adm'", "'adam'")),
     "more clients a round than clients": (
         {"federate.sample_client_num": 9},
         ("federate.sample_client_num 9", "1 to 4", "-1 for all"),

@@ -73,6 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fedavg, decay": ("fedavg", LORA, {"train": {"optimizer": DECAYING}}),
     "forward, decay": ("fedfwd", LORA, {"train": {"optimizer": DECAYING}}),
     "momentum": ("fedfwd", HEAD, {"fwdllm": {"estimator": "one_sided", "probes": 4, "server_momentum": 0.9}}),
+    "moments in the state": ("fedfwd", HEAD, {"fwdllm": {"probes": 70, "server_optimizer": "adam"}}),
     "some clients": ("fedfwd", LORA, {"federate": {"method": "fedfwd", "client_num": 5, "sample_client_num": 2}}),
     "forward mode": ("fedfwd", HEAD, {"fwdllm": {"estimator": "forward_mode", "probes": 5, "probes_per_batch": 2}}),
     "more than the head": ("fedfwd", HEAD, {"fwdllm": {"probes": 70, "probes_per_batch": 70}}),

@@ -418,7 +418,19 @@ class FwdllmConfig(Section):
         "each brings, or samples alone",
     )
     upload: Literal["scalars", "dense"] = Field("scalars", description="what a client that measures slopes sends")
+    server_optimizer: Literal["sgd", "adam"] = Field(
+        "sgd", description="what the server steps with on the rebuilt gradient; sgd has server_momentum"
+    )
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
+    server_betas: list[float] = Field(
+        [0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="decay rates (at least 0, below 1) of Adam's running means of the rebuilt gradient and its square",
+    )
+    server_epsilon: float = Field(
+        1e-8, description="what Adam adds to the root of the squares' mean before it divides by it; at least 1e-16"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations wherever there is backpropagation")
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto", description="attention kernel; auto is eager for forward_mode and batched probes, else the default"
@@ -479,6 +491,20 @@ class FwdllmConfig(Section):
     @classmethod
     def _direction_is_known(cls, value: str) -> str:
         return _known(DIRECTIONS, value)
+
+    @field_validator("server_betas")
+    @classmethod
+    def _betas_are_decay_rates(cls, value: list[float]) -> list[float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both must be at least 0 and below 1")
+        return value
+
+    @field_validator("server_epsilon")
+    @classmethod
+    def _epsilon_outlasts_squares(cls, value: float) -> float:
+        if not value >= 1e-16:
+            raise ValueError("must be at least 1e-16: float32 loses a small gradient's square before the gradient")
+        return value
 
     @field_validator("strategy_span")
     @classmethod

@@ -100,6 +100,22 @@ class Arrays(ABC):
         """``target <- target - other``."""
 
     @abstractmethod
+    def multiply(self, target: Array, other: Array) -> None:
+        """``target <- target * other``, which may be ``target``."""
+
+    @abstractmethod
+    def divide(self, target: Array, other: Array) -> None:
+        """``target <- target / other``."""
+
+    @abstractmethod
+    def take_root(self, target: Array) -> None:
+        """``target <- sqrt(target)``."""
+
+    @abstractmethod
+    def increase(self, target: Array, number: float) -> None:
+        """``target <- target + number``."""
+
+    @abstractmethod
     def scale(self, target: Array, factor: float) -> None:
         """``target <- target * factor``."""
 
@@ -180,6 +196,18 @@ class NumpyArrays(Arrays):
 
     def subtract(self, target: np.ndarray, other: np.ndarray) -> None:
         np.subtract(target, other, out=target)
+
+    def multiply(self, target: np.ndarray, other: np.ndarray) -> None:
+        np.multiply(target, other, out=target)
+
+    def divide(self, target: np.ndarray, other: np.ndarray) -> None:
+        np.divide(target, other, out=target)
+
+    def take_root(self, target: np.ndarray) -> None:
+        np.sqrt(target, out=target)
+
+    def increase(self, target: np.ndarray, number: float) -> None:
+        np.add(target, np.float32(number), out=target, dtype=np.float32)
 
     def scale(self, target: np.ndarray, factor: float) -> None:
         np.multiply(target, np.float32(factor), out=target, dtype=np.float32)

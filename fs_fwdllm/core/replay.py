@@ -5,14 +5,15 @@ learning rate, client weight and sign. Several contributions are added in a fixe
 
     1. ``u = 0``; for each contribution in order ``u <- u + c * z``   (one rounding each; ``c * (+-1)`` is exact)
        where a reference ``r`` (an earlier ``u``) takes part: ``u <- u + (r * a)``
-    2. without momentum ``p <- p * decay``, then ``p <- p + u``
-       with momentum    ``m <- m * beta``, ``m <- m + u``, ``p <- p * decay``, ``p <- p - (m * rate)``
+    2. ``p <- p * decay``, for the tensors that decay
+    3. the server's step with ``u``: ``p <- p + u``, or with momentum or as Adam has it
+       (:mod:`~fs_fwdllm.core.server_step`)
 
 Every line is a single IEEE-754 operation per element, issued as a call of its own to the library that holds the arrays
 (:mod:`~fs_fwdllm.core.arrays`: numpy or PyTorch), so that no compiler can fuse two roundings into one. With Rademacher
 directions the result is therefore the same in either library, on any device and in any chunking, and summing the
 contributions before touching ``p`` keeps small coefficients from drowning in large parameters. The same argument covers
-dense momentum, so a momentum buffer here is exact on every machine too.
+dense momentum and Adam's moments, so that these buffers are exact on every machine too.
 
 Chunks are walked on the outside and contributions on the inside, so that a chunk stays in the cache while all its
 directions are added: memory is read and written once however many contributions there are.
@@ -21,7 +22,7 @@ directions are added: memory is read and written once however many contributions
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,9 +31,18 @@ import numpy as np
 from fs_fwdllm.core.arrays import Array, arrays_of, count_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.division import Division
+from fs_fwdllm.core.server_step import MOMENTS, Moments, server_step
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 
-__all__ = ["DEFAULT_CHUNK", "Contributions", "Replayer", "add_contribution_slice", "add_contributions", "perturb"]
+__all__ = [
+    "BUFFERS",
+    "DEFAULT_CHUNK",
+    "Contributions",
+    "Replayer",
+    "add_contribution_slice",
+    "add_contributions",
+    "perturb",
+]
 
 #: Elements per chunk: one float32 chunk and its signs fit a core's second-level cache.
 DEFAULT_CHUNK = 1 << 19
@@ -166,10 +176,19 @@ def perturb(
         arrays.add_scaled(part, row, coefficient, flat_target[start : start + chunk])
 
 
+#: The buffers beside the trainables, in the order of digests, frames and checkpoints, and what tells them apart in a
+#: digest.
+BUFFERS = {"momentum": b"", "second_moment": b"second moment", "reference": b"reference"}
+
+
 class Replayer:
-    """Applies round updates to trainables and keeps the momentum buffer and the reference, if any.
+    """Applies round updates to trainables and keeps the moments of the server's steps and the reference, if any.
 
     Two replayers that start from equal trainables and see the same updates in the same order hold the same bits.
+
+    Attributes:
+        moments: what the steps so far keep (:mod:`~fs_fwdllm.core.server_step`).
+        reference: the sum that an earlier update has kept.
     """
 
     def __init__(
@@ -185,16 +204,26 @@ class Replayer:
         self.distribution = distribution
         self.chunk = chunk
         self.division = division or Division.whole(len(trainables.tensors))
-        self.momentum: list[Array] | None = None
+        self.moments: Moments = {}
         self.reference: list[Array] | None = None
 
+    def buffers(self) -> dict[str, list[Array]]:
+        """Everything beside the trainables, by the names and in the order of :data:`BUFFERS`."""
+        held = self.moments if self.reference is None else self.moments | {"reference": self.reference}
+        return {name: held[name] for name in BUFFERS if name in held}
+
+    def hold(self, buffers: Mapping[str, list[Array]]) -> None:
+        """Inverse of :meth:`buffers`; they are kept, not copied."""
+        self.moments = {name: buffers[name] for name in MOMENTS if name in buffers}
+        self.reference = buffers.get("reference")
+
     def digest(self) -> bytes:
-        """16 bytes that name the whole state: the trainables' digest, extended by momentum and reference, if any."""
+        """16 bytes that name the whole state: the trainables' digest, extended by every buffer there is."""
         digest = self.trainables.digest()
-        for person, buffers in ((b"", self.momentum), (b"reference", self.reference)):
-            if buffers is not None:
-                state = Trainables(dict(zip(self.trainables.names, buffers, strict=True)))
-                digest = hashlib.blake2b(digest + state.digest(), digest_size=DIGEST_BYTES, person=person).digest()
+        for name, buffers in self.buffers().items():
+            state = Trainables(dict(zip(self.trainables.names, buffers, strict=True)))
+            chained = hashlib.blake2b(digest + state.digest(), digest_size=DIGEST_BYTES, person=BUFFERS[name])
+            digest = chained.digest()
         return digest
 
     def apply(
@@ -204,35 +233,27 @@ class Replayer:
         decay: float,
         momentum: float,
         rate: float,
+        adam: Sequence[float] = (),
         keep_reference: bool = False,
     ) -> None:
         """One server step.
 
         Args:
-            contributions: with ``momentum`` zero they hold the whole step, learning rate and sign included; otherwise
-                they sum to the gradient estimate.
+            contributions: without ``momentum`` and ``adam`` they hold the whole step, learning rate and sign included;
+                otherwise they sum to the gradient estimate.
             decay: factor of the parameters that decay (float32), one for none.
-            momentum: ``beta``; zero keeps no buffer.
-            rate: learning rate (float32) of the momentum form; unused without momentum.
+            momentum, rate, adam: the step's numbers, as :class:`~fs_fwdllm.core.wire.RoundUpdate` has them.
             keep_reference: the sum of the contributions becomes the reference.
         """
-        arrays, parameters = self.trainables.arrays, self.trainables.tensors
-        if momentum:
-            if self.momentum is None:
-                self.momentum = self.trainables.zeros_like()
-            for buffer in self.momentum:
-                arrays.scale(buffer, momentum)
-            self._add(self.momentum, contributions, keep_reference)
         if decay != 1.0:
-            for parameter, decays in zip(parameters, self.trainables.decays(), strict=True):
+            for parameter, decays in zip(self.trainables.tensors, self.trainables.decays(), strict=True):
                 if decays:
-                    arrays.scale(parameter, decay)
-        if not momentum:
-            self._add(parameters, contributions, keep_reference)
-            return
-        assert self.momentum is not None
-        for parameter, buffer in zip(parameters, self.momentum, strict=True):
-            arrays.subtract(parameter, arrays.scaled(buffer, rate))
+                    self.trainables.arrays.scale(parameter, decay)
+
+        def add(buffers: Sequence[Array]) -> None:
+            self._add(buffers, contributions, keep_reference)
+
+        server_step(momentum, rate, adam).take(self.trainables, self.moments, add, self.chunk)
 
     def move(self, action: Callable[[], None]) -> None:
         """Let ``action`` change the trainables otherwise than by a replay (a dense step). A forecast leaves it out."""

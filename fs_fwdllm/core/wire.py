@@ -159,7 +159,11 @@ class RoundUpdate(Record):
     Attributes:
         participants: ``(round, client, steps, probes of each part ...)``, which give every direction's seed. The rounds
             are those of the evaluations: one record replays what several rounds have pooled.
-        decay, momentum, rate: as :meth:`fs_fwdllm.core.replay.Replayer.apply` has them.
+        decay: as :meth:`fs_fwdllm.core.replay.Replayer.apply` has it.
+        momentum, rate: of the server's step (:mod:`fs_fwdllm.core.server_step`); with ``momentum`` zero and no ``adam``
+            the contributions are the step, and ``rate`` is not used.
+        adam: ``(second beta, epsilon, first correction, second correction)`` of a step of Adam, whose first beta is
+            ``momentum``; empty for other steps.
         step_decay: decay factor of one local step, a number per participant; empty where contributions do not decay
             within the round.
         keeps_reference: the sum of the contributions is the reference from now on.
@@ -179,17 +183,19 @@ class RoundUpdate(Record):
     keeps_reference: bool = False
     reference: float = 0.0
     choices: bytes = b""
+    adam: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class DenseState(Record):
-    """Server to client: the trainables themselves (behind them the momentum buffer and the reference, if any)."""
+    """Server to client: the trainables themselves (behind them momentum, second moment and reference, if any)."""
 
     kind: ClassVar[int] = 5
     round_index: int
     digest: bytes
     has_momentum: bool
     has_reference: bool = False
+    has_second_moment: bool = False
 
 
 _KINDS: dict[int, type[Record]] = {
@@ -318,9 +324,11 @@ def _check_types(record_type: type[Record], named: dict[str, Any]) -> None:
             valid = isinstance(value, tuple) and all(map(_is_count, value))
         elif name == "step_decay":
             valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
+        elif name == "adam":
+            valid = isinstance(value, tuple) and len(value) in (0, 4) and all(isinstance(part, float) for part in value)
         elif name == "choices":
             valid = isinstance(value, bytes) and len(value) % 4 == 0
-        elif name in ("has_momentum", "has_reference", "keeps_reference"):
+        elif name in ("has_momentum", "has_second_moment", "has_reference", "keeps_reference"):
             valid = isinstance(value, bool)
         elif name in _FLOATS:
             valid = isinstance(value, float)

@@ -20,6 +20,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.config.sources import sources_of
 from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.server_step import server_step
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, frame_bytes
 from fs_fwdllm.data.batches import visited_samples
@@ -199,11 +200,17 @@ class _CountingReplayer(Replayer):
         return hashlib.blake2b(str(self._steps).encode(), digest_size=DIGEST_BYTES).digest()
 
     def apply(
-        self, contributions: Contributions, *, decay: float, momentum: float, rate: float, keep_reference: bool = False
+        self,
+        contributions: Contributions,
+        *,
+        decay: float,
+        momentum: float,
+        rate: float,
+        adam: Sequence[float] = (),
+        keep_reference: bool = False,
     ) -> None:
         self._steps += 1
-        if momentum:
-            self.momentum = list(self.trainables.tensors)
+        self.moments |= {name: list(self.trainables.tensors) for name in server_step(momentum, rate, adam).keeps}
         if keep_reference:  # not zero, so that directed sampling takes it for one
             self.reference = [_repeated(1.0, tensor) for tensor in self.trainables.tensors]
 

@@ -8,12 +8,14 @@ It is for the local host, where one process plays the server and all clients::
 those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estimator.Footprint`):
 
 * process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers.
-* replicas: the server's ``T``; momentum ``2 T`` on scalars (server and client), ``T`` on dense gradients; ``2 T`` for
-  AdamW on the server; on scalars the log for clients that missed rounds, as long as all uploads and at most ``T``.
+* replicas: the server's ``T``; on scalars ``2 T`` for momentum (server and client) or ``5 T`` for Adam (both moments of
+  either, and the gradient while one of them steps); ``T`` for momentum on dense gradients, ``2 T`` for AdamW on the
+  server; on scalars the log for clients that missed rounds, as long as all uploads and at most ``T``.
 * messages: what a client is sent exists as frame, message, unpacked message, payload and values: five times the largest
   frame that the played rounds send (:mod:`.dry_run`), or ``5 T`` where none were played (twice that with momentum on
-  scalars). A run on scalars whose clients keep up never sends a state; one that is resumed sends one, which is not
-  counted. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is averaged.
+  scalars, three times with Adam). A run on scalars whose clients keep up never sends a state; one that is resumed sends
+  one, which is not counted. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is
+  averaged.
 * work, slopes (of the costliest source): ``copies T`` (for full-parameter tuning one by one, the largest module), ``T``
   for the starting point where clients move, and ``points * (layer + logits)``; from backpropagation as below.
 * work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
@@ -203,7 +205,7 @@ def _replicas(config: Config, parts: Parts, traffic: Traffic) -> int:
     copies, log_bytes = 1, 0
     if facts.measures_slopes:
         scalars = own.upload == "scalars"
-        copies += (2 if scalars else 1) * bool(own.server_momentum)
+        copies += 5 if own.server_optimizer == "adam" else (2 if scalars else 1) * bool(own.server_momentum)
         log_bytes = min(trainable_bytes, traffic.upload_bytes) if scalars else 0
     elif not facts.clients_step:
         copies += 2 if optimizer.type == "AdamW" else bool(optimizer.momentum)

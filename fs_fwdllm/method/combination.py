@@ -7,7 +7,7 @@ follows from the facts of a method, whichever it is.
 from __future__ import annotations
 
 from fs_fwdllm.config.methods import MethodFacts, examples_of
-from fs_fwdllm.config.schema import Config
+from fs_fwdllm.config.schema import Config, FwdllmConfig
 from fs_fwdllm.config.sources import estimators_of, groups_of_sources
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.parts import recipe_of
@@ -94,7 +94,7 @@ def _check_division(config: Config) -> None:
 
 
 def _refuse_pacing(config: Config) -> None:
-    """Gate, sampling and step control mean nothing where no server step is built from pooled slopes."""
+    """Gate, sampling, step control and Adam mean nothing where no server step is built from pooled slopes."""
     own = config.fwdllm
     asked = [
         f"{name} {value!r}"
@@ -105,6 +105,9 @@ def _refuse_pacing(config: Config) -> None:
             ("fwdllm.step.control", own.step.control, "none"),
             ("fwdllm.step.report_norms", own.step.report_norms, False),
             ("fwdllm.step.report_cosine", own.step.report_cosine, False),
+            ("fwdllm.server_optimizer", own.server_optimizer, "sgd"),
+            ("fwdllm.server_betas", own.server_betas, FwdllmConfig.model_fields["server_betas"].default),
+            ("fwdllm.server_epsilon", own.server_epsilon, FwdllmConfig.model_fields["server_epsilon"].default),
         )
         if value != neutral
     ]

@@ -23,7 +23,7 @@ from fs_fwdllm.config.sources import Source, counts_of, division_of, estimators_
 from fs_fwdllm.core.direction import DirectionKey, Distribution, make_distribution
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.orthogonal import OrthogonalRows
-from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.replay import DEFAULT_CHUNK, Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import collate, steps_per_epoch
 from fs_fwdllm.data.types import Batch, Task
@@ -42,6 +42,7 @@ __all__ = [
     "assemble_server",
     "assemble_worker",
     "recipe_of",
+    "replayer_for",
     "select_device",
     "server_settings",
     "work_plans",
@@ -108,7 +109,7 @@ class Parts:
             model=model,
             trainables=trainables,
             objective=Objective(model, trainables, task, cache_mib << 20, label_tokens, conduct),
-            replica=Replica(_replayer(config, trainables)),
+            replica=Replica(replayer_for(config, trainables)),
             batches=BatchSettings(
                 batch_size=config.dataloader.batch_size,
                 seed=config.seed,
@@ -125,7 +126,7 @@ class Parts:
         """The same model and objective under another configuration, with a replica of its own."""
         supported = self._supported(config)
         remarks = () if supported is config else (_ONE_BY_ONE.format(config.fwdllm.probes_per_batch),)
-        replica = Replica(_replayer(supported, self.trainables))
+        replica = Replica(replayer_for(supported, self.trainables))
         return replace(self, config=supported, replica=replica, remarks=remarks)
 
     def _supported(self, config: Config) -> Config:
@@ -159,7 +160,7 @@ class Parts:
 
     def server_replayer(self) -> Replayer:
         """The server's own copy of the trainables, so that clients really have to rebuild it."""
-        return _replayer(self.config, self.trainables.clone())
+        return replayer_for(self.config, self.trainables.clone())
 
     def measuring(self, directions: Distribution) -> Callable[[int], PartedEstimator]:
         """From a client's number to what measures its slopes along ``directions``, made once for all who do alike."""
@@ -177,14 +178,15 @@ class Parts:
         return of
 
 
-def _replayer(config: Config, trainables: Trainables) -> Replayer:
+def replayer_for(config: Config, trainables: Trainables, chunk: int = DEFAULT_CHUNK) -> Replayer:
+    """What rebuilds the updates of a configuration on ``trainables``, of PyTorch or numpy."""
     distribution = make_distribution(config.fwdllm.direction)
     if not config.method.measures_slopes:
-        return Replayer(trainables, config.seed, distribution)
+        return Replayer(trainables, config.seed, distribution, chunk)
     division = division_of(config, trainables.names)
     if config.fwdllm.directions == "common":
         distribution = OrthogonalRows(trainables.tensors, division)
-    return Replayer(trainables, config.seed, distribution, division=division)
+    return Replayer(trainables, config.seed, distribution, chunk, division)
 
 
 def _nothing_to_check(config: Config) -> None:

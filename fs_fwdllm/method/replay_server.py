@@ -1,12 +1,13 @@
 """Servers whose clients follow by replay: every step is a record, or, where it has none, the parameters themselves.
 
-:class:`ReplayServer` holds what these methods share: the trainables with the momentum and the reference of their
+:class:`ReplayServer` holds what these methods share: the trainables with the moments and the reference of their
 replays, who knows which round, and each client's learning rate. A method adds how accepted updates become new
 parameters, and the record that lets every replica follow.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fs_fwdllm.core.replay import Replayer
+from fs_fwdllm.core.replay import BUFFERS, Replayer
 from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
-from fs_fwdllm.errors import UpdateRejected
+from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
 from fs_fwdllm.method.catch_up import CatchUpLog
 from fs_fwdllm.method.client_rates import ClientRates
 from fs_fwdllm.method.server import RoundServer, ServerSettings, numbered, sample_weights
@@ -30,7 +31,7 @@ class ReplayServer(RoundServer):
     """A server that says how it moved, so that clients move alike.
 
     Args:
-        replayer: the server's own trainables and momentum.
+        replayer: the server's own trainables and moments.
         settings: see :class:`~fs_fwdllm.method.server.ServerSettings`.
     """
 
@@ -135,6 +136,15 @@ class ReplayServer(RoundServer):
         finished = replace(record, digest_before=before, digest_after=self._digest)
         self._catch_up.append(self.round_index, encode(finished))
 
+    def _require_finite(self) -> None:
+        super()._require_finite()
+        arrays = self.trainables.arrays
+        if not all(arrays.is_finite(buffer) for buffers in self.replayer.moments.values() for buffer in buffers):
+            raise TrainingStalledError(
+                f"round {self.round_index}: the gradient estimate, or its square for fwdllm.server_optimizer 'adam', "
+                "left the range of float32; lower train.optimizer.lr, or find out whose slopes are that large"
+            )
+
     def _client_reports(self, accepted: list[ClientUpdate]) -> dict[int, float]:
         """What the learning-rate strategy looks back on. A single change is the mean change: that says nothing."""
         if not self._rates.needs_distances:
@@ -151,26 +161,22 @@ class ReplayServer(RoundServer):
             raise UpdateRejected("not_finite", f"client {update.client} sent NaN or infinity")
 
     def dense_frame(self) -> bytes:
-        """The frame with the current parameters (momentum, reference), for clients that are new or far behind."""
+        """The frame with the current parameters (moments, reference), for clients that are new or far behind."""
         if self._dense_frame is None:
-            momentum, reference = self.replayer.momentum, self.replayer.reference
-            values = [*self.trainables.tensors, *(momentum or ()), *(reference or ())]
+            buffers = self.replayer.buffers()
             state = DenseState(
                 round_index=self.round_index,
                 digest=self._digest,
-                has_momentum=momentum is not None,
-                has_reference=reference is not None,
-                values=flatten(values),
+                **{f"has_{name}": name in buffers for name in BUFFERS},
+                values=flatten([*self.trainables.tensors, *itertools.chain(*buffers.values())]),
             )
             self._dense_frame = encode(state)
         return self._dense_frame
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {f"trainable.{index}": tensor.detach() for index, tensor in enumerate(self.trainables.tensors)}
-        for index, buffer in enumerate(self.replayer.momentum or ()):
-            tensors[f"momentum.{index}"] = buffer
-        for index, buffer in enumerate(self.replayer.reference or ()):
-            tensors[f"reference.{index}"] = buffer
+        for name, buffers in self.replayer.buffers().items():
+            tensors |= {f"{name}.{index}": buffer for index, buffer in enumerate(buffers)}
         kept = self._catch_up.state_arrays()
         return tensors | {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
 
@@ -180,8 +186,8 @@ class ReplayServer(RoundServer):
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
         self.trainables.load_values(numbered(tensors, "trainable"))
         device = self.trainables.device
-        self.replayer.momentum = [buffer.to(device) for buffer in numbered(tensors, "momentum")] or None
-        self.replayer.reference = [buffer.to(device) for buffer in numbered(tensors, "reference")] or None
+        buffers = {name: [buffer.to(device) for buffer in numbered(tensors, name)] for name in BUFFERS}
+        self.replayer.hold({name: held for name, held in buffers.items() if held})
         self.failed_rounds = int(str(numbers["failed_rounds"]))
         self._rates.load_state(numbers)
         self._catch_up.load_state(tensors, numbers)

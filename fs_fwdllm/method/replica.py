@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from fs_fwdllm.core.direction import EVERYBODY, AimedDirections, candidate_seed, direction_seed
-from fs_fwdllm.core.replay import Contributions, Replayer
+from fs_fwdllm.core.replay import BUFFERS, Contributions, Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import DenseState, Participant, RoundUpdate, decode
 from fs_fwdllm.errors import DivergenceError, WireError
@@ -80,6 +80,7 @@ def apply_round_update(replayer: Replayer, record: RoundUpdate) -> None:
         decay=record.decay,
         momentum=record.momentum,
         rate=record.rate,
+        adam=record.adam,
         keep_reference=record.keeps_reference,
     )
 
@@ -154,7 +155,7 @@ def later_decay(steps: int, probes: int, factor: float) -> np.ndarray:
 
 
 class Replica:
-    """Trainables (and momentum) that track the server's."""
+    """Trainables (and moments and reference) that track the server's."""
 
     def __init__(self, replayer: Replayer) -> None:
         self.replayer = replayer
@@ -193,8 +194,8 @@ class Replica:
         self.digest = self.replayer.digest()
 
     def _load(self, state: DenseState) -> None:
-        vectors = np.split(np.asarray(state.values), 1 + state.has_momentum + state.has_reference)
-        buffers = [self.trainables.split_flat(flat) for flat in vectors[1:]]
-        self.replayer.reference = buffers.pop() if state.has_reference else None
-        self.replayer.momentum = buffers.pop() if state.has_momentum else None
-        self.trainables.load_flat(vectors[0])
+        has = {name: getattr(state, f"has_{name}") for name in BUFFERS}
+        values, *vectors = np.split(np.asarray(state.values), 1 + sum(has.values()))
+        held = [name for name in BUFFERS if has[name]]
+        self.replayer.hold(dict(zip(held, map(self.trainables.split_flat, vectors), strict=True)))
+        self.trainables.load_flat(values)

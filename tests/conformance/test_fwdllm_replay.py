@@ -1,4 +1,4 @@
-"""Gate x sampling x momentum: replicas that know only frames hold the server's bits, every round and after a resume."""
+"""Gate x sampling x moments: replicas that know only frames hold the server's bits, every round and after a resume."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ CASES["everything, trust ratio"] = {
     **CASES["relative gate, corrected, momentum"], "fwdllm.step.control": "trust_ratio",
     "fwdllm.radius_scale": "relative",
 }  # fmt: skip
+_ADAM = {"fwdllm.server_optimizer": "adam", "train.optimizer.lr": 0.01}
+CASES["gate, corrected, adam"] = {**CASES["relative gate, corrected, no momentum"], **_ADAM}
+CASES["published, adam"] = {**CASES["no gate, published, no momentum"], **_ADAM}
 CASES["normalised"] = {**CASES["no gate, corrected, no momentum"], "fwdllm.step.control": "normalised"}
 
 cases = pytest.mark.parametrize("case", CASES)
@@ -94,14 +97,15 @@ def test_a_waiting_round_needs_no_record(world: World, case: str) -> None:
         assert_equal_bits(follow(federation, assigned[client]), federation)
 
 
-@pytest.mark.parametrize("case", ["no gate, corrected, momentum", "no gate, corrected, no momentum"])
-def test_the_parameters_travel_with_momentum_and_reference(world: World, case: str) -> None:
+@pytest.mark.parametrize("case", ["no gate, corrected, momentum", "no gate, corrected, no momentum", "published, adam"])
+def test_the_parameters_travel_with_moments_and_reference(world: World, case: str) -> None:
     federation = Federation(world.config(CASES[case]), separate_workers=True)
     federation.round(0, [1])
     state = decode(federation.server.dense_frame())
     assert isinstance(state, DenseState)
     assert state.has_reference and state.has_momentum == ("no momentum" not in case)
-    parts = 2 + state.has_momentum
+    assert state.has_second_moment == ("adam" in case)
+    parts = 2 + state.has_momentum + state.has_second_moment
     assert len(state.values) == parts * federation.server.trainables.count
     (assignment,) = federation.server.assign(1, [4]).values()
     assert_equal_bits(follow(federation, assignment), federation)

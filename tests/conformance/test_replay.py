@@ -20,6 +20,7 @@ from fs_fwdllm.core.wire import Assignment, DenseState, RoundUpdate, ScalarUpdat
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.method import ClientWorker, Replica
 from fs_fwdllm.method.cybgd.store import BlockReplica
+from fs_fwdllm.method.parts import replayer_for
 from fs_fwdllm.running.local import run
 from fs_fwdllm.running.session import Session
 from tests.host.small import METHODS, Federation, World, bits_of, methods_where
@@ -29,6 +30,11 @@ ROUNDS = 4
 _MEZO, _FORWARD = METHODS["mezo"], METHODS["forward_gradient"]
 _DECAY = {"train.optimizer.weight_decay": 0.1}
 _FULL = {"llm.adapter.use": False, "llm.adapter.args": [{}]}
+
+_PARTS = [
+    {"match": "classifier", "slopes": "closed_form", "scalars": 11},
+    {"match": "*", "slopes": "one_sided", "probes": 2, "rate": 0.3},
+]
 
 #: Every scalar method in every form that changes how an update is built.
 SCALAR_CASES: dict[str, dict[str, Any]] = {
@@ -50,23 +56,46 @@ SCALAR_CASES: dict[str, dict[str, Any]] = {
     "forward, decay": {**_FORWARD, **_DECAY},
     "forward, momentum": {**_FORWARD, "fwdllm.server_momentum": 0.9},
     "forward, momentum and decay": {**_FORWARD, **_DECAY, "fwdllm.server_momentum": 0.9},
+    "forward, adam": {**_FORWARD, "fwdllm.server_optimizer": "adam"},
+    "forward, adam and decay": {
+        **_FORWARD,
+        **_DECAY,
+        "fwdllm.server_optimizer": "adam",
+        "fwdllm.server_betas": [0, 0.9],
+    },
     "forward, gaussian, momentum": {**_FORWARD, "fwdllm.direction": "gaussian", "fwdllm.server_momentum": 0.5},
     "forward, one-sided, batched": {**_FORWARD, "fwdllm.estimator": "one_sided", "fwdllm.probes_per_batch": 3},
     "forward, forward mode": {**_FORWARD, "fwdllm.estimator": "forward_mode", "fwdllm.probes_per_batch": 2},
     "forward, cosine": {**_FORWARD, "train.scheduler.type": "cosine", "train.scheduler.warmup_ratio": 0.4},
     "forward, two batches": {**_FORWARD, "train.local_update_steps": 2},
+    "forward, parts": {**_FORWARD, "fwdllm.parts": _PARTS, "fwdllm.server_momentum": 0.9},
+    "mezo, parts": {**_MEZO, "fwdllm.parts": _PARTS},
+    "mezo, parts, rates by model difference": {
+        **_MEZO,
+        "fwdllm.parts": _PARTS,
+        "train.train_strategy": "model-diff",
+        "fwdllm.strategy_span": 0.04,
+    },
+    "forward, a mixed fleet": {**_FORWARD, "fwdllm.fleet": [{"clients": 1, "slopes": "projected", "scalars": 9}]},
+    "forward, directions in common": {
+        **_FORWARD,
+        "fwdllm.estimator": "projected",
+        "fwdllm.directions": "common",
+        "fwdllm.probes": 7,
+    },
 }
 PORTABLE_CASES = [name for name, case in SCALAR_CASES.items() if case.get("fwdllm.direction") != "gaussian"]
 ARRIVAL_CASES = (
-    "mezo", "mezo, decay", "mezo, gaussian", "forward", "forward, momentum and decay", "forward, two batches"
+    "mezo", "mezo, decay", "mezo, gaussian", "forward", "forward, momentum and decay", "forward, adam",
+    "forward, two batches",
 )  # fmt: skip
-LANGUAGE_MODEL_CASES = ("mezo, decay", "forward, momentum", "forward, forward mode")
+LANGUAGE_MODEL_CASES = ("mezo, decay", "forward, momentum", "forward, adam", "forward, forward mode")
 
 scalar_cases = pytest.mark.parametrize("case", SCALAR_CASES)
 
 
-def momentum_bits(replayer: Replayer) -> list[bytes]:
-    return [buffer.cpu().numpy().tobytes() for buffer in replayer.momentum or ()]
+def moment_bits(replayer: Replayer) -> list[bytes]:
+    return [buffer.cpu().numpy().tobytes() for buffers in replayer.moments.values() for buffer in buffers]
 
 
 def assert_equal_bits(replica: Replica, federation: Federation) -> None:
@@ -77,7 +106,7 @@ def assert_equal_bits(replica: Replica, federation: Federation) -> None:
     assert replica.replayer.digest() == server.replayer.digest() == server.digest
     for ours, theirs in zip(replica.trainables.tensors, server.trainables.tensors, strict=True):
         assert torch.equal(ours.detach(), theirs.detach())
-    assert momentum_bits(replica.replayer) == momentum_bits(server.replayer)
+    assert moment_bits(replica.replayer) == moment_bits(server.replayer)
 
 
 def follow(federation: Federation, assignment: Assignment) -> Replica:
@@ -88,10 +117,10 @@ def follow(federation: Federation, assignment: Assignment) -> Replica:
 
 
 def bits_held(worker: ClientWorker) -> tuple[object, ...]:
-    """Everything a client's model is: parameters, frozen or not, and momentum; and their digest, taken now."""
+    """Everything a client's model is: parameters, frozen or not, and moments; and their digest, taken now."""
     model, replica = worker.objective.model, worker.replica
     if isinstance(replica, Replica):
-        held: tuple[object, ...] = (momentum_bits(replica.replayer), replica.replayer.digest())
+        held: tuple[object, ...] = (moment_bits(replica.replayer), replica.replayer.digest())
     else:
         assert isinstance(replica, BlockReplica)
         replica.store.forget_digests()
@@ -123,7 +152,7 @@ def test_so_does_a_client_without_pytorch(world: World, case: str) -> None:
     server = federation.server
     start = {name: tensor.detach().cpu().numpy().copy() for name, tensor in
              zip(server.trainables.names, server.trainables.tensors, strict=True)}  # fmt: skip
-    own = Replayer(Trainables(start), federation.config.seed, make_distribution(federation.config.fwdllm.direction))
+    own = replayer_for(federation.config, Trainables(start))
     replica = Replica(own)
     for round_index in range(ROUNDS):
         federation.round(round_index, [1, 2])
@@ -171,8 +200,7 @@ def test_every_chunk_size_rebuilds_the_same_bits(world: World, case: str) -> Non
     chunks = (1, 7, 4096, whole, DEFAULT_CHUNK)
     if case == "mezo, every parameter":
         chunks = chunks[2:]  # walking a whole model element by element takes long and shows no more
-    distribution = make_distribution(config.fwdllm.direction)
-    replicas = [Replica(Replayer(start.clone(), config.seed, distribution, chunk)) for chunk in chunks]
+    replicas = [Replica(replayer_for(config, start.clone(), chunk)) for chunk in chunks]
     for round_index in range(2):
         federation.round(round_index, [1, 3])
         (assignment,) = federation.server.assign(round_index + 1, [1]).values()
@@ -182,7 +210,7 @@ def test_every_chunk_size_rebuilds_the_same_bits(world: World, case: str) -> Non
             assert_equal_bits(replica, federation)
 
 
-@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay"])
+@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay", "forward, adam and decay"])
 def test_a_client_that_missed_rounds_gets_their_scalars(world: World, case: str) -> None:
     federation = Federation(world.config(SCALAR_CASES[case]), separate_workers=True)
     federation.round(0)
@@ -199,7 +227,7 @@ def test_a_client_that_missed_rounds_gets_their_scalars(world: World, case: str)
     assert_equal_bits(follow(federation, assigned[4]), federation)
 
 
-@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay"])
+@pytest.mark.parametrize("case", ["mezo, decay", "forward, momentum and decay", "forward, adam and decay"])
 def test_a_client_that_missed_very_many_rounds_gets_the_parameters(world: World, case: str) -> None:
     """As soon as the records outweigh the parameters, and never earlier."""
     federation = Federation(world.config(SCALAR_CASES[case]), separate_workers=True)
@@ -217,9 +245,10 @@ def test_a_client_that_missed_very_many_rounds_gets_the_parameters(world: World,
     (assignment,) = server.assign(round_index + 1, [4]).values()
     (state,) = map(decode, assignment.catch_up)
     assert isinstance(state, DenseState)
-    assert state.has_momentum == ("momentum" in case)
+    assert state.has_momentum == ("mezo" not in case)
+    assert state.has_second_moment == ("adam" in case)
     size = len(assignment.catch_up[0])
-    assert 0 < size - budget * (1 + state.has_momentum) < 100
+    assert 0 < size - budget * (1 + state.has_momentum + state.has_second_moment) < 100
     assert_equal_bits(follow(federation, assignment), federation)
     server.absorb([federation.work(assignment)])
     (after,) = server.assign(round_index + 2, [4]).values()
@@ -372,5 +401,5 @@ def an_answer(assignment: Assignment, slope: float) -> ScalarUpdate:
     """An answer with one slope everywhere."""
     return ScalarUpdate(
         round_index=assignment.round_index, client=assignment.client, digest=assignment.digest, samples=1, loss=1.0,
-        forward_passes=0, backward_passes=0, values=np.full(assignment.steps * assignment.probes, slope),
+        forward_passes=0, backward_passes=0, values=np.full(assignment.steps * sum(assignment.probes), slope),
     )  # fmt: skip

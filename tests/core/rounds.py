@@ -59,8 +59,13 @@ def _record(rng: np.random.Generator, round_index: int, tensors: int) -> RoundUp
         keeps_reference=bool(rng.random() < 0.4),
         reference=by_lot(rng.normal(), 0.0),
         choices=chosen.tobytes(),
+        adam=_numbers_of_adam(rng) if rng.random() < 0.3 else (),
         values=(scale * rng.normal(size=probes)).astype(np.float32),
     )
+
+
+def _numbers_of_adam(rng: np.random.Generator) -> tuple[float, ...]:
+    return rng.random(), float(rng.choice([1e-16, 1e-8, 0.1])), 1.0 + rng.exponential(), 1.0 + rng.exponential(100)
 
 
 def _participants(rng: np.random.Generator, round_index: int) -> Iterator[Participant]:

@@ -43,7 +43,8 @@ EXAMPLES = [
     RoundUpdate(
         1, DIGEST, DIGEST[::-1], 0.5, (0.75, 1.0), 0.9, 1e-3, ((1, 1, 2, 3), (0, 9, 1, 3)), values=np.arange(9)
     ),
-    DenseState(1, DIGEST, True, values=np.arange(4)),
+    RoundUpdate(1, DIGEST, DIGEST, 1.0, (), 0.9, 1e-3, (), adam=(0.999, 1e-8, 10.0, 1000.0)),
+    DenseState(1, DIGEST, True, has_second_moment=True, values=np.arange(4)),
 ]
 
 
@@ -137,7 +138,7 @@ def framed(*header, payload=b""):
         (framed(), "not one of ours"),
         (framed([]), "not one of ours"),
         (framed(2, 1, 1), "2 header fields, not 7"),
-        (framed(5, 1, DIGEST, False, False, payload=b"12345"), "5 bytes of values"),
+        (framed(5, 1, DIGEST, False, False, False, payload=b"12345"), "5 bytes of values"),
         (framed(1, 1, 1, DIGEST, 0.1, 1, [1], [b"frame"], 0, 0.0, b""), "unusable catch_up"),
         (framed(1, 1, 1, DIGEST, 0.1, 1, [1], [-1], 0, 0.0, b""), "unusable catch_up"),
         (framed(1, 1, 1, DIGEST, 0.1, 1, [1], [3, 4], 0, 0.0, b"", payload=b"123456"), "frames of 7 bytes in 6"),
@@ -167,6 +168,13 @@ def test_fields_of_the_wrong_type_are_refused(change, message):
 def test_decay_factors_are_a_list_of_numbers(step_decay):
     record = RoundUpdate(1, DIGEST, DIGEST, 0.5, step_decay, 0.9, 1e-3, ((1, 2, 3),), values=np.arange(6))
     with pytest.raises(WireError, match="unusable step_decay"):
+        decode(encode(record))
+
+
+@pytest.mark.parametrize("adam", [0.5, [0.9, 1e-8, 1.0], [0.9, 1e-8, 1, 1.0], [0.9, 1e-8, 1.0, True], ["b"] * 4])
+def test_the_numbers_of_adam_are_four(adam):
+    record = RoundUpdate(1, DIGEST, DIGEST, 0.5, (), 0.9, 1e-3, ((1, 1, 2, 3),), adam=adam, values=np.arange(6))
+    with pytest.raises(WireError, match="unusable adam"):
         decode(encode(record))
 
 

@@ -20,7 +20,7 @@ from tests.host.small import METHODS, World, bits_of, read_jsonl
 
 pytestmark = pytest.mark.slow
 
-#: Every state a server can have: none, momentum over scalars, a dense optimiser's moments, PyTorch's momentum.
+#: Every state a server can have: none, momentum or Adam's over scalars, a dense optimiser's, PyTorch's momentum.
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {**METHODS["mezo"], "train.optimizer.weight_decay": 0.1},
     "mezo, five-round": {
@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         **METHODS["mezo"], "train.train_strategy": "model-diff", "fwdllm.strategy_span": 0.04
     },
     "forward, momentum": {**METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9},
+    "forward, adam": {**METHODS["forward_gradient"], "fwdllm.server_optimizer": "adam", "train.optimizer.lr": 0.01},
     "forward, dense, momentum": {
         **METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9, "fwdllm.upload": "dense"
     },

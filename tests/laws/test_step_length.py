@@ -13,6 +13,7 @@ from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import PoolEntry
 from fs_fwdllm.method.forward.pooled_step import PooledStep
+from fs_fwdllm.method.forward.server_optimizer import Sgd
 from fs_fwdllm.method.forward.step_control import STEP_CONTROLS, norm_of
 from tests.method.pools import replayer_for
 
@@ -25,7 +26,7 @@ def walk(control: str, rate: float, growth: float = 1.0) -> list[float]:
     replayer, rng = replayer_for(SIZES), np.random.default_rng(6)
     pacing = Pacing(control=STEP_CONTROLS[control])
     schedule = Schedule(rate, "constant", STEPS)
-    step = PooledStep(replayer, schedule, weight_decay=0.0, equal_weights=True, momentum=0.0, pacing=pacing)
+    step = PooledStep(replayer, schedule, weight_decay=0.0, equal_weights=True, optimizer=Sgd(), pacing=pacing)
     norms = [norm_of(replayer.trainables.tensors)]
     for index in range(STEPS):
         slopes = rng.choice([-1.0, 1.0], size=PROBES).astype(np.float32) * np.float32(growth**index)

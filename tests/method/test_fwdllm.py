@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fs_fwdllm.core.direction import DirectionKey
-from fs_fwdllm.core.wire import encode
+from fs_fwdllm.core.wire import RoundUpdate, decode, encode
 from fs_fwdllm.errors import ConfigError, TrainingStalledError
 from fs_fwdllm.method.forward.client import LookingWorker
 from fs_fwdllm.method.forward.server import PooledServer
@@ -195,6 +195,30 @@ def test_every_second_step_may_go_without(world: World) -> None:
         aimed.append(any(work.reference_scale for work in assigned.values()))
         server.absorb([federation.work(work) for work in assigned.values()])
     assert aimed == [False, True, False, True, False]
+
+
+def test_adam_counts_server_steps_and_not_rounds(world: World) -> None:
+    """A gate that makes every step take three rounds: the corrections are those of the first, second and third step."""
+    federation, server = opened(
+        world, _NEVER, **{"fwdllm.server_optimizer": "adam", "fwdllm.server_betas": [0.5, 0.75]}
+    )
+    corrections = []
+    for round_index in range(9):
+        federation.round(round_index)
+        if server.pooled.pool.entries:
+            continue  # waiting
+        (assignment,) = server.assign(round_index + 1, [4]).values()
+        record = decode(assignment.catch_up[-1])
+        assert isinstance(record, RoundUpdate)
+        corrections.append(record.adam[2:])
+    assert corrections == [(1 / (1 - 0.5**step), 1 / (1 - 0.75**step)) for step in (1, 2, 3)]
+
+
+def test_slopes_whose_square_float32_does_not_hold_stop_the_run(world: World) -> None:
+    """The second moment would be infinite from then on, and nothing would move any more, in silence."""
+    federation, _ = opened(world, _BASE, **{"fwdllm.server_optimizer": "adam"})
+    with pytest.raises(TrainingStalledError, match=r"its square for fwdllm\.server_optimizer 'adam'"):
+        federation.round(0, meddle=lambda updates: [replace(u, values=1e25 * u.values) for u in updates])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

@@ -19,6 +19,7 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate, RoundUpdate
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
+from fs_fwdllm.method.forward.server_optimizer import ServerOptimizer
 from fs_fwdllm.method.forward.step_control import norm_of
 from fs_fwdllm.method.replica import apply_round_update, probe_spreads
 
@@ -31,7 +32,7 @@ class TakenStep:
 
     Attributes:
         start: the parameters it was estimated at.
-        estimate: the pooled gradient estimate, before step control and momentum.
+        estimate: the pooled gradient estimate, before step control and optimiser.
         weights: of the clients whose mini-batches it is about.
         batch_index: the round that names those mini-batches.
     """
@@ -49,7 +50,7 @@ class PooledStep:
         replayer: the server's own.
         schedule, weight_decay, equal_weights, weigh_by_precision: as in
             :class:`~fs_fwdllm.method.server.ServerSettings`.
-        momentum: of the server on the pooled estimate.
+        optimizer: what the server steps with on the pooled estimate.
         pacing: gate, sampling and step control.
         in_common: all clients of a round look along the same directions.
     """
@@ -61,7 +62,7 @@ class PooledStep:
         *,
         weight_decay: float,
         equal_weights: bool,
-        momentum: float,
+        optimizer: ServerOptimizer,
         pacing: Pacing,
         weigh_by_precision: bool = True,
         in_common: bool = False,
@@ -74,13 +75,13 @@ class PooledStep:
         self._replayer = replayer
         self._schedule = schedule
         self._weight_decay = weight_decay
-        self._momentum = momentum
+        self._optimizer = optimizer
         self.pacing = pacing
         self._initial_norm = norm_of(replayer.trainables.tensors)
 
     def equip(self, assigned: Mapping[int, Assignment]) -> dict[int, Assignment]:
         """Assignments that say where to look, where directions are sampled discriminatively."""
-        sign = 1.0 if self._momentum else -1.0
+        sign = 1.0 if self._optimizer.takes_gradient else -1.0
         return self.pacing.sampling.equip(assigned, self._replayer, server_step=self.server_steps, sign=sign)
 
     def collect(self, accepted: Sequence[ClientUpdate], assigned: Mapping[int, Assignment]) -> None:
@@ -112,7 +113,8 @@ class PooledStep:
 
     def _record(self, round_index: int, digest: bytes) -> RoundUpdate:
         rate = self._schedule(round_index)
-        scale = (1.0 if self._momentum else -rate) * self.pacing.control(self.pool, self._replayer)
+        numbers = self._optimizer.numbers(self.server_steps + 1)
+        scale = (1.0 if self._optimizer.takes_gradient else -rate) * self.pacing.control(self.pool, self._replayer)
         participants, values = self.pool.participants, self.pool.coefficients(scale)
         if self._in_common:  # one set of directions: the clients' coefficients add up to one set, too
             participants, values = self.pool.in_common(values)
@@ -122,8 +124,9 @@ class PooledStep:
             digest_after=digest,
             decay=decay_factor(rate, self._weight_decay),
             step_decay=(),
-            momentum=self._momentum,
+            momentum=numbers.momentum,
             rate=rate,
+            adam=numbers.adam,
             participants=participants,
             keeps_reference=self.pacing.sampling.keeps_reference,
             reference=self.pool.reference_coefficient(self._replayer.trainables.count, scale),

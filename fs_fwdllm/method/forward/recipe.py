@@ -11,6 +11,7 @@ from fs_fwdllm.method.first_order.dense import GradientServer, optimizer_factory
 from fs_fwdllm.method.forward.client import LookingWorker
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.server import PooledServer
+from fs_fwdllm.method.forward.server_optimizer import check_server_optimizer, make_server_optimizer
 from fs_fwdllm.method.parts import Parts, Recipe
 from fs_fwdllm.method.server import RoundServer, ServerSettings
 
@@ -37,14 +38,18 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         factory = optimizer_factory("SGD", weight_decay=0.0, momentum=own.server_momentum)
         return GradientServer(parts.server_replayer(), settings, factory)
     pacing = Pacing.of(own, parts.trainables)
-    in_common = own.directions == "common"
     return PooledServer(
-        parts.server_replayer(), settings, momentum=own.server_momentum, pacing=pacing, in_common=in_common
+        parts.server_replayer(),
+        settings,
+        optimizer=make_server_optimizer(own),
+        pacing=pacing,
+        in_common=own.directions == "common",
     )
 
 
 def _check(config: Config) -> None:
     own = config.fwdllm
+    check_server_optimizer(own)
     if own.sampling.kind == "corrected" and own.probes < 2:
         raise ConfigError(
             f"fwdllm.probes {own.probes}: fwdllm.sampling.kind 'corrected' spends one probe of a step on the "

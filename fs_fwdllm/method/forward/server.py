@@ -11,6 +11,7 @@ from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pooled_step import PooledStep, TakenStep
+from fs_fwdllm.method.forward.server_optimizer import ServerOptimizer, Sgd
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.server import ServerSettings
 
@@ -21,7 +22,7 @@ class PooledServer(ReplayServer):
     """Steps on what all clients' probes estimate together.
 
     Args:
-        momentum: of the server on the pooled estimate.
+        optimizer: what the server steps with on the pooled estimate; plain SGD unless told.
         pacing: gate, directed sampling and step control; the plain step unless told.
         in_common: all clients of a round look along the same directions.
 
@@ -36,7 +37,7 @@ class PooledServer(ReplayServer):
         replayer: Replayer,
         settings: ServerSettings,
         *,
-        momentum: float = 0.0,
+        optimizer: ServerOptimizer | None = None,
         pacing: Pacing | None = None,
         in_common: bool = False,
     ) -> None:
@@ -47,7 +48,7 @@ class PooledServer(ReplayServer):
             weight_decay=settings.weight_decay,
             equal_weights=settings.equal_weights,
             weigh_by_precision=settings.weigh_by_precision,
-            momentum=momentum,
+            optimizer=optimizer or Sgd(),
             pacing=pacing or Pacing(),
             in_common=in_common,
         )

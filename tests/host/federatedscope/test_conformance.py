@@ -29,6 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
         **_FORWARD, "fwdllm.server_momentum": 0.5, "federate.sample_client_num": 2,
         "train.scheduler.type": "cosine", "federate.total_round_num": 5,
     },
+    "forward gradients, adam, some clients": {
+        **_FORWARD, "fwdllm.server_optimizer": "adam", "fwdllm.server_betas": [0.9, 0.99], "train.optimizer.lr": 0.01,
+        "federate.sample_client_num": 2,
+    },
     "mezo, a share of the clients": {**_MEZO, "federate.sample_client_rate": 0.5},
     "fedavg with our trainer, model-diff": {
         "federate.method": "fedavg", "trainer.type": "mezotrainer", "train.train_strategy": "model-diff",
