@@ -123,7 +123,7 @@ def test_the_plan_names_what_would_be_trained(tmp_path: Path) -> None:
     head = 3 * (HIDDEN + 1)
     assert (plan.method, plan.adapter, plan.trainable_parameters) == ("forward_gradient", "head", head)
     assert (plan.clients, plan.clients_with_data, plan.clients_per_round, plan.rounds) == (5, 5, 5, 2)
-    assert (plan.steps, plan.probes, plan.costliest_client.forward_passes) == ((1, 1), 7, 14)
+    assert (plan.steps, plan.parts[0].scalars, plan.costliest_client.forward_passes) == ((1, 1), 35, 14)
     assert plan.costliest_client.upload_bytes <= 4 * 7 + 100
     rows = dict(plan.rows())
     assert rows["passes per round"] == "70 forward, 0 backward"
@@ -203,3 +203,29 @@ def test_the_peak_counts_the_larger_of_work_and_evaluation() -> None:
         estimate = MemoryEstimate(**parts, work_bytes=work, evaluation_bytes=evaluation, prefix_cache_bytes=7)
         assert estimate.peak_bytes == 1111 + 50_000 + 7
         assert dataclasses.replace(estimate, check_bytes=50_000).peak_bytes == 1111 + 50_000 + evaluation + 7
+
+
+def test_a_plan_says_how_well_a_round_knows_each_part(tmp_path: Path) -> None:
+    """``(d - 1)/(C n)``, part by part, and what mostly adds noise."""
+    parts = [{"match": "classifier", "slopes": "closed_form", "scalars": 60}, {"match": "*", "probes": 2}]
+    plan = make_plan(configuration(tmp_path, "fedfwd", LORA, fwdllm={"parts": parts}))
+    head, adapter = plan.parts
+    for part, count in ((head, 60), (adapter, 2)):
+        assert part.scalars == count * plan.clients_per_round
+        assert part.relative_error == pytest.approx((part.parameters - 1) / part.scalars)
+    assert head.parameters + adapter.parameters == plan.trainable_parameters
+    assert any("part '*' is" in remark and "mostly adds noise" in remark for remark in plan.remarks)
+    shown = dict(plan.rows())
+    assert "60 scalars" in shown["slopes, classifier"] and "2 probes" in shown["slopes, *"]
+
+
+def test_a_plan_warns_of_an_adapter_that_shares_its_few_directions_with_the_head(tmp_path: Path) -> None:
+    shared, many = (make_plan(configuration(tmp_path, "fedfwd", LORA, fwdllm={"probes": n})) for n in (2, 500))
+    assert any("lie below the output layer" in remark and "fwdllm.parts" in remark for remark in shared.remarks)
+    assert not any("lie below the output layer" in remark for remark in many.remarks)
+
+
+def test_frozen_parts_have_no_error_to_speak_of(tmp_path: Path) -> None:
+    parts = [{"match": "classifier", "slopes": "closed_form"}, {"match": "*", "slopes": "frozen"}]
+    plan = make_plan(configuration(tmp_path, "fedfwd", LORA, fwdllm={"parts": parts}))
+    assert plan.parts[1].in_words().endswith("frozen") and not any("adds noise" in remark for remark in plan.remarks)

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.sources import describe_sources, sources_of
 from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
 from fs_fwdllm.forecast.memory import MemoryEstimate, Traffic, estimate_memory, resident_bytes
+from fs_fwdllm.forecast.noise import PartForecast, forecast_parts, noise_remarks
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.report.units import format_bytes, format_count
 from fs_fwdllm.running.session import Session
@@ -38,7 +38,8 @@ class Plan:
         adapter: which parameters are trained.
         clients, clients_with_data, clients_per_round: all; those that can be asked; those that are asked.
         steps: fewest and most local steps of a client in a round.
-        sources: where the slopes come from, in words; empty for methods that send none.
+        parts: where the slopes of each part come from, and how well a round will know it; none for methods that send
+            none.
         costliest_client: the largest of each number over the clients of the first round.
         first_round, last_round, run: sums over clients; of the last round that was played.
         rounds_per_step: fewest and most rounds of a server step, which the variance gate decides.
@@ -57,7 +58,7 @@ class Plan:
     clients_per_round: int
     rounds: int
     steps: tuple[int, int]
-    sources: str
+    parts: tuple[PartForecast, ...]
     costliest_client: Cost
     first_round: Cost
     last_round: Cost
@@ -82,7 +83,7 @@ class Plan:
             ("rounds", format_count(self.rounds)),
             *self._gate_rows(),
             ("steps per client and round", steps),
-            *([("slopes per step", self.sources)] if self.sources else []),
+            *((f"slopes, {part.name}", part.in_words()) for part in self.parts),
             ("passes per client and round", _passes(client)),
             ("passes per round", _passes(self.first_round)),
             ("passes of the run", _passes(self.run)),
@@ -128,6 +129,7 @@ def make_plan(config: Config) -> Plan:
     plans = work_plans(config, session.client_samples)
     steps = min(plan.steps for plan in plans.values()), max(plan.steps for plan in plans.values())
     rounds = list(dry_rounds(session))
+    parts = forecast_parts(session, plans, len(rounds[0]))
     gate = config.fwdllm.gate
     longest = 1 if gate.kind == "none" else 1 + gate.max_repeats
     run = _whole_run(rounds, config)
@@ -143,7 +145,7 @@ def make_plan(config: Config) -> Plan:
         clients_per_round=len(rounds[0]),
         rounds=config.federate.total_round_num,
         steps=steps,
-        sources=describe_sources(sources_of(config)) if config.method.measures_slopes else "",
+        parts=tuple(parts),
         costliest_client=_largest(rounds[0]),
         first_round=sum(rounds[0], Cost()),
         last_round=sum(rounds[-1], Cost()),
@@ -151,7 +153,7 @@ def make_plan(config: Config) -> Plan:
         rounds_per_step=(1, longest),
         run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
         memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes, traffic),
-        remarks=tuple(session.remarks()),
+        remarks=(*session.remarks(), *noise_remarks(session.parts, parts)),
     )
 
 

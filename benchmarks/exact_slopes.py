@@ -1,0 +1,221 @@
+"""Slopes that cost no pass, beside probes and backpropagation on the same trainables: what is reached, and for what.
+
+One classification set, one model, one draw of clients per seed. Every row is a configuration of the product, with its
+worker, its server and its frames; rows of one seed share the loaded model and what its frozen layers made of each
+batch, so that dozens of runs take minutes. The rate of every row is chosen alike: each of its rates is run on the first
+seed, the best by accuracy on held-out training rows is run on all seeds, and accuracy is that on the test rows.
+
+    python benchmarks/exact_slopes.py DATA_ROOT [--seeds 1 2 3] [--only WORD] [--set KEY VALUE ...] [--quick]
+
+The folder must hold AG News as ``train_10k.jsonl`` and ``test_desc.jsonl``; ``--set data.type FILE@text ...`` names
+other files. "Passes" are of a mini-batch; bytes are those of the frames, the first download of clients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import print_machine, print_table
+
+from fs_fwdllm.config import Config, load_config
+from fs_fwdllm.config.load import apply_overrides, parse_config
+from fs_fwdllm.core.wire import decode, encode
+from fs_fwdllm.data.batches import evaluation_batches
+from fs_fwdllm.evaluation.metrics import evaluate
+from fs_fwdllm.method import assemble_server, assemble_worker
+from fs_fwdllm.report.units import format_bytes
+from fs_fwdllm.running.driver import choose_clients
+from fs_fwdllm.running.session import Session
+
+_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fwd_agnews.yaml"
+_HEAD = "[{adapter_package: fs_fwdllm, adapter_method: head}]"
+_ADAPTER = "[{adapter_package: fs_fwdllm, adapter_method: bottleneck, reduction_factor: 96, layers: [5]}]"
+_COMMON = ["eval.freq", "-1", "fwdllm.prefix_cache_mib", "6000", "fwdllm.data.max_test_samples", "0", "data.splits",
+           "[0.9, 0.1, 0.0]"]  # fmt: skip
+_CLOSED = ["fwdllm.estimator", "closed_form", "fwdllm.probes_per_batch", "1"]
+_SGD = ["federate.method", "FedSGD", "trainer.type", "llmtrainer", "train.optimizer.momentum", "0.9"]
+_WITHOUT_ADAPTER = "[{match: classifier, slopes: closed_form, scalars: %d}, {match: '*', slopes: frozen}]"
+_PROBED_ADAPTER = (
+    "[{match: classifier, slopes: closed_form, scalars: %d}, {match: '*', slopes: one_sided, probes: %d, rate: 0.1}]"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what is trained, for how long, from which slopes, at which rates."""
+
+    name: str
+    trained: str
+    clients: int
+    rounds: int
+    settings: Sequence[str]
+    rates: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+
+
+def _head(name: str, *settings: str, clients: int = 100, rounds: int = 200) -> Row:
+    return Row(f"head, {name}", _HEAD, clients, rounds, settings)
+
+
+def _both(name: str, *settings: str, rounds: int = 240, rates: Sequence[float] = (1.0, 2.0, 4.0, 8.0)) -> Row:
+    return Row(f"head + adapter, {name}", _ADAPTER, 20, rounds, settings, rates)
+
+
+ROWS = [
+    _head("FedSGD", *_SGD),
+    _head("closed form, 30 scalars", *_CLOSED, "fwdllm.probes", "30"),
+    _head("closed form, 100 scalars", *_CLOSED, "fwdllm.probes", "100"),
+    _head("closed form, 300 scalars", *_CLOSED, "fwdllm.probes", "300"),
+    _head("closed form, 154 in common", *_CLOSED, "fwdllm.probes", "154", "fwdllm.directions", "common"),
+    _head("closed form, 308 in common", *_CLOSED, "fwdllm.probes", "308", "fwdllm.directions", "common"),
+    _both("FedSGD", *_SGD),
+    _both("closed form 100, adapter frozen", "fwdllm.parts", _WITHOUT_ADAPTER % 100, rounds=200),
+    _both("closed form 1,540, adapter frozen", "fwdllm.parts", _WITHOUT_ADAPTER % 1540),
+    _both("closed form 1,540 + 24 probes", "fwdllm.parts", _PROBED_ADAPTER % (1540, 24)),
+    _both("projected, 1,000 scalars", "fwdllm.estimator", "projected", "fwdllm.probes", "1000",
+          "fwdllm.probes_per_batch", "1"),
+    _both("shipped (100 probes)", rates=(0.25, 0.5, 1.0)),
+]  # fmt: skip
+
+
+@dataclass
+class Reached:
+    """What a run came to."""
+
+    validation: float
+    test: float
+    loss: float
+    forward_passes: int = 0
+    backward_passes: int = 0
+    upload_bytes: int = 0
+    download_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Bench:
+    """A loaded session and its starting point."""
+
+    session: Session
+    start: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.session.parts.trainables.copy_values()
+        pad = self.session.loaded.tokenizer.pad_token_id
+        self.validation = evaluation_batches(self.session.data.val, 32, pad, "val")
+
+    def run(self, config: Config) -> Reached:
+        """All rounds of ``config``, every message encoded and decoded."""
+        session, started = self.session, time.process_time()
+        session.parts.trainables.load_values(self.start)
+        parts = session.parts.with_config(config)
+        server, worker = assemble_server(parts, session.client_samples), assemble_worker(parts)
+        clients = sorted(session.client_samples)
+        for client in clients:
+            server.note_holds(client, server.digest)
+        reached = Reached(0.0, 0.0, 0.0)
+        for index in range(config.federate.total_round_num):
+            answers = []
+            for client, given in server.assign(index, choose_clients(server, config, index, clients)).items():
+                down = encode(given)
+                up = encode(worker.work(decode(down), session.data.clients[client].train))
+                reached.upload_bytes += len(up)
+                reached.download_bytes += len(down)
+                answers.append(decode(up))
+            report = server.absorb(answers)
+            reached.forward_passes += report.forward_passes
+            reached.backward_passes += report.backward_passes
+        reached.seconds = time.process_time() - started
+        with session.at(server.trainables):
+            reached.validation = self._measure(self.validation)["accuracy"]
+            test = self._measure(session.evaluation_batches)
+        reached.test, reached.loss = test["accuracy"], test["loss"]
+        return reached
+
+    def _measure(self, batches: Sequence[Any]) -> Mapping[str, Any]:
+        session = self.session
+        names, tokenizer = session.data.label_names, session.loaded.tokenizer
+        return evaluate(session.parts.objective, batches, ["accuracy"], names, tokenizer)
+
+
+def configured(row: Row, rate: float, seed: int, options: argparse.Namespace) -> Config:
+    """The configuration of a row, at a rate, for a seed."""
+    given = [*_COMMON, "data.root", str(options.data_root), "llm.adapter.args", row.trained, "seed", str(seed)]
+    given += ["federate.sample_client_num", str(row.clients), "federate.total_round_num", str(row.rounds)]
+    given += [*row.settings, "train.optimizer.lr", str(rate), *options.set]
+    if options.quick:
+        given += ["federate.total_round_num", "2", "data.subsample", "0.02", "fwdllm.data.max_test_samples", "64"]
+        given += ["federate.client_num", "8", "federate.sample_client_num", "4"]
+    tree = load_config(_CONFIG).model_dump(mode="json", exclude_unset=True)
+    apply_overrides(tree, given)
+    return parse_config(copy.deepcopy(tree))
+
+
+def benches(options: argparse.Namespace) -> Callable[[Row, int], Bench]:
+    """The bench of what a row trains, opened once a seed."""
+    opened: dict[tuple[str, int], Bench] = {}
+
+    def of(row: Row, seed: int) -> Bench:
+        key = (row.trained, seed)
+        if key not in opened:
+            for other in [other for other in opened if other[0] != row.trained]:
+                del opened[other]  # kept activations of two models would not fit
+            opened[key] = Bench(Session.open(configured(row, row.rates[0], seed, options)))
+        return opened[key]
+
+    return of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data_root", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--set", nargs="*", default=[], help="keys and values for every row")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print_machine(options.threads)
+    rows, bench_of = [row for row in ROWS if options.only in row.name], benches(options)
+    table = []
+    for row in rows:
+        first = options.seeds[0]
+        rates = row.rates[:1] if options.quick else row.rates
+        tried = {rate: bench_of(row, first).run(configured(row, rate, first, options)) for rate in rates}
+        best = max(tried, key=lambda rate: tried[rate].validation)
+        runs = [tried[best]]
+        runs += [bench_of(row, seed).run(configured(row, best, seed, options)) for seed in options.seeds[1:]]
+        table.append(_cells(row, best, runs))
+        validation = ", ".join(f"{rate:g}: {100 * one.validation:.1f}" for rate, one in tried.items())
+        print(f"{row.name}: validation {validation}; {table[-1][1:]}", flush=True)
+    header = ("", "accuracy %", "loss", "rate", "forward", "backward", "up", "down", "CPU s")
+    print_table(f"{len(options.seeds)} seeds, test rows", header, table)
+
+
+def _cells(row: Row, rate: float, runs: Sequence[Reached]) -> tuple[str, ...]:
+    accuracies = [100 * run.test for run in runs]
+    spread = f" +- {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
+    last = runs[-1]
+    return (
+        row.name,
+        f"{statistics.fmean(accuracies):.1f}{spread}",
+        f"{statistics.fmean(run.loss for run in runs):.3f}",
+        f"{rate:g}",
+        f"{last.forward_passes:,}",
+        f"{last.backward_passes:,}",
+        format_bytes(last.upload_bytes),
+        format_bytes(last.download_bytes),
+        f"{statistics.fmean(run.seconds for run in runs):.0f}",
+    )
+
+
+if __name__ == "__main__":
+    main()
