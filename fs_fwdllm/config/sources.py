@@ -6,7 +6,7 @@ trainables, ``fwdllm.fleet`` the clients. Whoever needs to know (loading, plan, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,16 @@ from fs_fwdllm.core.division import Division
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError
 
-__all__ = ["Source", "counts_of", "describe_sources", "division_of", "estimators_of", "groups_of_sources", "sources_of"]
+__all__ = [
+    "Source",
+    "check_fleet",
+    "counts_of",
+    "describe_sources",
+    "division_of",
+    "estimators_of",
+    "groups_of_sources",
+    "sources_of",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,17 @@ def counts_of(config: Config, client: int = 0) -> tuple[int, ...]:
 def groups_of_sources(config: Config) -> list[tuple[Source, ...]]:
     """The sources of clients in no group of a fleet, and of those in each group."""
     return [sources_of(config, client) for client in (0, *_first_of_groups(config))]
+
+
+def check_fleet(config: Config, clients: Collection[int]) -> None:
+    """Refuse a group that none of ``clients``, those that hold data, is in. Raises ``ConfigError``."""
+    for index, members in enumerate(_members(config)):
+        if not set(members).intersection(clients):
+            raise ConfigError(
+                f"fwdllm.fleet[{index}].clients {config.fwdllm.fleet[index].clients!r}: stands for clients "
+                f"{min(members)} to {max(members)}, and none of them holds data; the clients that do are "
+                f"{min(clients)} to {max(clients)}"
+            )
 
 
 def estimators_of(config: Config) -> dict[str, Any]:

@@ -19,7 +19,15 @@ import torch
 from torch import nn
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.config.sources import Source, counts_of, division_of, estimators_of, groups_of_sources, sources_of
+from fs_fwdllm.config.sources import (
+    Source,
+    check_fleet,
+    counts_of,
+    division_of,
+    estimators_of,
+    groups_of_sources,
+    sources_of,
+)
 from fs_fwdllm.core.direction import DirectionKey, Distribution, make_distribution
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.orthogonal import OrthogonalRows
@@ -267,7 +275,12 @@ def server_settings(config: Config, client_samples: dict[int, int]) -> ServerSet
 
 
 def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, WorkPlan]:
-    """Steps and probes of every client's round; with ``batch_or_epoch: epoch`` the steps follow the client's size."""
+    """Steps and probes of every client's round; with ``batch_or_epoch: epoch`` the steps follow the client's size.
+
+    Raises:
+        ConfigError: nobody is in a group of ``fwdllm.fleet``.
+    """
+    check_fleet(config, client_samples)
     plans = {}
     for client, samples in client_samples.items():
         steps = config.train.local_update_steps

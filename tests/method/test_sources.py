@@ -220,6 +220,7 @@ def test_sources_in_words(world: World) -> None:
         ({"parts": [{"slopes": "central", "scalars": 4}]}, ["fwdllm.parts[0].scalars 4", "write probes"]),
         ({"fleet": [{"clients": 2}, {"clients": [2, 3]}]}, ["fwdllm.fleet[1].clients", "client 2"]),
         ({"fleet": [{"clients": 0}]}, ["fwdllm.fleet[0].clients 0", "from 1"]),
+        ({"fleet": [{"clients": 3}, {"clients": [5, 6]}]}, ["fwdllm.fleet[1]", "5 to 6", "none of them", "1 to 4"]),
         ({"parts": [CLOSED, FROZEN], "fleet": [{"clients": 1, "parts": [HEAD]}]}, ["must match what fwdllm.parts"]),
         ({"parts": [HEAD, PROBED], "fleet": [{"clients": 1, "parts": [HEAD, PROBED]}]}, ["one rate for all clients"]),
         ({"parts": [CLOSED, PROBED], "gate.kind": "published"}, ["fwdllm.gate.kind 'published'", "relative"]),
