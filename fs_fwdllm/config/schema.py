@@ -184,6 +184,9 @@ class TrainConfig(Section):
 #: A source of no slopes: what it is given for stays as it is.
 FROZEN = "frozen"
 
+#: Ways to make one vector of a text's tokens, in the order in which several are put side by side.
+POOLING_WORDS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")
+
 #: FederatedScope's words for the loss among the metrics.
 LOSS_WORDS = ("loss", "avg_loss", "total")
 
@@ -440,6 +443,17 @@ class FwdllmConfig(Section):
         description="dtype of the frozen base (block training: of the model); auto is float32, or float16 with "
         "train.is_enable_half",
     )
+    pooling: str = Field(
+        "auto",
+        description="how a classifier makes one vector of a text's tokens: auto (as the model's modules.json says, the "
+        "architecture's own head without one), none (that head), or cls, max, mean, mean_sqrt_len, weightedmean, "
+        "lasttoken, several joined by +; then a linear classifier reads it",
+    )
+    feature_scale: Literal["auto", "none", "unit", "layer_norm"] = Field(
+        "auto",
+        description="what is done to that vector: nothing, unit (its length is one), or layer_norm (its own mean taken "
+        "away, its own deviation made one), which auto is for a new head",
+    )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
     strategy_span: float = Field(
         -1.0, description="farthest train.train_strategy moves a learning rate; -1 is half of the schedule's rate"
@@ -486,6 +500,16 @@ class FwdllmConfig(Section):
     @classmethod
     def _estimator_is_known(cls, value: str) -> str:
         return _known(ESTIMATORS, value)
+
+    @field_validator("pooling")
+    @classmethod
+    def _pooling_is_known(cls, value: str) -> str:
+        """In one order, whatever order it was given in."""
+        words = value.split("+")
+        if len(words) == 1:
+            return _known(("auto", "none", *POOLING_WORDS), value)
+        words = [_known(POOLING_WORDS, word.strip()) for word in words]
+        return "+".join(word for word in POOLING_WORDS if word in words)
 
     @field_validator("direction")
     @classmethod
