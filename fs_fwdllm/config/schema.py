@@ -29,6 +29,7 @@ __all__ = [
     "FwdllmDataConfig",
     "GateConfig",
     "PartConfig",
+    "ReportConfig",
     "Section",
     "SourceConfig",
     "is_host_only",
@@ -388,6 +389,14 @@ class BlocksConfig(Section):
     download: BlockDownloadConfig = BlockDownloadConfig()
 
 
+class ReportConfig(Section):
+    linear_probe: bool = Field(
+        False,
+        description="let fs-fwdllm plan fit a logistic regression on the frozen features of all clients' training rows "
+        "and print its accuracy on the evaluation split, as a reference; it takes a forward pass a row",
+    )
+
+
 class FwdllmConfig(Section):
     estimator: str = Field("central", description="how a slope along a direction is measured")
     direction: str = Field("rademacher", description="distribution of a direction")
@@ -494,6 +503,7 @@ class FwdllmConfig(Section):
     step: StepConfig = StepConfig()
     data: FwdllmDataConfig = FwdllmDataConfig()
     blocks: BlocksConfig = BlocksConfig()
+    report: ReportConfig = ReportConfig()
     ext: dict[str, Any] = Field({}, description="sections of other packages, by the name that they announce")
 
     @field_validator("estimator")
