@@ -23,6 +23,11 @@ is flat does no harm.
 exactly, and no eigenvalue is above that: ``L <= (m + 1) / 2`` for any text. Real features spread over many directions,
 so that the largest eigenvalue, and what could have been a stable rate, is several times away.
 
+**Where a head starts** it is undecided, ``p = 1/K`` for every class, and the matrix of probabilities is at most ``1/K``
+instead of 1/2. The loss is as steep as 1/2 says only where a text is torn between two classes, so with many classes the
+bound for all weights is far too careful, and ``at_start`` a better first rate; that it stays safe later is no longer
+proven. For two classes the two are the same.
+
 What the bound is not: the best rate. Mini-batches that disagree add noise of their own, which does not make a step
 unstable, but leaves a floor that falls with the rate.
 """
@@ -49,12 +54,13 @@ class Curvature:
     trace: float
 
 
-def curvature_of(features: np.ndarray, classes: int) -> Curvature:
+def curvature_of(features: np.ndarray, classes: int, *, at_start: bool = False) -> Curvature:
     """The bounds for given features.
 
     Args:
         features: ``[rows, width]``, without the bias's constant.
         classes: of the head; 1 for regression by squared error, where the bounds are the values.
+        at_start: for a head that is undecided, instead of for any.
 
     Raises:
         ValueError: there is no row, or no class.
@@ -64,12 +70,12 @@ def curvature_of(features: np.ndarray, classes: int) -> Curvature:
     rows = np.concatenate([features, np.ones((len(features), 1))], axis=1, dtype=np.float64)
     wide = rows.shape[0] < rows.shape[1]  # the smaller of two matrices with the same eigenvalues
     moments = (rows @ rows.T if wide else rows.T @ rows) / len(rows)
-    return _bounds(float(np.linalg.eigvalsh(moments)[-1]), float(np.trace(moments)), classes)
+    return _bounds(float(np.linalg.eigvalsh(moments)[-1]), float(np.trace(moments)), classes, at_start)
 
 
-def curvature_of_standardised(width: int, classes: int) -> Curvature:
-    """The bounds for any features of ``width`` numbers that are standardised within each row."""
-    return _bounds(width + 1.0, width + 1.0, classes)
+def curvature_of_standardised(width: int, classes: int, *, at_start: bool = False) -> Curvature:
+    """As :func:`curvature_of`, for any features of ``width`` numbers that are standardised within each row."""
+    return _bounds(width + 1.0, width + 1.0, classes, at_start)
 
 
 def safe_rate(curvature: Curvature, *, clients: int = 1, scalars: int = 0, momentum: float = 0.0) -> float:
@@ -91,9 +97,9 @@ def safe_rate(curvature: Curvature, *, clients: int = 1, scalars: int = 0, momen
     return (1 - momentum) * 2.0 / (curvature.largest + noise)
 
 
-def _bounds(largest: float, squared_norm: float, classes: int) -> Curvature:
+def _bounds(largest: float, squared_norm: float, classes: int, at_start: bool) -> Curvature:
     if classes < 1:
         raise ValueError(f"classes must be 1 or more, but are {classes}")
     if classes == 1:  # the squared error, without a half
         return Curvature(2.0 * largest, 2.0 * squared_norm)
-    return Curvature(0.5 * largest, (1.0 - 1.0 / classes) * squared_norm)
+    return Curvature(largest / (classes if at_start else 2), (1.0 - 1.0 / classes) * squared_norm)

@@ -60,13 +60,25 @@ def test_with_two_classes_that_are_undecided_the_bounds_are_reached() -> None:
     assert np.trace(written_out) == pytest.approx(found.trace)
 
 
+@given(seed=SEEDS, classes=st.integers(2, 5))
+def test_where_a_head_starts_its_curvature_is_known(seed: int, classes: int) -> None:
+    features = np.random.default_rng(seed).normal(size=(8, 3))
+    found = curvature_of(features, classes, at_start=True)
+    written_out = hessian(np.zeros((classes, 4)), with_constant(features))
+    assert np.linalg.eigvalsh(written_out)[-1] == pytest.approx(found.largest)
+    assert np.trace(written_out) == pytest.approx(found.trace)
+    assert found.largest <= curvature_of(features, classes).largest
+
+
 @given(seed=SEEDS, rows=st.integers(1, 12), classes=st.integers(1, 5))
 def test_without_data_the_bounds_hold_for_any_standardised_features(seed: int, rows: int, classes: int) -> None:
     features = np.random.default_rng(seed).normal(size=(rows, 7)) * 3 + 2
     features = (features - features.mean(axis=1, keepdims=True)) / features.std(axis=1, keepdims=True)
-    known, bound = curvature_of(features, classes), curvature_of_standardised(7, classes)
-    assert known.largest <= bound.largest * (1 + 1e-9)
-    assert known.trace == pytest.approx(bound.trace)
+    for at_start in (False, True):
+        known = curvature_of(features, classes, at_start=at_start)
+        bound = curvature_of_standardised(7, classes, at_start=at_start)
+        assert known.largest <= bound.largest * (1 + 1e-9)
+        assert known.trace == pytest.approx(bound.trace)
 
 
 def test_the_smaller_matrix_has_the_same_eigenvalue() -> None:
