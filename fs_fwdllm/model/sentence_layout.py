@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
 from fs_fwdllm.errors import ModelError, shown
 from fs_fwdllm.model.folder import read_settings
-from fs_fwdllm.model.hub import is_on_this_machine
+from fs_fwdllm.model.hub import hub_file
 
 __all__ = [
     "CLASSIFIER_FOLDER",
@@ -199,17 +197,11 @@ def _write_json(file: Path, tree: Any) -> None:
 
 
 def _find(location: str, name: str) -> Path | None:
-    """A file of a folder or of a hub name; of what is in the local cache already, only what is there."""
+    """A file of a folder or of a hub name, if it has it."""
     if Path(location).is_dir():
         file = Path(location, name)
         return file if file.is_file() else None
-    held = try_to_load_from_cache(location, name)
-    if isinstance(held, str) or is_on_this_machine(location):
-        return Path(held) if isinstance(held, str) else None
-    try:
-        return Path(hf_hub_download(location, name))
-    except EntryNotFoundError:
-        return None
+    return hub_file(location, name)
 
 
 def _modules(file: Path) -> list[tuple[str, str, str]]:

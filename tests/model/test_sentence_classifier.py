@@ -181,6 +181,40 @@ def test_the_models_own_files_decide_and_the_key_overrides_them(tmp_path: Path) 
     assert type(load(save_tiny_model(tmp_path / "plain", "bert")).model).__name__ == "BertForSequenceClassification"
 
 
+def test_of_a_hub_name_that_is_in_the_cache_the_files_there_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout is the one the hub's own client writes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, save in (("encoder", save_tiny_encoder), ("plain", lambda folder: save_tiny_model(folder, "bert"))):
+        place = tmp_path / f"models--tiny--{name}"
+        save(place / "snapshots" / ("0" * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0" * 40)
+    assert read_layout("tiny/plain") is None
+    layout = read_layout("tiny/encoder")
+    assert layout is not None and layout.pooling == ("mean",)
+    loaded = load(Path("tiny/encoder"), "lora")
+    shake(loaded.model)
+    again = load_saved(save_trained(loaded, tmp_path / "run"))[0]
+    assert torch.equal(logits(again.model, tiny_batch()), logits(loaded.model, tiny_batch()))
+
+
+def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
+    loaded = load(save_tiny_encoder(tmp_path / "m"), "lora")
+    shake(loaded.model)
+    trainables = Trainables.of_model(loaded.model)
+    batch_loss = Objective(loaded.model, trainables, loaded.task).on(tiny_batch())
+    gradients = []
+    for checkpointing in (False, True):
+        Backprop(loaded.model, gradient_checkpointing=checkpointing).gradient(batch_loss)
+        gradients.append([tensor.grad.clone() for tensor in trainables.tensors if tensor.grad is not None])
+        loaded.model.zero_grad(set_to_none=True)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_older_files_say_it_by_flags(tmp_path: Path) -> None:
     folder = save_tiny_encoder(tmp_path / "m")
     flags = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True, "pooling_mode_max_tokens": False}
@@ -225,7 +259,8 @@ def test_the_prefix_cache_keeps_one_vector_a_sample(tmp_path: Path) -> None:
     objective = Objective(loaded.model, Trainables.of_model(loaded.model), loaded.task, prefix_cache_bytes=1 << 20)
     batch = tiny_batch()
     batch = type(batch)(batch.input_ids, batch.attention_mask, batch.labels, key="one")
-    first, again = float(objective.on(batch).here()), float(objective.on(batch).here())
+    with torch.no_grad():
+        first, again = float(objective.on(batch).here()), float(objective.on(batch).here())
     assert first == again and objective.cache.hits == 1
     assert objective.cache.used_bytes == len(batch) * HIDDEN * 4
 
