@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from transformers.modeling_outputs import SequenceClassifierOutput
 from typer.testing import CliRunner
 
 from fs_fwdllm.cli.main import app
@@ -104,14 +105,17 @@ def test_where_validation_is_evaluated_it_does_not_choose(world: World) -> None:
     assert 0 <= found.accuracy <= 1 and found.rows == sum(session.client_samples.values())
 
 
-def test_rows_keep_their_labels_where_padding_splits_a_batch(world: World) -> None:
-    """A model that mixes padding in gets rows of one length at a time."""
-    folder = ARCHITECTURES["fnet/classes"].save(world.root / "fnet")
+@pytest.mark.parametrize("name", ["fnet/classes", "gpt2/classes"])
+def test_rows_keep_their_labels_whatever_the_model_makes_of_a_batch(world: World, name: str) -> None:
+    """One gets rows of one length at a time; the other's head reads every token, and one of them is the row's."""
+    folder = ARCHITECTURES[name].save(world.root / "model")
     session = Session.open(world.config({**ASKED, "model.type": f"{folder}@transformers", **HEAD}))
-    assert session.loaded.conduct.padding == "none"
-    reference = reference_of(session)
-    by_row = features_of(session.parts.objective, evaluation_batches(session.data.test, 1, 1, "single"))
-    assert reference.features == by_row[0].shape[1]
+    together, one_by_one = (
+        features_of(session.parts.objective, evaluation_batches(session.data.test, size, 1, f"{size} rows"))
+        for size in (32, 1)
+    )
+    assert together[1].tolist() == one_by_one[1].tolist()
+    np.testing.assert_allclose(together[0], one_by_one[0], rtol=1e-4, atol=1e-5)
 
 
 HEAD = {"llm.adapter.args": [{"adapter_method": "head"}]}
@@ -132,11 +136,14 @@ def test_it_is_refused_where_nothing_is_frozen_or_classified(world: World, own: 
         make_plan(world.config(ASKED, language_model=True))
 
 
-def test_a_head_that_reads_every_token_names_the_way_out(world: World) -> None:
-    settings = {**ASKED, "model.type": f"{world.model('gpt2')}@transformers", **HEAD, "federate.method": "fedfwd"}
-    with pytest.raises(ConfigError, match=r"set fwdllm\.pooling \(mean, or lasttoken for a decoder\)"):
-        make_plan(world.config(settings))
-    assert make_plan(world.config({**settings, "fwdllm.pooling": "lasttoken"})).reference is not None
+def test_a_head_that_is_not_linear_names_the_way_out(world: World) -> None:
+    session = Session.open(world.config({**ASKED, **HEAD}))
+    session.loaded.model.register_forward_hook(
+        lambda module, given, output: SequenceClassifierOutput(logits=output.logits.tanh())
+    )
+    batches = evaluation_batches(session.data.test, 4, 1, "bent")
+    with pytest.raises(ConfigError, match=r"does not end in a linear layer; set fwdllm\.pooling \(mean"):
+        features_of(session.parts.objective, batches)
 
 
 def test_one_label_is_no_classification() -> None:

@@ -13,21 +13,19 @@ the identity, so they are those of the frozen base.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.errors import ConfigError, DataError
+from fs_fwdllm.errors import ConfigError, DataError, EstimatorError
 from fs_fwdllm.model.objective import Objective
+from fs_fwdllm.model.output_layer import OutputLayer
 
 __all__ = ["STRENGTHS", "LinearProbe", "features_of", "fit_linear_probe"]
 
@@ -68,19 +66,21 @@ def features_of(objective: Objective, batches: Sequence[Batch]) -> Rows:
     """What the last linear layer of a classifier reads of every row, and the labels.
 
     Raises:
-        ConfigError: the classifier's last layer is no linear one that reads one vector a row.
+        ConfigError: the logits are not what a linear layer puts out.
         DataError: there is no row.
     """
     if not batches:
         raise DataError("fwdllm.report.linear_probe: a split that it needs has no row; check data.splits")
-    found, labels = [], []
+    layer, found = OutputLayer(objective), []
     for batch in batches:
-        batch_loss = objective.on(batch)
-        with _linear_calls(objective.model) as calls:
-            logits = batch_loss.logits()
-        found.append(_read_by_last(calls, logits))
-        labels.append(batch.labels)
-    return np.concatenate(found), np.concatenate(labels)
+        try:
+            found.append(layer.run(objective.on(batch)).features.cpu().numpy().astype(np.float64))
+        except EstimatorError as error:
+            raise ConfigError(
+                "fwdllm.report.linear_probe: this classifier does not end in a linear layer; set fwdllm.pooling "
+                "(mean, for one), or leave the key out"
+            ) from error
+    return np.concatenate(found), np.concatenate([batch.labels for batch in batches])
 
 
 def fit_linear_probe(training: Rows, validation: Rows | None, evaluated: Rows) -> LinearProbe:
@@ -118,30 +118,3 @@ def _fitted(rows: Rows, strength: float) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is not reached in so many steps changes no figure
         return LogisticRegression(C=strength, max_iter=_MOST_STEPS).fit(*rows)
-
-
-@contextmanager
-def _linear_calls(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Input and output of every linear layer, in the order of the calls."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        calls.append((arguments[0], output))
-
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _read_by_last(calls: Sequence[tuple[torch.Tensor, torch.Tensor]], logits: torch.Tensor) -> np.ndarray:
-    given, output = calls[-1] if calls else (logits, logits)
-    if not calls or given.dim() != 2 or output.shape != logits.shape:
-        raise ConfigError(
-            "fwdllm.report.linear_probe: this classifier does not end in a linear layer that reads one vector of a "
-            "text; set fwdllm.pooling (mean, or lasttoken for a decoder), or leave the key out"
-        )
-    features: np.ndarray = given.float().cpu().numpy().astype(np.float64)
-    return features

@@ -46,6 +46,5 @@ def reference_of(session: Session) -> LinearProbe:
 
 def _features(session: Session, examples: list[Example], split: str) -> Rows:
     pad_token_id = session.loaded.tokenizer.pad_token_id
-    # Rows that must not share a pass with longer ones would come out in another order.
-    size = 1 if session.loaded.conduct.padding == "none" else _BATCH_SIZE
-    return features_of(session.parts.objective, evaluation_batches(examples, size, pad_token_id, f"probe, {split}"))
+    batches = evaluation_batches(examples, _BATCH_SIZE, pad_token_id, f"probe, {split}")
+    return features_of(session.parts.objective, batches)

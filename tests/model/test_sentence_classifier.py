@@ -132,10 +132,25 @@ def test_every_pooling_has_every_kind_of_slope(tmp_path: Path, architecture: str
     exact = [sum(float((z[k] * g).sum()) for z, g in zip(directions, gradient, strict=True)) for k in range(3)]
     for estimator, size, tolerance in (("forward_mode", 1, 1e-4), ("forward_mode", 3, 1e-4), ("central", 3, 2e-2)):
         own = config.fwdllm.model_copy(update={"estimator": estimator, "probes_per_batch": size, "radius": 1e-3})
-        measured = parts.with_config(config.model_copy(update={"fwdllm": own})).make_estimator(
+        measuring = parts.with_config(config.model_copy(update={"fwdllm": own})).measuring(
             make_distribution("rademacher")
         )
-        np.testing.assert_allclose(measured.slopes(together, keys).values, exact, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(measuring(1).slopes(together, [keys]).values, exact, rtol=tolerance, atol=tolerance)
+
+
+def test_the_closed_form_of_its_head_is_backpropagation(tmp_path: Path) -> None:
+    config = tiny_config(save_tiny_encoder(tmp_path / "m"), "head", **{"fwdllm.estimator": "closed_form"})
+    loaded = load_model(config, load_tokenizer(config), 3)
+    shake(loaded.model)
+    parts = Parts.build(config, loaded.model, loaded.task, 1, full=False, conduct=loaded.conduct, trial=loaded.trial)
+    batch_loss, distribution = parts.objective.on(tiny_batch()), make_distribution("rademacher")
+    keys = [DirectionKey(5, seed) for seed in range(3)]
+    measured = parts.measuring(distribution)(1).slopes(batch_loss, [keys]).values
+    directions = stack_directions(batch_loss, keys, distribution)
+    Backprop(loaded.model).gradient(batch_loss)
+    gradient = [tensor.grad for tensor in parts.trainables.tensors]
+    exact = [sum(float((z[k] * g).sum()) for z, g in zip(directions, gradient, strict=True)) for k in range(3)]
+    np.testing.assert_allclose(measured, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
