@@ -132,7 +132,14 @@ def base_tree(folder: Path, train: str, test: str, seed: int) -> dict[str, Any]:
         "dataloader": {"batch_size": 8},
         "train": {"optimizer": {}, "scheduler": {}},
         "trainer": {"type": "fwdtrainer"},
-        "fwdllm": {"prefix_cache_mib": 2048, "data": {"test_file": test}, "gate": {}, "sampling": {}, "step": {}},
+        "fwdllm": {
+            "pooling": "none",  # the published figures are of the architecture's own head
+            "prefix_cache_mib": 2048,
+            "data": {"test_file": test},
+            "gate": {},
+            "sampling": {},
+            "step": {},
+        },
     }
 
 

@@ -147,7 +147,7 @@ def play(title: str, folder: Path, **variables: str) -> str:
 @pytest.mark.slow
 def test_a_reader_gets_from_a_csv_to_a_prediction(tmp_path: Path) -> None:
     printed = play("Own CSV to prediction", tmp_path)
-    assert re.search(r"'label': 'billing'", printed), "what pipeline answers"
+    assert printed.splitlines()[-1] == "billing", "what sentence-transformers answers"
     assert (tmp_path / "desk" / "predicted.csv").exists()
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "FwdllmDataConfig",
     "GateConfig",
     "PartConfig",
+    "ReportConfig",
     "Section",
     "SourceConfig",
     "is_host_only",
@@ -183,6 +184,9 @@ class TrainConfig(Section):
 
 #: A source of no slopes: what it is given for stays as it is.
 FROZEN = "frozen"
+
+#: Ways to make one vector of a text's tokens, in the order in which several are put side by side.
+POOLING_WORDS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")
 
 #: FederatedScope's words for the loss among the metrics.
 LOSS_WORDS = ("loss", "avg_loss", "total")
@@ -385,6 +389,14 @@ class BlocksConfig(Section):
     download: BlockDownloadConfig = BlockDownloadConfig()
 
 
+class ReportConfig(Section):
+    linear_probe: bool = Field(
+        False,
+        description="let fs-fwdllm plan fit a logistic regression on the frozen features of all clients' training rows "
+        "and print its accuracy on the evaluation split, as a reference; it takes a forward pass a row",
+    )
+
+
 class FwdllmConfig(Section):
     estimator: str = Field("central", description="how a slope along a direction is measured")
     direction: str = Field("rademacher", description="distribution of a direction")
@@ -440,6 +452,17 @@ class FwdllmConfig(Section):
         description="dtype of the frozen base (block training: of the model); auto is float32, or float16 with "
         "train.is_enable_half",
     )
+    pooling: str = Field(
+        "auto",
+        description="how a classifier makes one vector of a text's tokens: auto (as the model's modules.json says, the "
+        "architecture's own head without one), none (that head), or cls, max, mean, mean_sqrt_len, weightedmean, "
+        "lasttoken, several joined by +; then a linear classifier reads it",
+    )
+    feature_scale: Literal["auto", "none", "unit", "layer_norm"] = Field(
+        "auto",
+        description="what is done to that vector: nothing, unit (its length is one), or layer_norm (its own mean taken "
+        "away, its own deviation made one), which auto is for a new head",
+    )
     prefix_cache_mib: int = Field(256, ge=0, description="memory for activations below the lowest trainable layer")
     strategy_span: float = Field(
         -1.0, description="farthest train.train_strategy moves a learning rate; -1 is half of the schedule's rate"
@@ -480,12 +503,23 @@ class FwdllmConfig(Section):
     step: StepConfig = StepConfig()
     data: FwdllmDataConfig = FwdllmDataConfig()
     blocks: BlocksConfig = BlocksConfig()
+    report: ReportConfig = ReportConfig()
     ext: dict[str, Any] = Field({}, description="sections of other packages, by the name that they announce")
 
     @field_validator("estimator")
     @classmethod
     def _estimator_is_known(cls, value: str) -> str:
         return _known(ESTIMATORS, value)
+
+    @field_validator("pooling")
+    @classmethod
+    def _pooling_is_known(cls, value: str) -> str:
+        """In one order, whatever order it was given in."""
+        words = value.split("+")
+        if len(words) == 1:
+            return _known(("auto", "none", *POOLING_WORDS), value)
+        words = [_known(POOLING_WORDS, word.strip()) for word in words]
+        return "+".join(word for word in POOLING_WORDS if word in words)
 
     @field_validator("direction")
     @classmethod

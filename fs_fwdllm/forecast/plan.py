@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.evaluation.linear_probe import LinearProbe
 from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
 from fs_fwdllm.forecast.memory import MemoryEstimate, Traffic, estimate_memory, resident_bytes
 from fs_fwdllm.forecast.noise import PartForecast, forecast_parts, noise_remarks
+from fs_fwdllm.forecast.reference import check_reference, reference_of
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.report.units import format_bytes, format_count
 from fs_fwdllm.running.session import Session
@@ -46,6 +48,7 @@ class Plan:
         run_of_longest_steps: as ``run``, if every step takes the most rounds.
         memory: predicted peak, part by part.
         remarks: what a run would say of the configuration before it starts.
+        reference: what a linear classifier reaches on the same features; ``None`` unless asked for.
     """
 
     method: str
@@ -67,6 +70,7 @@ class Plan:
     run_of_longest_steps: Cost
     memory: MemoryEstimate
     remarks: tuple[str, ...] = ()
+    reference: LinearProbe | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """``(name, value)`` pairs to print."""
@@ -98,6 +102,7 @@ class Plan:
             ("  work, or evaluation", f"{format_bytes(memory.work_bytes)}, {format_bytes(memory.evaluation_bytes)}"),
             ("  prefix cache", format_bytes(memory.prefix_cache_bytes)),
             ("  check of what was saved", format_bytes(memory.check_bytes)),
+            *([("reference", str(self.reference))] if self.reference is not None else []),
         ]
 
     def _gate_rows(self) -> list[tuple[str, str]]:
@@ -124,6 +129,8 @@ def make_plan(config: Config) -> Plan:
     Raises:
         FwdLLMError: whatever a run would raise while it loads; see the subtypes.
     """
+    if config.fwdllm.report.linear_probe:
+        check_reference(config)
     before_loading_bytes = resident_bytes()
     session = Session.open(config)
     plans = work_plans(config, session.client_samples)
@@ -154,6 +161,7 @@ def make_plan(config: Config) -> Plan:
         run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
         memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes, traffic),
         remarks=(*session.remarks(), *noise_remarks(session.parts, parts)),
+        reference=reference_of(session) if config.fwdllm.report.linear_probe else None,
     )
 
 

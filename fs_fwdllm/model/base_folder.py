@@ -24,7 +24,7 @@ from fs_fwdllm.model.source import ModelSource, reading
 if TYPE_CHECKING:
     from fs_fwdllm.model.loading import LoadedModel
 
-__all__ = ["config_of_base", "config_to_keep", "link_to", "weights_of"]
+__all__ = ["config_as_used", "config_of_base", "config_to_keep", "link_to", "weights_of"]
 
 #: What a base's own configuration may say otherwise than the run, to a classifier (which may find the end of a text by
 #: its padding) and to any model.
@@ -35,24 +35,30 @@ _DECISIVE = ("dtype",)
 def config_of_base(source: ModelSource) -> Any:
     """The configuration in the base's own files."""
     with reading(source, "configuration") as safely, quiet_transformers():
-        return AutoConfig.from_pretrained(source.location, **safely)
+        return AutoConfig.from_pretrained(source.transformer, **safely)
 
 
 def config_to_keep(loaded: LoadedModel) -> Any | None:
     """The configuration of the base as the run used it; ``None`` where the base's own files say the same."""
-    own = config_of_base(loaded.source)
-    used = copy.deepcopy(loaded.model.get_base_model().config)  # type: ignore[operator]
-    used.dtype = torch.float32 if rounds_when_loaded_in_half(loaded.model) else _dtype_of_base(loaded.model)
-    used.use_cache = getattr(own, "use_cache", True)
-    used.get_text_config().vocab_size = own.get_text_config().vocab_size  # PEFT adds the tokenizer's rows itself
+    own, used = config_of_base(loaded.source), config_as_used(loaded)
     decisive = _DECISIVE + (_DECISIVE_FOR_CLASSES if loaded.task == "classification" else ())
     agrees = all(getattr(own, name, None) == getattr(used, name, None) for name in decisive)
     return None if agrees else used
 
 
+def config_as_used(loaded: LoadedModel) -> Any:
+    """The configuration of the base as the run used it."""
+    own = config_of_base(loaded.source)
+    used = copy.deepcopy(loaded.model.get_base_model().config)  # type: ignore[operator]
+    used.dtype = torch.float32 if rounds_when_loaded_in_half(loaded.model) else _dtype_of_base(loaded.model)
+    used.use_cache = getattr(own, "use_cache", True)
+    used.get_text_config().vocab_size = own.get_text_config().vocab_size  # PEFT adds the tokenizer's rows itself
+    return used
+
+
 def weights_of(source: ModelSource) -> list[Path]:
     """The base's weight files: in its folder, or in the hub's cache, where loading has put them."""
-    folder = Path(source.location)
+    folder = Path(source.transformer)
     patterns = ("*.safetensors", "*.safetensors.index.json")
     if not source.is_local:
         try:

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fs_fwdllm.model.facts import SavedFacts
+from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 
 __all__ = ["model_card", "results_of"]
 
@@ -51,7 +52,7 @@ def model_card(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str
     """
     data = ModelCardData(
         base_model=None if facts.base_digest else facts.base_name,  # the hub knows names of its own only
-        library_name={"peft": "peft", "model": "transformers"}.get(saved_as, "fs-fwdllm"),
+        library_name=_library(facts, saved_as),
         pipeline_tag=_PIPELINES[facts.task],
         tags=["federated-learning", "fs-fwdllm", facts.trained],
     )
@@ -69,6 +70,11 @@ def model_card(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str
     return "\n".join(part for part in parts if part)
 
 
+def _library(facts: SavedFacts, saved_as: str) -> str:
+    whole = "sentence-transformers" if _pools(facts) else "transformers"
+    return {"peft": "peft", "model": whole}.get(saved_as, "fs-fwdllm")
+
+
 def _by(results: Mapping[str, Any]) -> str:
     return f": {results['method']}" if "method" in results else ""
 
@@ -82,17 +88,14 @@ def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
     if facts.task == "question_answering":
         ask = '.predict(["the question"], ["the text that holds the answer"])'
     lines = ["## Use it\n", "```python", "import fs_fwdllm", "", f'print(fs_fwdllm.load("THIS_FOLDER"){ask})', "```\n"]
-    auto = _AUTO_CLASSES[facts.task]
-    library = {"peft": ("peft", f"AutoPeft{auto}"), "model": ("transformers", f"Auto{auto}")}.get(saved_as)
-    if library is not None and facts.task != "question_answering":
-        dtype = ", dtype=torch.float32" if rounded_by_others else ""
+    dtype = ", dtype=torch.float32" if rounded_by_others else ""
+    if _pools(facts):
+        lines += _use_of_sentence_classifier(saved_as, dtype)
+    elif saved_as in ("peft", "model") and facts.task != "question_answering":
+        library, prefix = ("peft", "AutoPeft") if saved_as == "peft" else ("transformers", "Auto")
+        auto = f"{prefix}{_AUTO_CLASSES[facts.task]}"
         lines += ["Without fs-fwdllm:\n", "```python", *(["import torch"] if dtype else [])]
-        lines += [
-            f"from {library[0]} import {library[1]}",
-            "",
-            f'model = {library[1]}.from_pretrained("THIS_FOLDER"{dtype})',
-        ]
-        lines += ["```\n"]
+        lines += [f"from {library} import {auto}", "", f'model = {auto}.from_pretrained("THIS_FOLDER"{dtype})', "```\n"]
     if rounded_by_others:
         lines.append(
             f"The base computed in {facts.tree['fwdllm']['base_dtype']}, but what was trained is float32. Loading "
@@ -100,6 +103,35 @@ def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
             "float32, or by fs_fwdllm.load.\n"
         )
     return "\n".join(lines)
+
+
+def _pools(facts: SavedFacts) -> bool:
+    """Whether the head reads a sentence encoder's vectors."""
+    return bool(facts.tree["fwdllm"].get("pooling", "none") != "none")
+
+
+def _use_of_sentence_classifier(saved_as: str, dtype: str) -> list[str]:
+    module, name = SentenceClassifier.__module__, SentenceClassifier.__name__
+    if saved_as == "model":
+        return [
+            "Without fs-fwdllm, the logits; transformers alone has no class for this model:\n",
+            "```python",
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'logits = SentenceTransformer("THIS_FOLDER").encode(["..."])',
+            "```\n",
+        ]
+    if saved_as != "peft":
+        return []
+    return [
+        f"By PEFT, with fs-fwdllm installed, since transformers alone has no class for the base ({name}):\n",
+        "```python",
+        *(["import torch"] if dtype else []),
+        "from peft import AutoPeftModel",
+        "",
+        f'model = AutoPeftModel.from_pretrained("THIS_FOLDER", import_allowlist=["{module}"]{dtype})',
+        "```\n",
+    ]
 
 
 def _training(facts: SavedFacts) -> list[tuple[str, str]]:

@@ -78,11 +78,16 @@ class SavedFacts:
         trained: str,
         base_dtype: str,
         attention: str | None,
+        features: dict[str, str],
     ) -> SavedFacts:
-        """The facts of a model loaded by ``config``; ``base_dtype`` and ``attention`` are what ``auto`` came to."""
+        """The facts of a model loaded by ``config``.
+
+        ``base_dtype``, ``attention`` and ``features`` (the keys ``pooling`` and ``feature_scale``) are what ``auto``
+        came to.
+        """
         tree = config.model_dump(mode="json", include=_SECTIONS, exclude_defaults=True)
         own = tree.setdefault("fwdllm", {})
-        own["base_dtype"] = base_dtype
+        own |= {"base_dtype": base_dtype, **features}
         if attention in ("eager", "sdpa"):
             own["attention"] = attention
         return cls(task, classes, trained, source.name, source.location, digest_of_files(source), tree)
@@ -155,6 +160,8 @@ class SavedFacts:
             ConfigError: the sections are not those of this version.
         """
         tree = json.loads(json.dumps(self.tree))
+        own = tree.setdefault("fwdllm", {})
+        own.setdefault("pooling", "none")  # as it was before there was a choice
         if location is not None:
             suffix = str(tree["model"]["type"]).rpartition("@")[2]
             tree["model"]["type"] = f"{location}@{suffix}"

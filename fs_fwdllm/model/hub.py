@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.folder import check_configuration
 
-__all__ = ["ANSWER_S", "hub_options", "is_on_this_machine"]
+__all__ = ["ANSWER_S", "hub_file", "hub_options", "is_on_this_machine"]
 
 #: Seconds the hub has to answer the one request.
 ANSWER_S = 5.0
@@ -45,6 +45,27 @@ def hub_options(name: str) -> dict[str, Any]:
         raise ModelError(_unreachable(name, "HF_HUB_OFFLINE is set"))
     check_configuration(_ask(name))
     return {}
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """A file of a hub name; ``None`` where it has none. Of a model that is on this machine, only what is here counts.
+
+    Raises:
+        ModelError: the hub has to be asked, and cannot be.
+    """
+    held = try_to_load_from_cache(name, file)
+    if isinstance(held, str):
+        return Path(held)
+    if is_on_this_machine(name):
+        return None
+    try:
+        return Path(hf_hub_download(name, file, etag_timeout=ANSWER_S))
+    except LocalEntryNotFoundError as error:  # one of the next kind, but what it says is that nobody answered
+        raise ModelError(_unreachable(name, f"for {file}")) from error
+    except EntryNotFoundError:
+        return None
+    except HfHubHTTPError as error:
+        raise ModelError(_unreachable(name, f"for {file}")) from error
 
 
 @lru_cache

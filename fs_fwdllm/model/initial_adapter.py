@@ -25,6 +25,9 @@ from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError, ModelError, nearest, shown
 from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, DEFAULT_REDUCTION_FACTOR
 from fs_fwdllm.model.facts import FACTS_FILE
+from fs_fwdllm.model.pooling import resolved
+from fs_fwdllm.model.sentence_classifier import SentenceClassifier
+from fs_fwdllm.model.sentence_layout import read_layout, saved_names, transformer_folder
 from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["folder_named", "initial_folder", "start_from"]
@@ -111,8 +114,9 @@ def start_from(folder: Path | None, model: nn.Module, method: str, arguments: Ma
 
 def _kind(folder: Path) -> str:
     """How a folder was saved, as ``Part.saved_as`` has it; empty if it was not."""
-    files = {"peft": _PEFT_CONFIG, "bottleneck": BOTTLENECK_CONFIG_FILE, "model": _MODEL_CONFIG}
-    return next((kind for kind, file in files.items() if (folder / file).is_file()), "")
+    files = {"peft": _PEFT_CONFIG, "bottleneck": BOTTLENECK_CONFIG_FILE}
+    found = next((kind for kind, file in files.items() if (folder / file).is_file()), "")
+    return found or ("model" if (transformer_folder(folder) / _MODEL_CONFIG).is_file() else "")
 
 
 _IN_WORDS = {"peft": "PEFT adapter", "bottleneck": "bottleneck adapter", "model": "whole model"}
@@ -143,6 +147,7 @@ def _start_from_bottleneck(folder: Path, model: nn.Module, arguments: Mapping[st
 
 
 def _start_from_model(folder: Path, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    _require_same_features(folder, model)
     aliases: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(tensor), []).append(public_name(name))
@@ -162,9 +167,13 @@ _START = {"peft": _start_from_peft, "bottleneck": _start_from_bottleneck, "model
 
 
 class _Files:
-    """The tensors of all safetensors files of a folder, read when they are asked for."""
+    """The tensors of all safetensors files of a folder, read when they are asked for.
 
-    def __init__(self, files: Mapping[str, Any]) -> None:
+    Args:
+        files: ``{name in our model: (open file, name in it)}``.
+    """
+
+    def __init__(self, files: Mapping[str, tuple[Any, str]]) -> None:
         self._files = files
 
     def __contains__(self, name: object) -> bool:
@@ -174,21 +183,22 @@ class _Files:
         return iter(self._files)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        file, theirs = self._files[name]
+        tensor: torch.Tensor = file.get_tensor(theirs)
         return tensor
 
 
 @contextmanager
 def _tensors(folder: Path) -> Iterator[_Files]:
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = list(saved_names(folder))
     if not paths:
         raise ModelError(
             f"fwdllm.init_adapter {str(folder)!r}: has no .safetensors file, and pickled files are never read; save it "
             "anew with save_pretrained(..., safe_serialization=True)"
         )
     try:
-        opened: list[Any] = [safe_open(path, framework="pt") for path in paths]
-        yield _Files({name: file for file in opened for name in file.keys()})  # noqa: SIM118 - not a dict
+        opened: list[Any] = [(safe_open(path, framework="pt"), renamed) for path, renamed in paths]
+        yield _Files({renamed(name): (file, name) for file, renamed in opened for name in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelError(f"fwdllm.init_adapter {str(folder)!r}: its tensors cannot be read ({error})") from error
 
@@ -234,11 +244,25 @@ def _require_same_base(folder: Path, name: str, theirs: torch.Tensor, ours: torc
         )
 
 
+def _require_same_features(folder: Path, model: nn.Module) -> None:
+    """A head means nothing on other vectors than those it was trained on."""
+    theirs = read_layout(str(folder))
+    here = resolved(model.features.layout if isinstance(model, SentenceClassifier) else None)
+    there = resolved(theirs if theirs is not None and theirs.head else None)
+    for key in here:
+        if here[key] != there[key]:
+            raise ConfigError(
+                f"fwdllm.{key}: is {here[key]} here, but {there[key]} in fwdllm.init_adapter {str(folder)!r}, and a "
+                "head means nothing on other vectors; set both keys, pooling and feature_scale, to what it was trained "
+                "on"
+            )
+
+
 def _require_same_classes(folder: Path, model: Any) -> None:
     """A head's rows are the classes in order: another order would swap them without a word."""
     theirs = None
-    if (folder / _MODEL_CONFIG).is_file():
-        by_index = _read_json(folder / _MODEL_CONFIG).get("id2label")
+    if (transformer_folder(folder) / _MODEL_CONFIG).is_file():
+        by_index = _read_json(transformer_folder(folder) / _MODEL_CONFIG).get("id2label")
         theirs = [by_index[key] for key in sorted(by_index, key=int)] if isinstance(by_index, dict) else None
     elif (folder / FACTS_FILE).is_file():
         theirs = _read_json(folder / FACTS_FILE).get("classes") or None

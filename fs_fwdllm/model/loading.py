@@ -31,7 +31,10 @@ from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
 from fs_fwdllm.model.half_precision import make_float32_masters
 from fs_fwdllm.model.initial_adapter import initial_folder, start_from
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.pooling import chosen_layout, layout_remarks, resolved
 from fs_fwdllm.model.quiet import quiet_transformers
+from fs_fwdllm.model.sentence_classifier import empty_transformer, load_transformer, with_head
+from fs_fwdllm.model.sentence_layout import SentenceLayout
 from fs_fwdllm.model.source import ModelSource, model_source, reading
 from fs_fwdllm.model.structure import head_modules, position_limit, positions_skip_padding, vocabulary_size
 from fs_fwdllm.model.trainable_parts import Request, adapter_request, attach
@@ -103,8 +106,9 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     blocks = config.method.trains_blocks
     dtype = _base_dtype(config) if blocks or method != "full" else torch.float32
     _check_radius(config, method, dtype)
+    layout = chosen_layout(config, source)
     with private_torch_rng(config.seed):
-        model, fresh = _load_base(config, source, names or _numbered(labels), dtype)
+        model, fresh = _load_base(config, source, layout, names or _numbered(labels), dtype)
         with foreign_code(f"{source.name}: its embedding tables cannot be told"):
             _fit_embeddings(model, tokenizer, source)
     _check_positions(config, model)
@@ -128,8 +132,11 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         trained=method,
         base_dtype=str(dtype).removeprefix("torch."),
         attention=getattr(model.config, "_attn_implementation", None),
+        features=resolved(layout),
     )
-    remarks = (*_remarks(config, source, method, dtype), *conduct.remarks())
+    remarks = (
+        *layout_remarks(config, source, layout), *_remarks(config, source, method, dtype), *conduct.remarks()
+    )  # fmt: skip
     return LoadedModel(
         model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh),
         base_dtype=dtype, conduct=conduct, trial=rows, remarks=remarks,
@@ -150,7 +157,7 @@ def _remarks(config: Config, source: ModelSource, method: str, dtype: torch.dtyp
             f"warning: fwdllm.base_dtype {wanted} has no effect: {method!r} trains all parameters, and what is trained "
             "is float32"
         ]
-    saved = checkpoint_dtype(Path(source.location)) if source.is_local else ""
+    saved = checkpoint_dtype(Path(source.transformer)) if source.is_local else ""
     if wanted == "auto" and used == "float32" and saved in ("bfloat16", "float16"):
         everything = "; what is trained is float32" if method == "full" else f"; fwdllm.base_dtype {saved} halves that"
         return [f"the weights are saved in {saved} and loaded as float32, twice the memory{everything}"]
@@ -189,17 +196,17 @@ def _attention(config: Config) -> dict[str, str]:
     return {}
 
 
-def _check_size(source: ModelSource, auto: Any, safely: dict[str, Any]) -> None:
+def _check_size(source: ModelSource, from_config: Any, safely: dict[str, Any]) -> None:
     """Refuse a configuration whose model is far larger than its weights, before memory is taken for it."""
     if not source.is_local:
         return
-    settings = AutoConfig.from_pretrained(source.location, **safely)
+    settings = AutoConfig.from_pretrained(source.transformer, **safely)
     try:
         with torch.device("meta"):
-            wanted = sum(parameter.numel() for parameter in auto.from_config(settings, **safely).parameters())
+            wanted = sum(parameter.numel() for parameter in from_config(settings, **safely).parameters())
     except NotImplementedError:  # something in its constructor must know values
         return
-    held = checkpoint_elements(Path(source.location))
+    held = checkpoint_elements(Path(source.transformer))
     if wanted > _LARGEST_EXCESS * held + _NEW_HEAD_ELEMENTS:
         raise ModelError(
             f"{source.name}: config.json describes a model of {wanted:,} parameters, but the folder holds {held:,}; "
@@ -232,7 +239,9 @@ def _numbered(labels: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{index}" for index in range(labels))
 
 
-def _load_base(config: Config, source: ModelSource, classes: Sequence[str], dtype: torch.dtype) -> tuple[Any, set[str]]:
+def _load_base(
+    config: Config, source: ModelSource, layout: SentenceLayout | None, classes: Sequence[str], dtype: torch.dtype
+) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_attention(config)}
     auto: Any = _AUTO_CLASSES[source.task]
@@ -242,12 +251,16 @@ def _load_base(config: Config, source: ModelSource, classes: Sequence[str], dtyp
         options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification" if len(classes) > 1 else "regression"
     with reading(source, "model") as safely, quiet_transformers():
-        _check_size(source, auto, safely)
-        model, report = auto.from_pretrained(source.location, output_loading_info=True, **options, **safely)
+        from_pretrained = auto.from_pretrained if layout is None else load_transformer
+        _check_size(source, auto.from_config if layout is None else empty_transformer, safely)
+        model, report = from_pretrained(source.transformer, output_loading_info=True, **options, **safely)
         _use_plain_experts(config, model)
+    fresh = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
+    if layout is not None:
+        model, fresh = with_head(model, fresh, layout, len(classes), Path(source.location))
     model.config.use_cache = False
     model.name_or_path = source.location
-    return model, set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
+    return model, fresh
 
 
 def _head(model: nn.Module, fresh: set[str]) -> tuple[str, ...]:

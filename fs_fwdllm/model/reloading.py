@@ -9,7 +9,7 @@ unrounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fs_fwdllm.model.bottleneck import BOTTLENECK_WEIGHTS_FILE
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import HALF_DTYPES
 from fs_fwdllm.model.loading import LoadedModel, load_model
+from fs_fwdllm.model.sentence_layout import saved_names
 from fs_fwdllm.model.tokenizer import load_tokenizer
 from fs_fwdllm.model.trainable_parts import PARTS
 
@@ -53,29 +54,30 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
     if saved_as == "peft":
         _fill_peft(loaded.model, place)
     elif saved_as == "bottleneck":
-        _fill(loaded.model, {name: tensor for file in _files(place) for name, tensor in _tensors(file)}, place)
+        _fill(loaded.model, _tensors(place / BOTTLENECK_WEIGHTS_FILE), place)
     else:
         _fill_masters(loaded, place)
     return loaded, config, facts
 
 
-def _files(folder: Path) -> list[Path]:
-    single = folder / BOTTLENECK_WEIGHTS_FILE
-    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    return dict(_some_of(file, lambda name: name, None))
 
 
-def _tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a safetensors file, one at a time; all, or those that are wanted."""
+def _some_of(file: Path, renamed: Callable[[str], str], wanted: set[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file by the model's names for them, one at a time; all, or those that are wanted."""
     try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys() if wanted is None else wanted & set(opened.keys()):
-                yield name, opened.get_tensor(name)
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                if wanted is None or renamed(name) in wanted:
+                    yield renamed(name), opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: cannot be read ({error})") from error
 
 
 def _fill_peft(model: Any, folder: Path) -> None:
-    tensors = dict(_tensors(folder / _PEFT_WEIGHTS_FILE))
+    tensors = _tensors(folder / _PEFT_WEIGHTS_FILE)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     misfits = {name for name in expected.keys() | tensors.keys() if _shape(expected, name) != _shape(tensors, name)}
     if misfits:
@@ -96,9 +98,9 @@ def _fill_masters(loaded: LoadedModel, folder: Path) -> None:
         if parameter.requires_grad and parameter.dtype == torch.float32
     }
     if halves and masters:
-        _fill(
-            loaded.model, {name: tensor for file in _files(folder) for name, tensor in _tensors(file, masters)}, folder
-        )
+        files = saved_names(folder)
+        found = {name: tensor for file, renamed in files for name, tensor in _some_of(file, renamed, masters)}
+        _fill(loaded.model, found, folder)
 
 
 @torch.no_grad()

@@ -11,6 +11,10 @@ PEFT's own ``AutoPeftModel...from_pretrained(adapter)`` loads the base by what t
 two classes instead of six, or in half precision where the run computed in float32. Where that would be another model
 than the one that was evaluated, the adapter names as its base a folder ``base_model/`` beside it, which holds the
 configuration as the run used it and links to the base's weights.
+
+No class of transformers' pools as a sentence encoder does. A classifier on one is written as sentence-transformers lays
+out its models (:mod:`~fs_fwdllm.model.sentence_layout`), and so is the base of its adapters; whatever does not know
+that layout finds no configuration there.
 """
 
 from __future__ import annotations
@@ -30,13 +34,15 @@ from torch import nn
 
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError, nearest
-from fs_fwdllm.model.base_folder import config_of_base, config_to_keep, link_to, weights_of
+from fs_fwdllm.model.base_folder import config_as_used, config_of_base, config_to_keep, link_to, weights_of
 from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, BOTTLENECK_WEIGHTS_FILE, DEFAULT_REDUCTION_FACTOR
 from fs_fwdllm.model.card import model_card
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import rounds_when_loaded_in_half
 from fs_fwdllm.model.loading import LoadedModel
 from fs_fwdllm.model.quiet import quiet_transformers
+from fs_fwdllm.model.sentence_classifier import SentenceClassifier, SentenceFeatures
+from fs_fwdllm.model.sentence_layout import CLASSIFIER_FOLDER, TRANSFORMER_FOLDER, split_state, write_layout
 from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["save_trained", "write_folder"]
@@ -99,15 +105,25 @@ def _staged(target: Path) -> Iterator[Path]:
 
 def _name_base(loaded: LoadedModel, adapter: Path, folder: Path) -> None:
     """Let PEFT's automatic loading find the base as the run used it."""
-    config = config_to_keep(loaded)
+    base = loaded.model.get_base_model()  # type: ignore[operator]
+    features = base.features if isinstance(base, SentenceClassifier) else None
+    config = config_to_keep(loaded) if features is None else config_as_used(loaded)
     weights = weights_of(loaded.source)
     if config is None or not weights:
         return
     with _staged(folder) as staging:
-        config.save_pretrained(staging)
+        place = staging if features is None else staging / TRANSFORMER_FOLDER
+        if features is not None:
+            _write_layout(loaded, features, staging, classes=0)
+        config.save_pretrained(place)
         for path in weights:
-            link_to(path, staging / path.name)
+            link_to(path, place / path.name)
     _change_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(folder)})
+
+
+def _write_layout(loaded: LoadedModel, features: SentenceFeatures, folder: Path, classes: int) -> None:
+    longest = loaded.facts.config().llm.tok_len
+    write_layout(folder, features.layout, features.token_width, classes, longest)
 
 
 def _state(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -153,6 +169,11 @@ def _write_bottleneck(loaded: LoadedModel, state: dict[str, torch.Tensor], folde
 
 def _write_model(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
     model: Any = loaded.model
+    if isinstance(model, SentenceClassifier):
+        _write_layout(loaded, model.features, folder, classes=model.classifier.out_features)
+        head, state = split_state(state)
+        save_file(head, folder / CLASSIFIER_FOLDER / "model.safetensors", metadata={"format": "pt"})
+        model, folder = model.features.transformer, folder / TRANSFORMER_FOLDER
     with quiet_transformers():
         model.save_pretrained(str(folder), state_dict=state)
         loaded.tokenizer.save_pretrained(str(folder))

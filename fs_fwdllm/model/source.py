@@ -21,6 +21,7 @@ from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, FwdLLMError, ModelError, nearest
 from fs_fwdllm.model.folder import check_folder
 from fs_fwdllm.model.hub import hub_options
+from fs_fwdllm.model.sentence_layout import layout_files, transformer_folder
 
 __all__ = ["ModelSource", "folder_files", "model_source", "model_task", "reading"]
 
@@ -39,7 +40,7 @@ class ModelSource:
 
     Attributes:
         name: what the configuration says before the ``@``.
-        location: a folder, or the hub name; what ``from_pretrained`` receives and ``adapter_config.json`` records.
+        location: a folder, or the hub name; what ``adapter_config.json`` records.
         task: what the model is loaded for.
     """
 
@@ -52,15 +53,23 @@ class ModelSource:
         """Whether the model is a folder of this machine, not a name on the hub."""
         return Path(self.location).is_dir()
 
+    @property
+    def transformer(self) -> str:
+        """What ``from_pretrained`` receives: :attr:`location`, or the folder inside that has the transformer."""
+        return str(transformer_folder(Path(self.location))) if self.is_local else self.location
+
     def files(self) -> str:
         """What tells this model's files from changed ones, as :func:`folder_files`; empty for a name on the hub."""
         return folder_files(Path(self.location)) if self.is_local else ""
 
 
 def folder_files(folder: Path) -> str:
-    """What tells a folder's files from changed ones, cheaply: names, sizes, and both ends of each."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return "\n".join(f"{path.name} {path.stat().st_size} {_ends_of(path)}" for path in paths)
+    """What tells a folder's files from changed ones, cheaply: names, sizes, and both ends of each.
+
+    The files of a sentence encoder's modules are among them, since they decide what a text's vector is.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.is_file()) + layout_files(folder)
+    return "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {_ends_of(path)}" for path in paths)
 
 
 @contextmanager
@@ -104,7 +113,7 @@ def model_source(config: Config) -> ModelSource:
     name = config.model.type.rpartition("@")[0]
     source = ModelSource(name, _resolve(name), task)
     if source.is_local:
-        check_folder(Path(source.location))
+        check_folder(Path(source.transformer))
     return source
 
 

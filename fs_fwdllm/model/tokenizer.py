@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.quiet import quiet_transformers
+from fs_fwdllm.model.sentence_layout import transformer_folder
 from fs_fwdllm.model.source import ModelSource, model_source, reading
 
 __all__ = ["load_tokenizer"]
@@ -35,11 +36,12 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
         ModelError: there is no such tokenizer, or it lacks a token that the model cannot do without.
     """
     source = model_source(config)
+    place = source.transformer if folder is None else str(transformer_folder(folder))
     with reading(source, "configuration") as safely, quiet_transformers():
-        settings = AutoConfig.from_pretrained(source.location, **safely)
+        settings = AutoConfig.from_pretrained(source.transformer, **safely)
     with reading(source, "tokenizer") as safely, quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder or source.location), padding_side="right", model_max_length=config.llm.tok_len, **safely
+            place, padding_side="right", model_max_length=config.llm.tok_len, **safely
         )
     if tokenizer.pad_token_id is None:
         _give_padding(tokenizer, settings)

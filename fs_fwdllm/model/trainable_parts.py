@@ -25,6 +25,7 @@ from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 from fs_fwdllm.model.bottleneck import attach_bottleneck
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 from fs_fwdllm.model.structure import (
     attention_projections,
     biases,
@@ -229,18 +230,45 @@ def _row(request: Request, known: dict[str, Any]) -> list[str]:
 def _train_peft(config_type: type[PeftConfig], request: Request, arguments: dict[str, Any]) -> nn.Module:
     arguments = dict(arguments)
     kept = [*(arguments.pop("modules_to_save", None) or []), *request.head]
-    # PEFT adds these two itself for classifiers, and would list them twice
-    kept = [name for name in kept if name not in ("classifier", "score")] or None  # type: ignore[assignment]
     # PEFT's own model for question answering drops token_type_ids on their way to the base; the plain one does not
     task = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}.get(request.task)
+    pools = isinstance(request.model, SentenceClassifier)
+    if pools:  # without a task, what is saved names this very class, and no other is loaded in its place
+        task = None
+        arguments = _all_linear(request.model, arguments)
+    elif task is TaskType.SEQ_CLS:  # PEFT adds these two itself for classifiers, and would list them twice
+        kept = [name for name in kept if name not in ("classifier", "score")]
     try:
         with private_torch_rng(request.seed), warnings.catch_warnings():
             for harmless in _HARMLESS_WARNINGS:
                 warnings.filterwarnings("ignore", message=harmless)
-            settings = config_type(task_type=task, modules_to_save=kept, **arguments)  # type: ignore[call-arg]
-            return get_peft_model(request.model, settings)
+            settings = config_type(task_type=task, modules_to_save=kept or None, **arguments)  # type: ignore[call-arg]
+            model: nn.Module = get_peft_model(request.model, settings)
+            return _by_full_names(model) if pools else model
     except Exception as error:  # it meets modules and arguments of any kind
         raise ConfigError(f"llm.adapter.args: PEFT refuses {arguments!r}: {error}") from error
+
+
+def _all_linear(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's word for all linear layers, which it takes for transformers' own models only, in names."""
+    if str(arguments.get("target_modules")).lower() != "all-linear":
+        return arguments
+    return {**arguments, "target_modules": linear_layers(model)}
+
+
+def _by_full_names(model: Any) -> Any:
+    """Let the adapter's settings name its layers in full.
+
+    Their last words (``query``) are those of a model with another head as well; full names fit no other, so that PEFT
+    refuses to put the adapter there.
+    """
+    settings = model.peft_config["default"]
+    names = set(model.base_model.targeted_module_names)
+    settings.target_modules = names or settings.target_modules
+    if getattr(settings, "feedforward_modules", None):
+        layers = dict(model.base_model.model.named_modules())
+        settings.feedforward_modules = {name for name in names if layers[name].is_feedforward}
+    return model
 
 
 def _peft_part(function: Callable[[Request], nn.Module], config_type: type[PeftConfig]) -> Part:

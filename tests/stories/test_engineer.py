@@ -27,7 +27,7 @@ fwdllm:
   server_momentum: 0.9
 llm: {tok_len: 48, adapter: {use: true, args: [{adapter_package: fs_fwdllm, adapter_method: head}]}}
 dataloader: {batch_size: 8}
-train: {optimizer: {lr: 0.5}, scheduler: {type: cosine}}
+train: {optimizer: {lr: 0.01}, scheduler: {type: cosine}}
 eval: {freq: 20, metrics: [macro_f1, accuracy, per_class]}
 """
 NEW_TICKETS = {
