@@ -2,8 +2,9 @@
 
 Every function takes a frozen base model and returns the model to train, with exactly the trainable parameters
 requiring gradients. LoRA, IA3 and norm tuning come from PEFT, so that their folders load anywhere; bias tuning, the
-head alone and full training mark parameters in place; the bottleneck is ours. A classifier's head starts from random
-numbers, so it is trained with every method. :data:`PARTS` is the registry; a method joins it with one line.
+head alone and full training mark parameters in place; the bottleneck and the output residual are ours. A classifier's
+head starts from random numbers, so it is trained with every method. :data:`PARTS` is the registry; a method joins it
+with one line.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 from fs_fwdllm.model.bottleneck import attach_bottleneck
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.output_residual import attach_output_residual
 from fs_fwdllm.model.structure import (
     attention_projections,
     biases,
@@ -69,7 +71,7 @@ class Part:
 
     attach: Callable[[Request], nn.Module]
     arguments: frozenset[str] = frozenset()
-    saved_as: Literal["peft", "bottleneck", "model"] = "model"
+    saved_as: Literal["peft", "bottleneck", "output_residual", "model"] = "model"
 
 
 def adapter_request(config: Config) -> tuple[str, dict[str, Any]]:
@@ -148,6 +150,16 @@ def _belongs(name: str, modules: Iterable[str]) -> bool:
 def _train_bottleneck(request: Request) -> nn.Module:
     attach_bottleneck(request.model, seed=request.seed, **request.arguments)
     return _train_head(request) if request.head else request.model
+
+
+def _train_output_residual(request: Request) -> nn.Module:
+    if request.task != "causal_lm":
+        raise ConfigError(
+            f"llm.adapter.args: adapter_method 'output_residual' is for language models, and "
+            f"{type(request.model).__name__} is loaded for {request.task}; use head, bottleneck or lora"
+        )
+    attach_output_residual(request.model, seed=request.seed, **request.arguments)
+    return request.model
 
 
 def _train_lora(request: Request) -> nn.Module:
@@ -254,6 +266,7 @@ PARTS: dict[str, Part] = {
     "layernorm": _peft_part(_train_norms, LNTuningConfig),
     "bitfit": Part(_train_biases),
     "bottleneck": Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
+    "output_residual": Part(_train_output_residual, frozenset({"rank", "bias", "basis"}), "output_residual"),
     "head": Part(_train_head),
     "full": Part(_train_full),
 }
