@@ -21,13 +21,14 @@ __all__ = ["basis_fingerprint", "read_basis"]
 _KEY = "llm.adapter.args basis"
 
 
-def read_basis(file: Path, name: str, rank: int, width: int) -> torch.Tensor:
+def read_basis(place: str, name: str, rank: int, width: int) -> torch.Tensor:
     """The first ``rank`` rows of the tensor ``name`` (or ``ANYTHING.name``) of a file: ``[rank, width]``, float32.
 
     Raises:
         ConfigError: there is no such file or tensor, or it has fewer rows or another width.
     """
-    shown = f"{_KEY} {str(file)!r}"
+    file = Path(place).expanduser()
+    shown = f"{_KEY} {place!r}"
     if not file.is_file():
         around = sorted(map(str, file.parent.glob("*.safetensors"))) if file.parent.is_dir() else []
         raise ConfigError(f"{shown}: there is no such file; fs-fwdllm basis writes one{nearest(str(file), around)}")
@@ -53,6 +54,6 @@ def read_basis(file: Path, name: str, rank: int, width: int) -> torch.Tensor:
     return tensor[:rank]
 
 
-def basis_fingerprint(file: Path) -> str:
+def basis_fingerprint(place: str) -> str:
     """Names all bytes of a basis file."""
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(Path(place).expanduser().read_bytes(), digest_size=16).hexdigest()

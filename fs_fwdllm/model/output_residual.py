@@ -22,7 +22,6 @@ from the input embeddings.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def attach_output_residual(
     place = f"{name}.{_CHILD}"
     down = torch.empty(rank, hidden_size, dtype=torch.float32)
     if basis:
-        down.copy_(read_basis(Path(basis), f"{_CHILD}.down", rank, hidden_size))
+        down.copy_(read_basis(basis, f"{_CHILD}.down", rank, hidden_size))
     else:
         draw_uniform_(down, math.sqrt(3.0 / hidden_size), seed, f"{place}.down")
     head.add_module(_CHILD, OutputResidual(down.to(head.weight.device), vocabulary if bias else 0))

@@ -202,7 +202,7 @@ class Session:
             "the model's files": _fingerprint(self.loaded.source.files()),
         }
         if basis := self.loaded.arguments.get("basis"):
-            known["the basis file"] = basis_fingerprint(Path(basis))
+            known["the basis file"] = basis_fingerprint(basis)
         place = initial_folder(self.config)
         return known if place is None else {**known, "the initial adapter's files": _fingerprint(folder_files(place))}
 
