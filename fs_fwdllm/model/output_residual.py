@@ -22,6 +22,7 @@ from the input embeddings.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,11 +30,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from fs_fwdllm.errors import ConfigError, ModelError
+from fs_fwdllm.model.activations import Moments, Place
 from fs_fwdllm.model.basis_file import read_basis
 from fs_fwdllm.model.initialisation import draw_uniform_
 from fs_fwdllm.model.structure import output_layer
 
-__all__ = ["DEFAULT_RANK", "OutputResidual", "attach_output_residual", "merge_output_residual"]
+__all__ = [
+    "DEFAULT_RANK",
+    "OutputResidual",
+    "attach_output_residual",
+    "merge_output_residual",
+    "output_residual_places",
+]
 
 DEFAULT_RANK = 32
 _CHILD = "output_residual"
@@ -99,6 +107,13 @@ def attach_output_residual(
     head.register_forward_pre_hook(_move_hidden)
     head.register_forward_hook(_add_bias)
     return place
+
+
+def output_residual_places(model: nn.Module, arguments: Mapping[str, Any]) -> list[Place]:
+    """Where the adapter of ``model`` reads: the hidden states after the final norm."""
+    _, head = output_layer(model)
+    rank, hidden_size = arguments.get("rank", DEFAULT_RANK), head.weight.shape[1]
+    return [Place(f"{_CHILD}.down", getattr(head, _CHILD), rank, Moments(hidden_size))]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
+from fs_fwdllm.model.activations import Place
 from fs_fwdllm.model.bottleneck import attach_bottleneck
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
-from fs_fwdllm.model.output_residual import attach_output_residual
+from fs_fwdllm.model.output_residual import attach_output_residual, output_residual_places
 from fs_fwdllm.model.structure import (
     attention_projections,
     biases,
@@ -67,11 +68,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Part:
-    """One way to choose trainable parameters: how to attach it, which arguments it takes, how it is saved."""
+    """One way to choose trainable parameters: how to attach it, which arguments it takes, how it is saved.
+
+    Attributes:
+        places: where the untrained adapter of a model reads activations, and how many directions its arguments ask
+            for; ``None`` where it takes no ``basis``.
+        basis_arguments: those of ``arguments`` that say what a basis is and how it is used.
+    """
 
     attach: Callable[[Request], nn.Module]
     arguments: frozenset[str] = frozenset()
     saved_as: Literal["peft", "bottleneck", "output_residual", "model"] = "model"
+    places: Callable[[nn.Module, Mapping[str, Any]], list[Place]] | None = None
+    basis_arguments: frozenset[str] = frozenset()
 
 
 def adapter_request(config: Config) -> tuple[str, dict[str, Any]]:
@@ -266,7 +275,13 @@ PARTS: dict[str, Part] = {
     "layernorm": _peft_part(_train_norms, LNTuningConfig),
     "bitfit": Part(_train_biases),
     "bottleneck": Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
-    "output_residual": Part(_train_output_residual, frozenset({"rank", "bias", "basis"}), "output_residual"),
+    "output_residual": Part(
+        _train_output_residual,
+        frozenset({"rank", "bias", "basis"}),
+        "output_residual",
+        output_residual_places,
+        frozenset({"basis"}),
+    ),
     "head": Part(_train_head),
     "full": Part(_train_full),
 }
