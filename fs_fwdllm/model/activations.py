@@ -27,7 +27,7 @@ from torch import nn
 
 from fs_fwdllm.errors import ConfigError, DataError
 
-__all__ = ["Moments", "Place", "see"]
+__all__ = ["Moments", "Place", "Rows", "see"]
 
 #: Share of the largest eigenvalue that is added to each before a row is scaled.
 _DAMPING = 0.01
@@ -48,8 +48,11 @@ class Moments:
         self._sum += wide.sum(dim=0)
         self._products += wide.T @ wide
 
-    def principal_rows(self, rank: int) -> tuple[torch.Tensor, float]:
+    def principal_rows(self, rank: int, *, scaled: bool = True) -> tuple[torch.Tensor, float]:
         """``(rows [rank, width] float32, share of the variance they span)``, the largest variance first.
+
+        Args:
+            scaled: so that features have about unit variance; rows have unit length otherwise.
 
         Raises:
             ConfigError: there are not so many directions.
@@ -70,8 +73,17 @@ class Moments:
         values, vectors = values[::-1][:rank].clip(min=0.0), vectors[:, ::-1][:, :rank]
         largest = np.abs(vectors).argmax(axis=0)
         vectors = vectors * np.sign(vectors[largest, np.arange(rank)])
-        rows = vectors.T / np.sqrt(values + _DAMPING * values[0])[:, None]
+        rows = vectors.T / np.sqrt(values + _DAMPING * values[0])[:, None] if scaled else vectors.T
         return torch.from_numpy(rows.astype(np.float32)), float(values.sum() / np.trace(covariance))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of a basis file: its name, how many rows it has, and whether they are scaled for unit variance."""
+
+    name: str
+    rank: int
+    scaled: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,16 +91,14 @@ class Place:
     """What a basis is made for.
 
     Attributes:
-        name: of the tensor in the basis file.
         module: of the adapted model; its input is looked at.
-        rank: rows that are wanted.
         moments: of what was seen there.
+        wanted: the tensors that are made of them.
     """
 
-    name: str
     module: nn.Module
-    rank: int
     moments: Moments
+    wanted: tuple[Rows, ...]
 
 
 @torch.no_grad()

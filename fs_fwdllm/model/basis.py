@@ -94,7 +94,11 @@ def make_basis(config: Config, text: Path, output: Path, device: torch.device, t
             with foreign_code(f"{loaded.source.name}: a forward pass failed"):
                 see(loaded.model, inputs, places)
             passes += 1
-    found = {place.name: place.moments.principal_rows(place.rank) for place in places}
+    found = {
+        rows.name: place.moments.principal_rows(rows.rank, scaled=rows.scaled)
+        for place in places
+        for rows in place.wanted
+    }
     seen = sum(len(example.input_ids) for example in examples)
     _write(output, {name: rows for name, (rows, _) in found.items()}, _origin(loaded, method, text, seen))
     shapes = tuple((name, len(rows), rows.shape[1], share) for name, (rows, share) in found.items())

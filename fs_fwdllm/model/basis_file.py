@@ -9,19 +9,58 @@ by its place in the model; a file that a run has saved holds the same tensors an
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fs_fwdllm.errors import ConfigError, nearest
+from fs_fwdllm.model.initialisation import draw_uniform_
 
-__all__ = ["basis_fingerprint", "read_basis"]
+__all__ = ["RANDOM", "basis_file", "basis_fingerprint", "basis_rows", "check_rank"]
 
+#: In a file's place: rows that are drawn from the seed, as a control.
+RANDOM = "random"
 _KEY = "llm.adapter.args basis"
 
 
-def read_basis(place: str, name: str, rank: int, width: int) -> torch.Tensor:
+def basis_file(arguments: Mapping[str, Any]) -> str:
+    """The file that an adapter's arguments name; empty if they name none."""
+    place = arguments.get("basis")
+    return "" if place in (None, "", RANDOM) else str(place)
+
+
+def basis_rows(basis: Any, name: str, rank: int, width: int, seed: int) -> torch.Tensor:
+    """The tensor ``name`` of a basis, ``[rank, width]`` float32.
+
+    Args:
+        basis: a file, or ``random``: uniform numbers of variance 1/width, so that a row's length is about one.
+
+    Raises:
+        ConfigError: it is neither, or the file cannot be used.
+    """
+    if not isinstance(basis, str):
+        raise ConfigError(f"{_KEY}: must be a file's path or {RANDOM}, but the value is {basis!r}")
+    if basis != RANDOM:
+        return _read_rows(basis, name, rank, width)
+    drawn = torch.empty(rank, width, dtype=torch.float32)
+    draw_uniform_(drawn, math.sqrt(3.0 / width), seed, name)
+    return drawn
+
+
+def check_rank(name: str, rank: Any, width: int) -> None:
+    """Refuse a number of directions that a space of ``width`` dimensions does not have."""
+    if type(rank) is not int or not 1 <= rank <= width:
+        raise ConfigError(
+            f"llm.adapter.args {name}: must be a whole number from 1 to the hidden size {width}, but the value is "
+            f"{rank!r}"
+        )
+
+
+def _read_rows(place: str, name: str, rank: int, width: int) -> torch.Tensor:
     """The first ``rank`` rows of the tensor ``name`` (or ``ANYTHING.name``) of a file: ``[rank, width]``, float32.
 
     Raises:

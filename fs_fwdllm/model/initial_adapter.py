@@ -139,7 +139,7 @@ def _start_from_own(folder: Path, model: nn.Module, arguments: Mapping[str, Any]
         _require_equal(folder, name, theirs.get(name), value)
     with _tensors(folder) as saved:
         for name, tensor in own.fixed(model).items():
-            if name in saved:
+            if name in saved and name.rpartition(".")[2] in own.basis:
                 _require_same_basis(folder / own.weights_file, name, saved[name], tensor)
         _copy(folder, saved, {name: (name, tensor) for name, tensor in own.tensors(model)})
 

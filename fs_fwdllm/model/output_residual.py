@@ -21,7 +21,6 @@ from the input embeddings.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,9 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fs_fwdllm.errors import ConfigError, ModelError
-from fs_fwdllm.model.activations import Moments, Place
-from fs_fwdllm.model.basis_file import read_basis
-from fs_fwdllm.model.initialisation import draw_uniform_
+from fs_fwdllm.model.activations import Moments, Place, Rows
+from fs_fwdllm.model.basis_file import RANDOM, basis_rows, check_rank
 from fs_fwdllm.model.structure import output_layer
 
 __all__ = [
@@ -41,6 +39,7 @@ __all__ = [
     "attach_output_residual",
     "merge_output_residual",
     "output_residual_places",
+    "output_residual_settings",
 ]
 
 DEFAULT_RANK = 32
@@ -84,9 +83,9 @@ def attach_output_residual(
         model: a causal language model in the Hugging Face sense.
         rank: directions of the hidden state that are looked at.
         bias: whether the logits get a bias as well.
-        basis: a file with ``down``; its first ``rank`` rows are taken. Empty draws them.
-        seed: key of what is drawn: uniform numbers of variance 1/hidden, so that a row's length is about one and a
-            feature of about unit variance where the final norm gives elements of that.
+        basis: a file with ``down``, whose first ``rank`` rows are taken, or empty (or ``random``) to draw them. Drawn
+            rows have features of about unit variance where the final norm gives elements of that.
+        seed: key of what is drawn.
 
     Raises:
         ConfigError: ``rank`` or ``bias`` is of another kind or out of range, or ``basis`` cannot be used.
@@ -96,24 +95,26 @@ def attach_output_residual(
     if hasattr(head, _CHILD):
         raise ModelError(f"{name}: has an output residual already")
     vocabulary, hidden_size = head.weight.shape
-    _check(rank, bias, basis, hidden_size)
-    place = f"{name}.{_CHILD}"
-    down = torch.empty(rank, hidden_size, dtype=torch.float32)
-    if basis:
-        down.copy_(read_basis(basis, f"{_CHILD}.down", rank, hidden_size))
-    else:
-        draw_uniform_(down, math.sqrt(3.0 / hidden_size), seed, f"{place}.down")
+    check_rank("rank", rank, hidden_size)
+    if not isinstance(bias, bool):
+        raise ConfigError(f"llm.adapter.args bias: must be true or false, but the value is {bias!r}")
+    down = basis_rows(basis or RANDOM, f"{_CHILD}.down", rank, hidden_size, seed)
     head.add_module(_CHILD, OutputResidual(down.to(head.weight.device), vocabulary if bias else 0))
     head.register_forward_pre_hook(_move_hidden)
     head.register_forward_hook(_add_bias)
-    return place
+    return f"{name}.{_CHILD}"
 
 
 def output_residual_places(model: nn.Module, arguments: Mapping[str, Any]) -> list[Place]:
     """Where the adapter of ``model`` reads: the hidden states after the final norm."""
     _, head = output_layer(model)
     rank, hidden_size = arguments.get("rank", DEFAULT_RANK), head.weight.shape[1]
-    return [Place(f"{_CHILD}.down", getattr(head, _CHILD), rank, Moments(hidden_size))]
+    return [Place(getattr(head, _CHILD), Moments(hidden_size), (Rows(f"{_CHILD}.down", rank),))]
+
+
+def output_residual_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that decide which tensors there are, as they came to be."""
+    return {"rank": arguments.get("rank", DEFAULT_RANK), "bias": arguments.get("bias", True)}
 
 
 @torch.no_grad()
@@ -149,18 +150,6 @@ def _remove(head: Any) -> None:
     for hooks, ours in ((head._forward_pre_hooks, _move_hidden), (head._forward_hooks, _add_bias)):
         for key in [key for key, hook in hooks.items() if hook is ours]:
             del hooks[key]
-
-
-def _check(rank: Any, bias: Any, basis: Any, hidden_size: int) -> None:
-    if type(rank) is not int or not 1 <= rank <= hidden_size:
-        raise ConfigError(
-            f"llm.adapter.args rank: must be a whole number from 1 to the hidden size {hidden_size}, but the value is "
-            f"{rank!r}"
-        )
-    if not isinstance(bias, bool):
-        raise ConfigError(f"llm.adapter.args bias: must be true or false, but the value is {bias!r}")
-    if not isinstance(basis, str):
-        raise ConfigError(f"llm.adapter.args basis: must be a file's path, or empty, but the value is {basis!r}")
 
 
 def _move_hidden(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

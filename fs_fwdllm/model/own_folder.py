@@ -6,7 +6,7 @@ the names of the model's parameters, and the fixed tensors that lie beside it in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fs_fwdllm.core.trainables import public_name
-from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, BOTTLENECK_WEIGHTS_FILE, DEFAULT_REDUCTION_FACTOR
-from fs_fwdllm.model.output_residual import DEFAULT_RANK
+from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, BOTTLENECK_WEIGHTS_FILE, bottleneck_settings
+from fs_fwdllm.model.output_residual import output_residual_settings
 
 __all__ = ["OWN_FOLDERS", "OwnFolder"]
 
@@ -28,17 +28,15 @@ class OwnFolder:
         kind: the name of the adapter's module within the layer it is hung on, and of its format.
         config_file: name of the file of settings.
         weights_file: name of the file of tensors.
-        defaults: the arguments that decide which tensors there are, and what each is where it is not given.
+        settings: of an adapter's arguments those that decide which tensors there are, as they came to be.
+        basis: the last parts of the names of those tensors that ``basis`` gives.
     """
 
     kind: str
     config_file: str
     weights_file: str
-    defaults: Mapping[str, Any]
-
-    def settings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that are compared and saved, as they came to be."""
-        return {name: arguments.get(name, default) for name, default in self.defaults.items()}
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
+    basis: frozenset[str]
 
     def fixed(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The tensors of the adapter that are saved, and are not trained."""
@@ -57,12 +55,14 @@ OWN_FOLDERS = {
         "bottleneck",
         BOTTLENECK_CONFIG_FILE,
         BOTTLENECK_WEIGHTS_FILE,
-        {"reduction_factor": DEFAULT_REDUCTION_FACTOR, "layers": None},
+        bottleneck_settings,
+        frozenset({"down_basis", "up_basis"}),
     ),
     "output_residual": OwnFolder(
         "output_residual",
         "output_residual_config.json",
         "output_residual_model.safetensors",
-        {"rank": DEFAULT_RANK, "bias": True},
+        output_residual_settings,
+        frozenset({"down"}),
     ),
 }

@@ -25,7 +25,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 from fs_fwdllm.model.activations import Place
-from fs_fwdllm.model.bottleneck import attach_bottleneck
+from fs_fwdllm.model.bottleneck import attach_bottleneck, bottleneck_places
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
 from fs_fwdllm.model.output_residual import attach_output_residual, output_residual_places
 from fs_fwdllm.model.structure import (
@@ -274,7 +274,13 @@ PARTS: dict[str, Part] = {
     "ia3": _peft_part(_train_ia3, IA3Config),
     "layernorm": _peft_part(_train_norms, LNTuningConfig),
     "bitfit": Part(_train_biases),
-    "bottleneck": Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
+    "bottleneck": Part(
+        _train_bottleneck,
+        frozenset({"reduction_factor", "layers", "basis", "in_rank", "out_rank"}),
+        "bottleneck",
+        bottleneck_places,
+        frozenset({"basis", "in_rank", "out_rank"}),
+    ),
     "output_residual": Part(
         _train_output_residual,
         frozenset({"rank", "bias", "basis"}),
