@@ -32,7 +32,7 @@ __all__ = ["folder_named", "initial_folder", "start_from"]
 #: Endings that FederatedScope's users give its pickled files.
 _OF_FILES = (".bin", ".ckpt", ".pt", ".pth")
 
-_PEFT_CONFIG = "adapter_config.json"
+_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODEL_CONFIG = "config.json"
 #: What a run saves, the best first.
 _IN_A_RUN = ("adapter", "model")
@@ -129,6 +129,9 @@ def _start_from_peft(folder: Path, model: Any, arguments: Mapping[str, Any]) -> 
             for name in _PEFT_PLACES:
                 if name in theirs and name in ours:
                     _require_equal(folder, name, _plain(theirs[name]), _plain(ours[name]))
+        for name, tensor in expected.items():
+            if arguments.get("basis") and ".lora_A." in name and name in saved:
+                _require_same_basis(folder / _PEFT_WEIGHTS, name, saved[name], tensor)
         _copy(folder, saved, {name: (name, tensor) for name, tensor in expected.items()})
 
 

@@ -49,8 +49,8 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
     saved_as = PARTS[facts.trained].saved_as
     own = OWN_FOLDERS.get(saved_as)
     config = facts.config(place if saved_as == "model" else facts.base_location)
-    if own is not None:
-        config = _with_own_basis(config, place / own.weights_file)
+    if saved_as != "model":
+        config = _with_own_basis(config, place / (own.weights_file if own is not None else _PEFT_WEIGHTS_FILE))
     tokenizer = load_tokenizer(config, place)
     loaded = load_model(config, tokenizer, facts.classes)
     if saved_as == "peft":

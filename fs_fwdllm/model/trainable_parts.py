@@ -27,6 +27,7 @@ from fs_fwdllm.errors import ConfigError, ModelError, nearest
 from fs_fwdllm.model.activations import Place
 from fs_fwdllm.model.bottleneck import attach_bottleneck, bottleneck_places
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.lora_basis import fix_lora_a, lora_places
 from fs_fwdllm.model.output_residual import attach_output_residual, output_residual_places
 from fs_fwdllm.model.structure import (
     attention_projections,
@@ -178,6 +179,9 @@ def _train_lora(request: Request) -> nn.Module:
             f"{request.arguments['init_lora_weights']!r}: others change the base or differ between machines"
         )
     arguments = dict(request.arguments)
+    basis = arguments.pop("basis", "")
+    if basis and arguments.get("target_parameters"):
+        raise ConfigError("llm.adapter.args basis: has no place beside target_parameters; name target_modules instead")
     known = peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if not arguments.get("target_modules") and not arguments.get("target_parameters"):
         # Given, also where PEFT knows them: its own way from a model's name to its modules fails for some.
@@ -188,6 +192,8 @@ def _train_lora(request: Request) -> nn.Module:
             draw_uniform_(parameter, 1.0 / math.sqrt(parameter[0].numel()), request.seed, name)
         elif ".lora_embedding_B." in name:
             draw_uniform_(parameter, math.sqrt(3.0), request.seed, name)
+    if basis:
+        fix_lora_a(model, basis, request.seed)
     return model
 
 
@@ -269,24 +275,24 @@ def _peft_part(function: Callable[[Request], nn.Module], config_type: type[PeftC
     return Part(function, frozenset(names), "peft")
 
 
+def _with_basis(part: Part, places: Callable[[nn.Module, Mapping[str, Any]], list[Place]], *ranks: str) -> Part:
+    own = frozenset({"basis", *ranks})
+    return dataclasses.replace(part, arguments=part.arguments | own, places=places, basis_arguments=own)
+
+
 PARTS: dict[str, Part] = {
-    "lora": _peft_part(_train_lora, LoraConfig),
+    "lora": _with_basis(_peft_part(_train_lora, LoraConfig), lora_places),
     "ia3": _peft_part(_train_ia3, IA3Config),
     "layernorm": _peft_part(_train_norms, LNTuningConfig),
     "bitfit": Part(_train_biases),
-    "bottleneck": Part(
-        _train_bottleneck,
-        frozenset({"reduction_factor", "layers", "basis", "in_rank", "out_rank"}),
-        "bottleneck",
+    "bottleneck": _with_basis(
+        Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
         bottleneck_places,
-        frozenset({"basis", "in_rank", "out_rank"}),
+        "in_rank",
+        "out_rank",
     ),
-    "output_residual": Part(
-        _train_output_residual,
-        frozenset({"rank", "bias", "basis"}),
-        "output_residual",
-        output_residual_places,
-        frozenset({"basis"}),
+    "output_residual": _with_basis(
+        Part(_train_output_residual, frozenset({"rank", "bias"}), "output_residual"), output_residual_places
     ),
     "head": Part(_train_head),
     "full": Part(_train_full),
