@@ -54,4 +54,4 @@ def basis(
         console,
         [(name, f"{rows} rows of {width}, {share:.0%} of the variance") for name, rows, width, share in made.places],
     )
-    say(console, f"wrote {made.path}, digest {made.digest}; use it with llm.adapter.args basis: {made.path}")
+    say(console, f"wrote {made.path}; use it with llm.adapter.args basis: {made.path}, basis_digest: {made.digest}")

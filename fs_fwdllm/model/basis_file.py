@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.model.initialisation import draw_uniform_
 
-__all__ = ["RANDOM", "basis_file", "basis_fingerprint", "basis_rows", "check_rank"]
+__all__ = ["RANDOM", "basis_file", "basis_fingerprint", "basis_rows", "check_digest", "check_rank"]
 
 #: In a file's place: rows that are drawn from the seed, as a control.
 RANDOM = "random"
@@ -31,6 +31,25 @@ def basis_file(arguments: Mapping[str, Any]) -> str:
     """The file that an adapter's arguments name; empty if they name none."""
     place = arguments.get("basis")
     return "" if place in (None, "", RANDOM) else str(place)
+
+
+def check_digest(arguments: Mapping[str, Any]) -> None:
+    """Refuse a basis file whose bytes are not those that ``basis_digest`` names, where it is given.
+
+    Raises:
+        ConfigError: they are others, or there is no file.
+    """
+    wanted, file = arguments.get("basis_digest"), basis_file(arguments)
+    if wanted is None:
+        return
+    if not file:
+        raise ConfigError("llm.adapter.args basis_digest: names the bytes of a file, so basis must name one")
+    found = basis_fingerprint(file)
+    if found != wanted:
+        raise ConfigError(
+            f"llm.adapter.args basis_digest: is {wanted!r}, but {file!r} has {found}; every machine of a run needs "
+            "the same file: copy it from the machine that made it, do not make it anew"
+        )
 
 
 def basis_rows(basis: Any, name: str, rank: int, width: int, seed: int) -> torch.Tensor:
@@ -66,11 +85,7 @@ def _read_rows(place: str, name: str, rank: int, width: int) -> torch.Tensor:
     Raises:
         ConfigError: there is no such file or tensor, or it has fewer rows or another width.
     """
-    file = Path(place).expanduser()
-    shown = f"{_KEY} {place!r}"
-    if not file.is_file():
-        around = sorted(map(str, file.parent.glob("*.safetensors"))) if file.parent.is_dir() else []
-        raise ConfigError(f"{shown}: there is no such file; fs-fwdllm basis writes one{nearest(str(file), around)}")
+    shown, file = f"{_KEY} {place!r}", _found(place)
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
@@ -94,5 +109,18 @@ def _read_rows(place: str, name: str, rank: int, width: int) -> torch.Tensor:
 
 
 def basis_fingerprint(place: str) -> str:
-    """Names all bytes of a basis file."""
-    return hashlib.blake2b(Path(place).expanduser().read_bytes(), digest_size=16).hexdigest()
+    """Names all bytes of a basis file. Raises :class:`~fs_fwdllm.errors.ConfigError` where it cannot be read."""
+    try:
+        return hashlib.blake2b(_found(place).read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{_KEY} {place!r}: cannot be read ({error.strerror or error})") from error
+
+
+def _found(place: str) -> Path:
+    file = Path(place).expanduser()
+    if not file.is_file():
+        around = sorted(map(str, file.parent.glob("*.safetensors"))) if file.parent.is_dir() else []
+        raise ConfigError(
+            f"{_KEY} {place!r}: there is no such file; fs-fwdllm basis writes one{nearest(place, around)}"
+        )
+    return file

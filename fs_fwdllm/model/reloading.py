@@ -67,7 +67,8 @@ def _with_own_basis(config: Config, file: Path) -> Config:
     arguments = config.llm.adapter.args[0]
     if not arguments.get("basis"):
         return config
-    adapter = config.llm.adapter.model_copy(update={"args": [{**arguments, "basis": str(file)}]})
+    kept = {name: value for name, value in arguments.items() if name != "basis_digest"}
+    adapter = config.llm.adapter.model_copy(update={"args": [{**kept, "basis": str(file)}]})
     return config.model_copy(update={"llm": config.llm.model_copy(update={"adapter": adapter})})
 
 

@@ -25,6 +25,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
 from fs_fwdllm.model.activations import Place
+from fs_fwdllm.model.basis_file import check_digest
 from fs_fwdllm.model.bottleneck import attach_bottleneck, bottleneck_places
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
 from fs_fwdllm.model.lora_basis import fix_lora_a, lora_places
@@ -276,8 +277,14 @@ def _peft_part(function: Callable[[Request], nn.Module], config_type: type[PeftC
 
 
 def _with_basis(part: Part, places: Callable[[nn.Module, Mapping[str, Any]], list[Place]], *ranks: str) -> Part:
-    own = frozenset({"basis", *ranks})
-    return dataclasses.replace(part, arguments=part.arguments | own, places=places, basis_arguments=own)
+    own = frozenset({"basis", "basis_digest", *ranks})
+
+    def attach(request: Request) -> nn.Module:
+        check_digest(request.arguments)
+        others = {name: value for name, value in request.arguments.items() if name != "basis_digest"}
+        return part.attach(dataclasses.replace(request, arguments=others))
+
+    return Part(attach, part.arguments | own, part.saved_as, places, own)
 
 
 PARTS: dict[str, Part] = {

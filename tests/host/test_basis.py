@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fs_fwdllm import load
 from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.model.basis_file import basis_fingerprint
 from fs_fwdllm.running.local import resume, run
 from tests.host.small import CLASSES, METHODS, World
 from tests.host.test_resume import interrupted_at, started
@@ -31,7 +32,8 @@ def test_what_a_run_saves_is_what_it_evaluated(world: World, method: str) -> Non
     """The end of a run loads its folder and compares; a basis that is gone by then makes no difference."""
     basis = write_basis(world.root / "basis.safetensors")
     rows = load_file(basis)["output_residual.down"][:4]
-    path = run(world.config(settings(method, basis=str(basis)), language_model=True))
+    digest = basis_fingerprint(str(basis))
+    path = run(world.config(settings(method, basis=str(basis), basis_digest=digest), language_model=True))
     basis.unlink()
     adapter = load(path).model.lm_head.output_residual
     assert torch.equal(adapter.down, rows)

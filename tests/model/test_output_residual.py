@@ -20,6 +20,7 @@ from fs_fwdllm.core.direction import DirectionKey
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model import LoadedModel, load_model, load_saved, load_tokenizer, save_trained
+from fs_fwdllm.model.basis_file import basis_fingerprint
 from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.output_residual import OutputResidual, attach_output_residual, merge_output_residual
 from fs_fwdllm.model.structure import output_layer
@@ -265,6 +266,20 @@ class TestBasis:
         save_file({"output_residual.down": torch.full((4, HIDDEN), float("nan"))}, file)
         with pytest.raises(ConfigError, match="holds a value that is not finite"):
             load(base, basis=str(file))
+
+    def test_another_file_than_the_configuration_means_is_refused(self, base: Path, tmp_path: Path) -> None:
+        """Replicas that read other directions agree on every digest of what is trained, and learn nothing together."""
+        file = write_basis(tmp_path / "b.safetensors")
+        digest = basis_fingerprint(str(file))
+        load(base, basis=str(file), basis_digest=digest)
+        write_basis(file, rows=7)
+        with pytest.raises(ConfigError, match=rf"basis_digest: is '{digest}', but .* the same file: copy it"):
+            load(base, basis=str(file), basis_digest=digest)
+        for none in ("", "random"):
+            with pytest.raises(ConfigError, match="basis_digest: names the bytes of a file, so basis must name one"):
+                load(base, basis=none, basis_digest=digest)
+        with pytest.raises(ConfigError, match="there is no such file"):
+            load(base, basis="nowhere", basis_digest=digest)
 
     def test_a_saved_adapter_is_a_basis(self, base: Path, tmp_path: Path) -> None:
         loaded = load(base)
