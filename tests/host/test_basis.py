@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fs_fwdllm import load
+from fs_fwdllm import Sampling, load
 from fs_fwdllm.errors import CheckpointError
 from fs_fwdllm.model.basis_file import basis_fingerprint
 from fs_fwdllm.running.local import resume, run
@@ -35,7 +35,11 @@ def test_what_a_run_saves_is_what_it_evaluated(world: World, method: str) -> Non
     digest = basis_fingerprint(str(basis))
     path = run(world.config(settings(method, basis=str(basis), basis_digest=digest), language_model=True))
     basis.unlink()
-    adapter = load(path).model.lm_head.output_residual
+    trained = load(path)
+    short = Sampling(max_new_tokens=4)
+    alone = [trained.generate([prompt], sampling=short)[0] for prompt in ("w3 w4", "w5")]
+    assert trained.generate(["w3 w4", "w5"], sampling=short) == alone, "with a cache of keys and values, padded or not"
+    adapter = trained.model.lm_head.output_residual
     assert torch.equal(adapter.down, rows)
     assert adapter.up.any()
     assert adapter.bias.any()
