@@ -59,9 +59,9 @@ class Moments:
         DataError: there are too few vectors for them.
         """
         width = len(self._sum)
-        if rank >= width:
+        if type(rank) is not int or not 1 <= rank < width:
             raise ConfigError(
-                f"llm.adapter.args: a basis of {rank} directions of {width} is no choice: at most {width - 1} are left "
+                f"llm.adapter.args: a basis of {rank!r} directions of {width} is no choice: 1 to {width - 1} are left "
                 "beside the mean"
             )
         if self.count <= rank:

@@ -88,8 +88,11 @@ class TestRows:
         assert (found[torch.arange(4), found.abs().argmax(dim=1)] > 0).all()
 
     def test_too_many_or_too_few(self) -> None:
-        with pytest.raises(ConfigError, match="at most 11 are left beside the mean"):
+        with pytest.raises(ConfigError, match="1 to 11 are left beside the mean"):
             moments_of(skewed()).principal_rows(12)
+        for rank in (0, "4", True):
+            with pytest.raises(ConfigError, match="1 to 11 are left beside the mean"):
+                moments_of(skewed()).principal_rows(rank)  # type: ignore[arg-type]
         with pytest.raises(DataError, match="5 rows needs more than 5 tokens; give it more text"):
             moments_of(skewed(5)).principal_rows(5)
 
@@ -142,7 +145,7 @@ def test_what_is_no_basis_is_refused(tmp_path: Path, text: Path) -> None:
         make(config, text, text)
     with pytest.raises(DataError, match=r"nothing\.txt: does not exist"):
         make(config, tmp_path / "nothing.txt", tmp_path / "b.safetensors")
-    with pytest.raises(ConfigError, match="at most 31 are left beside the mean"):
+    with pytest.raises(ConfigError, match="1 to 31 are left beside the mean"):
         make(config_of(tmp_path, rank=32), text, tmp_path / "b.safetensors")
     with pytest.raises(DataError, match="needs more than 4 tokens"):
         make(config, write_text(tmp_path / "short.txt", 1), tmp_path / "b.safetensors")
