@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fs_fwdllm
-from fs_fwdllm.core.direction import DirectionKey
+from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.core.trainables import Trainables
-from fs_fwdllm.errors import ConfigError, ModelError
+from fs_fwdllm.errors import ConfigError, EstimatorError, ModelError
+from fs_fwdllm.estimator.closed_form import ClosedForm
 from fs_fwdllm.model import LoadedModel, load_model, load_saved, load_tokenizer, save_trained
 from fs_fwdllm.model.basis_file import basis_fingerprint
 from fs_fwdllm.model.objective import Objective
@@ -34,6 +35,9 @@ DECODERS = [
     for name, row in ARCHITECTURES.items()
     if row.task == "causal_lm" and not row.refused
 ]
+
+#: What scales or caps its logits after the output layer.
+SCALED = ("cohere", "cohere2", "gemma2", "recurrent_gemma")
 
 
 def load(folder: Path, **arguments: Any) -> LoadedModel:
@@ -205,6 +209,25 @@ def test_only_the_head_runs_again(tmp_path: Path, architecture: str) -> None:
     assert with_cache.values.any()
     hidden_bytes = twin.batch("a").input_ids.numel() * HIDDEN * 4
     assert hidden_bytes <= twin.cache.used_bytes <= 3 * hidden_bytes
+
+
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.task == "causal_lm"])
+def test_closed_form_is_the_exact_gradient(tmp_path: Path, name: str) -> None:
+    """What the adapter is for: one pass gives what backpropagation gives; a head that scales its logits is refused."""
+    saved = Saved(ARCHITECTURES[name], tmp_path / "m")
+    trainables = Trainables.of_model(saved.model)
+    loss = Objective(saved.model, trainables, "causal_lm", conduct=saved.loaded.conduct).on(saved.row.batch())
+    expected = torch.autograd.grad(loss.here(), trainables.tensors)
+    try:
+        found = ClosedForm(make_distribution("rademacher")).gradient(loss)
+    except EstimatorError as error:
+        assert name in SCALED, error
+        assert "a scale, a cap or another head follows it" in str(error)
+        return
+    assert name not in SCALED
+    assert found.passes.forward == 1
+    for index, gradient in enumerate(expected):
+        torch.testing.assert_close(found.tensors[index], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
 def test_a_classifier_is_refused_by_name(tmp_path: Path) -> None:
