@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, profile, plot, compare, cost, resume, data, hook, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, sweep, basis, plot, compare, cost, resume, data, hook, doctor.
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -17,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
+from fs_fwdllm.cli.basis import basis
 from fs_fwdllm.cli.config import config_app
 from fs_fwdllm.cli.data import data_app
 from fs_fwdllm.cli.doctor import examine
@@ -158,6 +159,7 @@ def profile(
 
 
 app.command(cls=SweepCommand, context_settings=_WITH_OVERRIDES)(sweep)
+app.command(context_settings=_WITH_OVERRIDES)(basis)
 
 
 @app.command()

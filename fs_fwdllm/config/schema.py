@@ -115,7 +115,7 @@ class AdapterConfig(Section):
     args: list[dict[str, Any]] = Field(
         [{}],
         description="[{adapter_package: peft, adapter_method: lora, ...}]; methods lora, ia3, layernorm, bitfit, "
-        "bottleneck, head; further keys go to the method",
+        "bottleneck, output_residual, head; further keys go to the method",
     )
     mv_to_cpu: bool = host_only(False)
 

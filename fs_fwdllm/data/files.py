@@ -27,7 +27,7 @@ from fs_fwdllm.data.squad import is_squad_document, squad_rows
 from fs_fwdllm.data.table import Table
 from fs_fwdllm.errors import ConfigError, DataError, nearest, shown
 
-__all__ = ["FILE_ENDINGS", "how_to_convert", "read_table"]
+__all__ = ["FILE_ENDINGS", "how_to_convert", "read_table", "read_text"]
 
 csv.field_size_limit(2**31 - 1)  # of its own accord the module takes a text of 131,073 characters for an error
 
@@ -73,13 +73,14 @@ def read_table(path: Path, columns: Sequence[str] = (), encoding: str = "") -> T
     if parse is None:
         hint = how_to_convert(path.name) or f"its ending must be one of {', '.join(FILE_ENDINGS)}"
         raise ConfigError(f"{path}: {hint}{nearest(path, FILE_ENDINGS)}")
-    records = list(parse(_read_text(path, encoding), path, columns))
+    records = list(parse(read_text(path, encoding), path, columns))
     if not records:
         raise DataError(f"{path}: has no rows")
     return Table(str(path), records, list(range(1, len(records) + 1)))
 
 
-def _read_text(path: Path, encoding: str) -> str:
+def read_text(path: Path, encoding: str = "") -> str:
+    """The text of a file, without a byte order mark; raises as :func:`read_table`."""
     try:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:

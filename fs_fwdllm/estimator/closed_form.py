@@ -28,7 +28,7 @@ from fs_fwdllm.model.output_layer import OutputLayer, OutputPass
 __all__ = ["ClosedForm"]
 
 #: Outputs of the layer whose errors are held at once, in numbers (16 MiB).
-_ERROR_ELEMENTS = 1 << 22
+ERROR_ELEMENTS = 1 << 22
 
 
 class ClosedForm(ExactSlopes):
@@ -83,7 +83,7 @@ def _gradients(layer: OutputLayer, seen: OutputPass, wanted: set[str]) -> dict[s
         found["weight"] = features.new_empty(seen.width, features.shape[1])
     bias = features.new_empty(seen.width)
     hidden = torch.zeros_like(features) if "up" in wanted else None
-    step = max(1, _ERROR_ELEMENTS // max(1, len(features)))
+    step = max(1, ERROR_ELEMENTS // max(1, len(features)))
     for start in range(0, seen.width, step):
         stop = min(seen.width, start + step)
         errors = seen.error(start, stop)

@@ -32,7 +32,7 @@ from fs_fwdllm.model.objective import BatchLoss
 __all__ = ["ExactSlopes", "Gradient", "Projected", "project"]
 
 #: Elements of the block of directions that is held at once.
-_BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def project(tensors: dict[int, torch.Tensor], keys: Sequence[DirectionKey], dist
         arrays, flat = arrays_of(tensor), tensor.detach().reshape(-1)
         for start in range(0, len(flat), DEFAULT_CHUNK):
             part = flat[start : start + DEFAULT_CHUNK]
-            rows = max(1, _BLOCK_ELEMENTS // len(part))
+            rows = max(1, BLOCK_ELEMENTS // len(part))
             for first in range(0, len(keys), rows):
                 block = distribution.values(keys[first : first + rows], tensor_id, start, len(part), arrays)
                 sums[first : first + rows] += arrays.products(block, part)[0]

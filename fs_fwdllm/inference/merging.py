@@ -2,7 +2,8 @@
 
 LoRA and IA3 are matrices that can be multiplied into the base's; trained norms and heads take the place of the base's.
 The sum is made in float32 and written in float32 unless another dtype is asked for: a LoRA step added to a bfloat16
-weight is mostly rounded away. A bottleneck has a nonlinearity between its two matrices and cannot be merged.
+weight is mostly rounded away. An output residual becomes a part of the output layer, which is then no longer tied to
+the input embeddings. A bottleneck has a nonlinearity between its two matrices and cannot be merged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.model import SavedFacts, find_saved, load_saved
+from fs_fwdllm.model.output_residual import merge_output_residual
 from fs_fwdllm.model.saving import write_folder
 
 __all__ = ["merge"]
@@ -48,6 +50,8 @@ def merge(path: str | Path, output: str | Path, dtype: str = "float32") -> Path:
             "fs_fwdllm.load"
         )
     loaded, _, _ = load_saved(folder, _with_base_dtype(facts, "float32"))
+    if facts.trained == "output_residual":
+        merge_output_residual(loaded.model)
     merged = _without_adapter(loaded.model).requires_grad_(False).to(getattr(torch, dtype))
     return write_folder(replace(loaded, model=merged, peft_method="full"), target, {}, _whole(facts, dtype))
 

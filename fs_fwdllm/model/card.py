@@ -47,7 +47,7 @@ def model_card(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str
 
     Args:
         facts: of the saved folder, with what the run reached.
-        saved_as: ``peft``, ``bottleneck`` or ``model``.
+        saved_as: ``peft``, ``model``, or the kind of an adapter of this package.
         rounded_by_others: whether a program that loads the folder in the base's half precision rounds trained values.
     """
     data = ModelCardData(

@@ -36,7 +36,7 @@ _CONVERT = (
     "t.AutoTokenizer.from_pretrained(m).save_pretrained(m + '-safe')\" (AutoModel for an encoder)"
 )
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
-_ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json")
+_ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json", "output_residual_config.json")
 #: How architectures call the numbers without which there is no model.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "intermediate_size", "d_ff", "vocab_size")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",

@@ -11,10 +11,10 @@ each trainable tensor is a float32 *master*, and the module that owns it is made
   computing in half precision and sees the master through the parametrisation :class:`CastTo`. Here a probe is
   rounded to the base's grid, so ``fwdllm.radius`` must exceed the spacing at the values' size.
 
-LoRA, IA3 and the bottleneck cast inside their own forward passes and are float32 from the start; their results are
-rounded to the base's grid as well. Finite differences over a bfloat16 base therefore want a radius near 1e-2, over
-float16 1e-3 will do; forward mode differentiates through the casts and does not care. Both devices are plain modules
-and hooks, so autograd, checkpointing, ``functional_call`` and ``vmap`` see nothing special.
+LoRA, IA3 and the package's own adapters cast inside their own forward passes and are float32 from the start; their
+results are rounded to the base's grid as well. Finite differences over a bfloat16 base therefore want a radius near
+1e-2, over float16 1e-3 will do; forward mode differentiates through the casts and does not care. Both devices are plain
+modules and hooks, so autograd, checkpointing, ``functional_call`` and ``vmap`` see nothing special.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def make_float32_masters(model: nn.Module, heads: Iterable[str] = ()) -> None:
 def rounds_when_loaded_in_half(model: nn.Module) -> bool:
     """Whether another program that loads the saved model in the base's half precision rounds trained values.
 
-    Adapters (LoRA, IA3, the bottleneck) stay float32 whatever the base is; norms, biases and heads do not.
+    Adapters (LoRA, IA3, the package's own) stay float32 whatever the base is; norms, biases and heads do not.
     """
     trained = [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and not _is_half(parameter)
     ]
-    stays = (".lora_", ".ia3_", ".bottleneck.")
+    stays = (".lora_", ".ia3_", ".bottleneck.", ".output_residual.")
     return any(map(_is_half, model.parameters())) and not all(any(mark in name for mark in stays) for name in trained)
 
 

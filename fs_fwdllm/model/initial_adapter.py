@@ -23,8 +23,8 @@ from torch import nn
 from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError, ModelError, nearest, shown
-from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, DEFAULT_REDUCTION_FACTOR
 from fs_fwdllm.model.facts import FACTS_FILE
+from fs_fwdllm.model.own_folder import OWN_FOLDERS
 from fs_fwdllm.model.pooling import resolved
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 from fs_fwdllm.model.sentence_layout import read_layout, saved_names, transformer_folder
@@ -35,7 +35,7 @@ __all__ = ["folder_named", "initial_folder", "start_from"]
 #: Endings that FederatedScope's users give its pickled files.
 _OF_FILES = (".bin", ".ckpt", ".pt", ".pth")
 
-_PEFT_CONFIG = "adapter_config.json"
+_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODEL_CONFIG = "config.json"
 #: What a run saves, the best first.
 _IN_A_RUN = ("adapter", "model")
@@ -81,8 +81,8 @@ def initial_folder(config: Config) -> Path | None:
     found = next((place for place in inside if _kind(place)), None)
     if found is None:
         raise ConfigError(
-            f"{key} {given!r}: is no saved adapter or model: it has no {_PEFT_CONFIG}, {BOTTLENECK_CONFIG_FILE} or "
-            f"{_MODEL_CONFIG}, and no folder {' or '.join(_IN_A_RUN)} with one; name such a folder, or leave it out"
+            f"{key} {given!r}: is no saved adapter or model: it has none of {', '.join(_CONFIGS.values())}, and no "
+            f"folder {' or '.join(_IN_A_RUN)} with one; name such a folder, or leave it out"
         )
     return found
 
@@ -114,12 +114,12 @@ def start_from(folder: Path | None, model: nn.Module, method: str, arguments: Ma
 
 def _kind(folder: Path) -> str:
     """How a folder was saved, as ``Part.saved_as`` has it; empty if it was not."""
-    files = {"peft": _PEFT_CONFIG, "bottleneck": BOTTLENECK_CONFIG_FILE}
-    found = next((kind for kind, file in files.items() if (folder / file).is_file()), "")
+    found = next((kind for kind, file in _CONFIGS.items() if (folder / file).is_file()), "")
     return found or ("model" if (transformer_folder(folder) / _MODEL_CONFIG).is_file() else "")
 
 
-_IN_WORDS = {"peft": "PEFT adapter", "bottleneck": "bottleneck adapter", "model": "whole model"}
+_CONFIGS = {"peft": _PEFT_CONFIG, **{k: own.config_file for k, own in OWN_FOLDERS.items()}, "model": _MODEL_CONFIG}
+_IN_WORDS = {"peft": "PEFT adapter", **{k: f"{k} adapter" for k in OWN_FOLDERS}, "model": "whole model"}
 
 
 def _start_from_peft(folder: Path, model: Any, arguments: Mapping[str, Any]) -> None:
@@ -133,17 +133,22 @@ def _start_from_peft(folder: Path, model: Any, arguments: Mapping[str, Any]) -> 
             for name in _PEFT_PLACES:
                 if name in theirs and name in ours:
                     _require_equal(folder, name, _plain(theirs[name]), _plain(ours[name]))
+        for name, tensor in expected.items():
+            if arguments.get("basis") and ".lora_A." in name and name in saved:
+                _require_same_basis(folder / _PEFT_WEIGHTS, name, saved[name], tensor)
         _copy(folder, saved, {name: (name, tensor) for name, tensor in expected.items()})
 
 
-def _start_from_bottleneck(folder: Path, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    theirs = _read_json(folder / BOTTLENECK_CONFIG_FILE)
-    ours = {"reduction_factor": arguments.get("reduction_factor", DEFAULT_REDUCTION_FACTOR)}
-    for name, value in {**ours, "layers": arguments.get("layers")}.items():
+def _start_from_own(folder: Path, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    own = OWN_FOLDERS[_kind(folder)]
+    theirs = _read_json(folder / own.config_file)
+    for name, value in own.settings(arguments).items():
         _require_equal(folder, name, theirs.get(name), value)
     with _tensors(folder) as saved:
-        trained = {public_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-        _copy(folder, saved, {name: (name, tensor) for name, tensor in trained.items()})
+        for name, tensor in own.fixed(model).items():
+            if name in saved and name.rpartition(".")[2] in own.basis:
+                _require_same_basis(folder / own.weights_file, name, saved[name], tensor)
+        _copy(folder, saved, {name: (name, tensor) for name, tensor in own.tensors(model)})
 
 
 def _start_from_model(folder: Path, model: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -163,7 +168,7 @@ def _start_from_model(folder: Path, model: nn.Module, arguments: Mapping[str, An
         _copy(folder, saved, pairs, whole=False)
 
 
-_START = {"peft": _start_from_peft, "bottleneck": _start_from_bottleneck, "model": _start_from_model}
+_START = {"peft": _start_from_peft, "model": _start_from_model, **dict.fromkeys(OWN_FOLDERS, _start_from_own)}
 
 
 class _Files:
@@ -256,6 +261,14 @@ def _require_same_features(folder: Path, model: nn.Module) -> None:
                 "head means nothing on other vectors; set both keys, pooling and feature_scale, to what it was trained "
                 "on"
             )
+
+
+def _require_same_basis(file: Path, name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    if theirs.shape != ours.shape or not torch.equal(theirs, ours.cpu()):
+        raise ConfigError(
+            f"llm.adapter.args basis: gives another {name} than fwdllm.init_adapter {str(file.parent)!r} was trained "
+            f"with; give basis its own, {str(file)!r}"
+        )
 
 
 def _require_same_classes(folder: Path, model: Any) -> None:

@@ -69,7 +69,8 @@ class Objective:
         if self.readout.reads_tokens:
             head = _vocabulary_projection(model)
             if head is not None:
-                head.register_forward_pre_hook(self._select_positions)
+                # first, so that an adapter of the projection sees labelled positions only, too
+                head.register_forward_pre_hook(self._select_positions, prepend=True)
 
     def on(self, batch: Batch) -> BatchLoss:
         """The loss of ``batch``. Raises :class:`~fs_fwdllm.errors.DataError` if no position has a label."""

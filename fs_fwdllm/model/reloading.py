@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.model.bottleneck import BOTTLENECK_WEIGHTS_FILE
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import HALF_DTYPES
 from fs_fwdllm.model.loading import LoadedModel, load_model
+from fs_fwdllm.model.own_folder import OWN_FOLDERS, OwnFolder
 from fs_fwdllm.model.sentence_layout import saved_names
 from fs_fwdllm.model.tokenizer import load_tokenizer
 from fs_fwdllm.model.trainable_parts import PARTS
@@ -48,13 +48,16 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
     if facts.trained not in PARTS:
         raise ModelError(f"{place}: was trained as {facts.trained!r}; this version knows {', '.join(PARTS)}")
     saved_as = PARTS[facts.trained].saved_as
+    own = OWN_FOLDERS.get(saved_as)
     config = facts.config(place if saved_as == "model" else facts.base_location)
+    if saved_as != "model":
+        config = _with_own_basis(config, place / (own.weights_file if own is not None else _PEFT_WEIGHTS_FILE))
     tokenizer = load_tokenizer(config, place)
     loaded = load_model(config, tokenizer, facts.classes)
     if saved_as == "peft":
         _fill_peft(loaded.model, place)
-    elif saved_as == "bottleneck":
-        _fill(loaded.model, _tensors(place / BOTTLENECK_WEIGHTS_FILE), place)
+    elif own is not None:
+        _fill_own(loaded.model, own, place)
     else:
         _fill_masters(loaded, place)
     return loaded, config, facts
@@ -63,6 +66,26 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file."""
     return dict(_some_of(file, lambda name: name, None))
+
+
+def _with_own_basis(config: Config, file: Path) -> Config:
+    """The configuration with the saved bytes in place of the basis the run was given, which may be gone."""
+    arguments = config.llm.adapter.args[0]
+    if not arguments.get("basis"):
+        return config
+    kept = {name: value for name, value in arguments.items() if name != "basis_digest"}
+    adapter = config.llm.adapter.model_copy(update={"args": [{**kept, "basis": str(file)}]})
+    return config.model_copy(update={"llm": config.llm.model_copy(update={"adapter": adapter})})
+
+
+def _fill_own(model: torch.nn.Module, own: OwnFolder, folder: Path) -> None:
+    tensors = _tensors(folder / own.weights_file)
+    for name, buffer in own.fixed(model).items():
+        saved = tensors.pop(name, None)
+        if saved is None or saved.shape != buffer.shape:
+            raise ModelError(f"{folder}: does not fit its base: {name} is missing or has another shape")
+        buffer.copy_(saved)
+    _fill(model, tensors, folder)
 
 
 def _some_of(file: Path, renamed: Callable[[str], str], wanted: set[str] | None) -> Iterator[tuple[str, torch.Tensor]]:

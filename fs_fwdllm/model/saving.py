@@ -1,7 +1,7 @@
 """Writing what was trained, in the form others can load.
 
-PEFT methods leave a PEFT folder (``adapter/``), the bottleneck its own small folder (``adapter/``, read by
-:func:`~fs_fwdllm.model.bottleneck.load_bottleneck`), and methods that train parameters of the base itself a whole
+PEFT methods leave a PEFT folder (``adapter/``), this package's own adapters a small folder of theirs (``adapter/``,
+:mod:`~fs_fwdllm.model.own_folder`), and methods that train parameters of the base itself a whole
 Hugging Face model (``model/``), which knows the classes by their names. Each has the tokenizer as the run used it, the
 facts that :func:`~fs_fwdllm.model.reloading.load_saved` needs, and a model card. All tensors are safetensors. A folder
 is written beside its place and moved there when it is complete, so that a reader sees the old one or the new one, never
@@ -35,11 +35,11 @@ from torch import nn
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError, nearest
 from fs_fwdllm.model.base_folder import config_as_used, config_of_base, config_to_keep, link_to, weights_of
-from fs_fwdllm.model.bottleneck import BOTTLENECK_CONFIG_FILE, BOTTLENECK_WEIGHTS_FILE, DEFAULT_REDUCTION_FACTOR
 from fs_fwdllm.model.card import model_card
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import rounds_when_loaded_in_half
 from fs_fwdllm.model.loading import LoadedModel
+from fs_fwdllm.model.own_folder import OWN_FOLDERS
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier, SentenceFeatures
 from fs_fwdllm.model.sentence_layout import CLASSIFIER_FOLDER, TRANSFORMER_FOLDER, split_state, write_layout
@@ -151,19 +151,18 @@ def _write_peft(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Pat
     loaded.tokenizer.save_pretrained(str(folder))
 
 
-def _write_bottleneck(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
-    trained = [public_name(name) for name, tensor in loaded.model.named_parameters() if tensor.requires_grad]
-    tensors = {name: state[name].detach().cpu().contiguous() for name in trained}
-    save_file(tensors, folder / BOTTLENECK_WEIGHTS_FILE, metadata={"format": "pt"})
+def _write_own(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    own = OWN_FOLDERS[PARTS[loaded.peft_method].saved_as]
+    tensors = {name: state[name].detach().cpu().contiguous() for name, _ in own.tensors(loaded.model)}
+    save_file(tensors, folder / own.weights_file, metadata={"format": "pt"})
     settings = {
-        "adapter_type": "bottleneck",
+        "adapter_type": own.kind,
         "format_version": 1,
         "base_model_name_or_path": loaded.source.location,
         "task": loaded.task,
-        "reduction_factor": loaded.arguments.get("reduction_factor", DEFAULT_REDUCTION_FACTOR),
-        "layers": loaded.arguments.get("layers"),
+        **own.settings(loaded.arguments),
     }
-    (folder / BOTTLENECK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / own.config_file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     loaded.tokenizer.save_pretrained(str(folder))
 
 
@@ -186,7 +185,7 @@ def _write_model(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Pa
     _change_json(folder / "config.json", changes)
 
 
-_WRITERS = {"peft": _write_peft, "bottleneck": _write_bottleneck, "model": _write_model}
+_WRITERS = {"peft": _write_peft, "model": _write_model, **dict.fromkeys(OWN_FOLDERS, _write_own)}
 
 
 def _change_json(file: Path, changes: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "is_norm",
     "linear_layers",
     "norm_layers",
+    "output_layer",
     "position_limit",
     "positions_skip_padding",
     "short_names",
@@ -131,6 +132,18 @@ def norm_layers(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if is_norm(module) and isinstance(getattr(module, "weight", None), torch.Tensor)
     ]
+
+
+def output_layer(model: Any) -> tuple[str, nn.Linear]:
+    """``(name, linear layer)`` that turns a language model's hidden states into logits.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{type(model).__name__}: has no linear output layer over its vocabulary")
+    return next(name for name, module in model.named_modules() if module is head), head
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 
 Every function takes a frozen base model and returns the model to train, with exactly the trainable parameters
 requiring gradients. LoRA, IA3 and norm tuning come from PEFT, so that their folders load anywhere; bias tuning, the
-head alone and full training mark parameters in place; the bottleneck is ours. A classifier's head starts from random
-numbers, so it is trained with every method. :data:`PARTS` is the registry; a method joins it with one line.
+head alone and full training mark parameters in place; the bottleneck and the output residual are ours. A classifier's
+head starts from random numbers, so it is trained with every method. :data:`PARTS` is the registry; a method joins it
+with one line.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,8 +24,12 @@ from transformers.pytorch_utils import Conv1D
 from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError, nearest
-from fs_fwdllm.model.bottleneck import attach_bottleneck
+from fs_fwdllm.model.activations import Place
+from fs_fwdllm.model.basis_file import check_digest
+from fs_fwdllm.model.bottleneck import attach_bottleneck, bottleneck_places
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.lora_basis import fix_lora_a, lora_places
+from fs_fwdllm.model.output_residual import attach_output_residual, output_residual_places
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 from fs_fwdllm.model.structure import (
     attention_projections,
@@ -66,11 +71,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Part:
-    """One way to choose trainable parameters: how to attach it, which arguments it takes, how it is saved."""
+    """One way to choose trainable parameters: how to attach it, which arguments it takes, how it is saved.
+
+    Attributes:
+        places: where the untrained adapter of a model reads activations, and how many directions its arguments ask
+            for; ``None`` where it takes no ``basis``.
+        basis_arguments: those of ``arguments`` that say what a basis is and how it is used.
+    """
 
     attach: Callable[[Request], nn.Module]
     arguments: frozenset[str] = frozenset()
-    saved_as: Literal["peft", "bottleneck", "model"] = "model"
+    saved_as: Literal["peft", "bottleneck", "output_residual", "model"] = "model"
+    places: Callable[[nn.Module, Mapping[str, Any]], list[Place]] | None = None
+    basis_arguments: frozenset[str] = frozenset()
 
 
 def adapter_request(config: Config) -> tuple[str, dict[str, Any]]:
@@ -151,6 +164,16 @@ def _train_bottleneck(request: Request) -> nn.Module:
     return _train_head(request) if request.head else request.model
 
 
+def _train_output_residual(request: Request) -> nn.Module:
+    if request.task != "causal_lm":
+        raise ConfigError(
+            f"llm.adapter.args: adapter_method 'output_residual' is for language models, and "
+            f"{type(request.model).__name__} is loaded for {request.task}; use head, bottleneck or lora"
+        )
+    attach_output_residual(request.model, seed=request.seed, **request.arguments)
+    return request.model
+
+
 def _train_lora(request: Request) -> nn.Module:
     if request.arguments.get("init_lora_weights", True) is not True:
         raise ConfigError(
@@ -158,6 +181,9 @@ def _train_lora(request: Request) -> nn.Module:
             f"{request.arguments['init_lora_weights']!r}: others change the base or differ between machines"
         )
     arguments = dict(request.arguments)
+    basis = arguments.pop("basis", "")
+    if basis and arguments.get("target_parameters"):
+        raise ConfigError("llm.adapter.args basis: has no place beside target_parameters; name target_modules instead")
     known = peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if not arguments.get("target_modules") and not arguments.get("target_parameters"):
         # Given, also where PEFT knows them: its own way from a model's name to its modules fails for some.
@@ -168,6 +194,8 @@ def _train_lora(request: Request) -> nn.Module:
             draw_uniform_(parameter, 1.0 / math.sqrt(parameter[0].numel()), request.seed, name)
         elif ".lora_embedding_B." in name:
             draw_uniform_(parameter, math.sqrt(3.0), request.seed, name)
+    if basis:
+        fix_lora_a(model, basis, request.seed)
     return model
 
 
@@ -276,12 +304,31 @@ def _peft_part(function: Callable[[Request], nn.Module], config_type: type[PeftC
     return Part(function, frozenset(names), "peft")
 
 
+def _with_basis(part: Part, places: Callable[[nn.Module, Mapping[str, Any]], list[Place]], *ranks: str) -> Part:
+    own = frozenset({"basis", "basis_digest", *ranks})
+
+    def attach(request: Request) -> nn.Module:
+        check_digest(request.arguments)
+        others = {name: value for name, value in request.arguments.items() if name != "basis_digest"}
+        return part.attach(dataclasses.replace(request, arguments=others))
+
+    return Part(attach, part.arguments | own, part.saved_as, places, own)
+
+
 PARTS: dict[str, Part] = {
-    "lora": _peft_part(_train_lora, LoraConfig),
+    "lora": _with_basis(_peft_part(_train_lora, LoraConfig), lora_places),
     "ia3": _peft_part(_train_ia3, IA3Config),
     "layernorm": _peft_part(_train_norms, LNTuningConfig),
     "bitfit": Part(_train_biases),
-    "bottleneck": Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
+    "bottleneck": _with_basis(
+        Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
+        bottleneck_places,
+        "in_rank",
+        "out_rank",
+    ),
+    "output_residual": _with_basis(
+        Part(_train_output_residual, frozenset({"rank", "bias"}), "output_residual"), output_residual_places
+    ),
     "head": Part(_train_head),
     "full": Part(_train_full),
 }

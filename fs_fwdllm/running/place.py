@@ -13,13 +13,14 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.model.initial_adapter import folder_named
+from fs_fwdllm.model.own_folder import OWN_FOLDERS
 from fs_fwdllm.report.files import disk_errors_named
 from fs_fwdllm.running.session import Session
 
 __all__ = ["SavePlace"]
 
 #: A folder with one of these was saved by a run, and may be replaced.
-_MARKS = ("adapter_config.json", "bottleneck_config.json", "config.json")
+_MARKS = ("adapter_config.json", *(own.config_file for own in OWN_FOLDERS.values()), "config.json")
 
 
 @dataclass(frozen=True)

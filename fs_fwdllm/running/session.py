@@ -26,6 +26,7 @@ from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination,
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model.basis_file import basis_file, basis_fingerprint
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
 from fs_fwdllm.model.saving import write_folder
@@ -200,6 +201,8 @@ class Session:
             "the classes": _fingerprint("\0".join(self.data.label_names)),
             "the model's files": _fingerprint(self.loaded.source.files()),
         }
+        if basis := basis_file(self.loaded.arguments):
+            known["the basis file"] = basis_fingerprint(basis)
         place = initial_folder(self.config)
         return known if place is None else {**known, "the initial adapter's files": _fingerprint(folder_files(place))}
 

@@ -112,7 +112,7 @@ def test_rows_without_a_target_count_for_nothing(tmp_path: Path) -> None:
 def test_a_vocabulary_in_slices_is_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     it = ready(tmp_path, "llama", "head", config={"tie_word_embeddings": False})
     whole = ClosedForm(Rademacher()).gradient(it.loss())
-    monkeypatch.setattr("fs_fwdllm.estimator.closed_form._ERROR_ELEMENTS", 40)
+    monkeypatch.setattr("fs_fwdllm.estimator.closed_form.ERROR_ELEMENTS", 40)
     sliced = ClosedForm(Rademacher()).gradient(it.loss())
     torch.testing.assert_close(sliced.tensors, whole.tensors, rtol=1e-6, atol=1e-8)
 
@@ -157,7 +157,7 @@ def test_the_product_of_slices_is_the_product(monkeypatch: pytest.MonkeyPatch) -
     """Against a float64 loop over whole directions."""
     generator = torch.Generator().manual_seed(2)
     tensors = {index: torch.randn(shape, generator=generator) for index, shape in enumerate([(3, 5), (77,), (4, 4, 9)])}
-    for name, value in (("DEFAULT_CHUNK", 30), ("_BLOCK_ELEMENTS", 64)):
+    for name, value in (("DEFAULT_CHUNK", 30), ("BLOCK_ELEMENTS", 64)):
         monkeypatch.setattr(f"fs_fwdllm.estimator.exact.{name}", value)
 
     def product(key: DirectionKey) -> float:

@@ -44,6 +44,8 @@ LATE = [
     ("gpt2", "lora", {"layers_to_transform": [LAST], "target_modules": ["mlp.c_proj"]}),
     ("gpt2", "bottleneck", {"layers": [LAST]}),
     ("albert", "head", {}),
+    ("llama", "output_residual", {"rank": 4}),
+    ("gpt2", "output_residual", {"rank": 4}),
 ]
 LATE_IDS = ["-".join([architecture, method, *map(str, more.values())]) for architecture, method, more in LATE]
 CASES = pytest.mark.parametrize(("architecture", "method", "arguments"), LATE, ids=LATE_IDS)

@@ -61,7 +61,8 @@ def cases():
 
 def impossible(architecture, method, classifier):
     return (method == "bitfit" and architecture == "llama") or (
-        method == "head" and not classifier and architecture in ("gpt2", "bloom")
+        (method == "head" and not classifier and architecture in ("gpt2", "bloom"))
+        or (method == "output_residual" and classifier)
     )
 
 
@@ -108,6 +109,8 @@ def test_exactly_the_expected_parameters_are_trained(tmp_path, architecture, met
     elif method == "bottleneck":
         assert len(rest) == 4 * (1 if architecture == "albert" else LAYERS)
         assert all(".bottleneck." in name for name in rest)
+    elif method == "output_residual":
+        assert rest == ["lm_head.output_residual.up", "lm_head.output_residual.bias"]
     elif method == "head":
         assert rest == ([] if classifier else ["lm_head.weight"])
     else:
