@@ -398,7 +398,11 @@ class ReportConfig(Section):
 
 
 class FwdllmConfig(Section):
-    estimator: str = Field("central", description="how a slope along a direction is measured")
+    estimator: str = Field(
+        "central",
+        description="where slopes come from: forward passes (central, one_sided, forward_mode), the closed form of the "
+        "output layer (closed_form), or backpropagation (projected)",
+    )
     direction: str = Field("rademacher", description="distribution of a direction")
     directions: Literal["own", "common"] = Field(
         "own",

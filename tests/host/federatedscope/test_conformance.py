@@ -33,6 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
         **_FORWARD, "fwdllm.server_optimizer": "adam", "fwdllm.server_betas": [0.9, 0.99], "train.optimizer.lr": 0.01,
         "federate.sample_client_num": 2,
     },
+    "a mixed fleet in parts": {
+        **_FORWARD,
+        "fwdllm.parts": [{"match": "lora_A", "slopes": "projected", "scalars": 7}, {"match": "*", "rate": 0.5}],
+        "fwdllm.fleet": [{"clients": [2], "slopes": "projected", "scalars": 5}],
+    },
     "mezo, a share of the clients": {**_MEZO, "federate.sample_client_rate": 0.5},
     "fedavg with our trainer, model-diff": {
         "federate.method": "fedavg", "trainer.type": "mezotrainer", "train.train_strategy": "model-diff",

@@ -27,6 +27,11 @@ BACKENDS: dict[str, dict[str, Any]] = {
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {**METHODS["mezo"], "train.optimizer.weight_decay": 0.1},
     "forward": {**METHODS["forward_gradient"], "fwdllm.server_momentum": 0.9},
+    "fleet": {
+        **METHODS["forward_gradient"],
+        "fwdllm.parts": [{"match": "classifier", "slopes": "closed_form", "scalars": 9}, {}],
+        "fwdllm.fleet": [{"clients": [2, 3], "slopes": "projected", "scalars": 12}],
+    },
     "fedavg": METHODS["fedavg"],
     # Three visits side by side; int8 uploads leave a remainder on every client, which must be its own in any process.
     "blocks": {
