@@ -437,6 +437,11 @@ class FwdllmConfig(Section):
     server_optimizer: Literal["sgd", "adam"] = Field(
         "sgd", description="what the server steps with on the rebuilt gradient; sgd has server_momentum"
     )
+    first_rate: Literal["given", "safe"] = Field(
+        "given",
+        description="train.optimizer.lr as it is given; safe, for a linear classifier on standardised features, finds "
+        "it from the curvature and the number of slopes, without a sweep",
+    )
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
     server_betas: list[float] = Field(
         [0.9, 0.999],

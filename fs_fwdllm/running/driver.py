@@ -329,7 +329,7 @@ class RunDriver:
             tensors=self.server.state_tensors() | {f"{_WORKER}{name}": tensor for name, tensor in kept.items()},
             numbers=self.server.state_numbers(),
             counters=self.accounting.counters(),
-            fingerprint=config_fingerprint(self.session.config),
+            fingerprint=config_fingerprint(self.folder.config()),  # the session's has what loading found out
             inputs=self.session.inputs,
             evaluations=self.keeper.evaluations,
             total_rounds=self.total_rounds,

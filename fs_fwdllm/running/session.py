@@ -33,7 +33,9 @@ from fs_fwdllm.model.saving import write_folder
 from fs_fwdllm.model.source import folder_files, model_task
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
+from fs_fwdllm.running.first_rate import with_first_rate
 from fs_fwdllm.running.preflight import ask_hub_last
+from fs_fwdllm.running.sampling import clients_per_round
 
 __all__ = ["Session"]
 
@@ -61,6 +63,8 @@ class Session:
     evaluation_batches: list[Batch] = field(default_factory=list)
     choosing_batches: list[Batch] = field(default_factory=list)
     choice: Choice | None = None
+    #: Whether ``train.optimizer.lr`` follows from the curvature, rather than from the file.
+    finds_rate: bool = False
     #: Told, while an evaluation goes on, how many batches are done and how many there are.
     progress: Callable[[int, int], None] = lambda done, total: None
     _warned: bool = False
@@ -95,6 +99,8 @@ class Session:
         device = select_device(config)
         loaded = load_model(config, tokenizer, data.label_names)
         loaded.model.to(device)
+        client_samples = {client: len(held.train) for client, held in sorted(data.clients.items()) if held.train}
+        given, config = config, with_first_rate(config, loaded, _asked(config, len(client_samples)))
         parts = Parts.build(
             config,
             loaded.model,
@@ -112,7 +118,8 @@ class Session:
             loaded=loaded,
             parts=parts,
             device=device,
-            client_samples={client: len(held.train) for client, held in sorted(data.clients.items()) if held.train},
+            client_samples=client_samples,
+            finds_rate=config is not given,
             _metrics=check_metrics(config.eval.metrics, data.task),
             choice=choose(config, data.task, _splits_with_samples(data)),
         )
@@ -146,6 +153,8 @@ class Session:
                 f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01"
             )
         train = self.config.train
+        if self.finds_rate:
+            found.append(f"learning rate {train.optimizer.lr:.3g}, from the head's curvature (fwdllm.first_rate: safe)")
         if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
             found.append(
                 f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "
@@ -301,6 +310,11 @@ class Session:
         self.evaluation_batches = cut(self.config.eval.split)
         if self.compares_rounds and self.choice is not None and not self.choice.is_reported:
             self.choosing_batches = cut([self.choice.split])
+
+
+def _asked(config: Config, available: int) -> int:
+    """Clients of a round; 1 where this process knows of none with data, so that it has no say in a rate."""
+    return clients_per_round(config, available) if available else 1
 
 
 def _named(trainables: Trainables) -> dict[str, torch.Tensor]:

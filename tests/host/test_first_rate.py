@@ -1,0 +1,72 @@
+"""A first rate without a sweep: resolved once, told, safe, and refused where nothing is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fs_fwdllm.core.safe_rate import curvature_of_standardised, safe_rate
+from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.running.local import resume, run
+from fs_fwdllm.running.session import Session
+from tests.host.fixtures import models, world
+from tests.host.small import World, read_jsonl
+from tests.model.sentence import save_tiny_encoder
+from tests.model.tiny import HIDDEN
+
+__all__ = ["models", "world"]
+
+
+def settings(world: World, **own: Any) -> dict[str, Any]:
+    folder = world.models / "encoder"
+    if not folder.exists():
+        save_tiny_encoder(folder)
+    return {
+        "federate.method": "fedfwd", "model.type": f"{folder}@transformers", "train.optimizer.lr": 0.1,
+        "llm.adapter.args": [{"adapter_method": "head"}], "fwdllm.estimator": "closed_form", "fwdllm.probes": 20,
+        "fwdllm.first_rate": "safe", **{f"fwdllm.{key}": value for key, value in own.items()},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "clients", "scalars", "momentum"),
+    [
+        ({}, 4, 20, 0.0),
+        ({"fwdllm.server_momentum": 0.9}, 4, 20, 0.9),
+        ({"federate.sample_client_num": 2}, 2, 20, 0.0),
+        ({"fwdllm.directions": "common"}, 1, 20, 0.0),
+        ({"fwdllm.fleet": [{"clients": 1, "scalars": 5}]}, 4, 5, 0.0),
+        ({"federate.method": "fedmezo"}, 1, 20, 0.0),
+        ({"federate.method": "FedSGD"}, 4, 0, 0.0),
+    ],
+)
+def test_the_rate_is_the_bounds(
+    world: World, changes: dict[str, Any], clients: int, scalars: int, momentum: float
+) -> None:
+    session = Session.open(world.config({**settings(world), **changes}))
+    curvature = curvature_of_standardised(HIDDEN, 3, at_start=True)
+    expected = safe_rate(curvature, clients=clients, scalars=scalars, momentum=momentum)
+    assert session.config.train.optimizer.lr == pytest.approx(expected)
+    assert any("fwdllm.first_rate: safe" in remark and f"{expected:.3g}" in remark for remark in session.remarks())
+
+
+def test_a_run_learns_at_it_and_goes_on_at_it(world: World) -> None:
+    """Every client's whole data in every step, so that what falls is the loss that the bound is about."""
+    config = world.config({**settings(world), "federate.total_round_num": 6, "dataloader.batch_size": 64})
+    folder = run(config)
+    lines = read_jsonl(folder / "metrics.jsonl")
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    assert losses[-1] < losses[0]
+    rates = {rate for line in lines for rate in line.get("learning_rate", {}).values()}
+    resume(folder, rounds=8)
+    more = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("learning_rate")]
+    assert len(more) == 8 and {rate for line in more for rate in line["learning_rate"].values()} == rates
+
+
+def test_it_is_refused_where_a_rate_is_given_or_nothing_is_known(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.lr 0\.3.*finds the rate itself"):
+        Session.open(world.config({**settings(world), "train.optimizer.lr": 0.3}))
+    for changes in ({"fwdllm.pooling": "none"}, {"fwdllm.feature_scale": "none"}):
+        with pytest.raises(ConfigError, match=r"first_rate 'safe'.*feature_scale layer_norm.*sweep"):
+            Session.open(world.config({**settings(world), **changes}))
