@@ -4,10 +4,12 @@ MRPC or CoLA with the MiniLM encoder (extra ``demo``), or Alpaca with a small pr
 number of batches of the same clients' data: ``clients a round x local steps x rounds`` is equal. Block training asks
 one client for a visit of ``--visit`` steps, FedAvg four clients for a quarter of them each, so that a round is the same
 work. Learning rates are chosen on the first seed from ``--rates`` by the final metric, for every method alike, and then
-kept for the other seeds, which alone are reported where there are any: the table is printed after the first seed, and
-again after each other one. Runs that are already complete in ``--outdir`` are read instead of repeated.
+kept for the other seeds. Without ``--validation`` the metric is that of the test rows, so that the first seed chose
+and is not reported where there are others. With it, that share of every client's rows is not trained on but chooses,
+and the test rows of all seeds are reported. The table is printed after the first seed, and again after each other one.
+Runs that are already complete in ``--outdir`` are read instead of repeated.
 
-    python benchmarks/quality_blocks.py cola DATA_ROOT/glue/CoLA [--seeds 1 2 3 4] [--batches 960] [--quick]
+    python benchmarks/quality_blocks.py cola DATA_ROOT/glue/CoLA [--validation 0.1] [--batches 960] [--quick]
     python benchmarks/quality_blocks.py alpaca DATA_ROOT --model DATA_ROOT/models/mixed-5m [...]
 """
 
@@ -26,6 +28,7 @@ from common import print_machine, print_table
 from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.report.units import format_bytes, format_seconds
 from fs_fwdllm.running import local
+from fs_fwdllm.running.evaluating import evaluate_run
 
 _CLIENTS = 8
 _FEDAVG_CLIENTS = 4
@@ -35,6 +38,7 @@ _COMMON: dict[str, Any] = {
     "train.optimizer.type": "AdamW",
     "eval.freq": -1,
     "fwdllm.checkpoint_every": 10_000,
+    "fwdllm.saved_round": "last",
 }
 _FULL = {"llm.adapter.use": False}
 _LORA = {
@@ -42,11 +46,12 @@ _LORA = {
     "llm.adapter.args": [{"adapter_method": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}],
 }
 _FEDAVG = {"federate.method": "FedAvg", "federate.sample_client_num": _FEDAVG_CLIENTS}
-_BLOCKS = {**_FULL, "federate.method": "fedcybgd"}
+_BLOCKS = {**_FULL, "federate.method": "fedcybgd", "fwdllm.blocks.learning_rate_over": "run"}
 
 #: name: (settings, clients in one round)
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "blocks": (_BLOCKS, 1),
+    "blocks, two layers": ({**_BLOCKS, "fwdllm.blocks.group_size": 2}, 1),
     "blocks, int8 both ways": (
         {**_BLOCKS, "fwdllm.blocks.upload": "int8", "fwdllm.blocks.download.inactive": "int8"},
         1,
@@ -64,6 +69,7 @@ _GLUE: dict[str, Any] = {
     "dataloader.batch_size": 16,
     "fwdllm.data.test_file": "dev.tsv",
     "fwdllm.pooling": "none",  # the published figures are of the architecture's own head
+    "fwdllm.blocks.head": "always",
 }
 _TASKS: dict[str, dict[str, Any]] = {
     "cola": {
@@ -109,10 +115,12 @@ def make_config(settings: dict[str, Any]) -> Config:
 
 
 def run_once(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    """The closing counters of a run with its last evaluation."""
-    expname = f"{options.task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-    done = finished(options.outdir / expname)
-    return done or finished(local.run(make_config(settings_of(name, seed, rate, options) | {"expname": expname})))
+    """The closing counters of a run with its last evaluation, and where that is on validation rows the test's, too."""
+    path = options.outdir / f"{options.task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    final = finished(path)
+    if not final:
+        final = finished(local.run(make_config(settings_of(name, seed, rate, options) | {"expname": path.name})))
+    return {**final, "test": evaluate_run(path) if options.validation else final["eval"]}
 
 
 def settings_of(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -124,9 +132,12 @@ def settings_of(name: str, seed: int, rate: float, options: argparse.Namespace) 
         "seed": seed,
         "threads": options.threads,
         "train.optimizer.lr": rate,
+        "train.scheduler.type": options.scheduler,
         "train.local_update_steps": options.visit // clients,
         "federate.total_round_num": max(1, options.batches // options.visit),
     }
+    if options.validation:
+        own |= {"data.splits": [1 - options.validation, options.validation, 0.0], "eval.split": ["val"]}
     if options.batch_size:
         own["dataloader.batch_size"] = options.batch_size
     if options.tokens:
@@ -164,9 +175,10 @@ def best_rate(name: str, options: argparse.Namespace) -> tuple[float, dict[str, 
 def summary(name: str, rate: float, finals: Sequence[dict[str, Any]], task: str) -> tuple[str, ...]:
     cells = []
     for metric in _METRICS[task]:
-        values = [final["eval"][metric] for final in finals]
+        values = [final["test"][metric] for final in finals]
         spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.fmean(values):.4f}{spread}")
+        each = f" ({', '.join(f'{value:.3f}' for value in values)})" if len(values) > 1 else ""
+        cells.append(f"{statistics.fmean(values):.4f}{spread}{each}")
 
     def mean(key: str) -> float:
         return statistics.fmean(final[key] for final in finals)
@@ -183,11 +195,12 @@ def main() -> None:
     chosen = {name: best_rate(name, options) for name in options.methods}
     print(f"before training: {next(iter(chosen.values()))[1]['start']}")
     show(f"the seed {options.seeds[0]} that chose the rates", chosen, {n: [f] for n, (_, f) in chosen.items()}, options)
-    finals: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
-    for count, seed in enumerate(options.seeds[1:], start=1):
+    finals = {name: [final] if options.validation else [] for name, (_, final) in chosen.items()}
+    for seed in options.seeds[1:]:
         for name, (rate, _) in chosen.items():
             finals[name].append(run_once(name, seed, rate, options))
-        show(f"{count} other seeds", chosen, finals, options)
+        count = len(next(iter(finals.values())))
+        show(f"{count} {'seeds' if options.validation else 'other seeds'}", chosen, finals, options)
 
 
 def show(
@@ -211,6 +224,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--batches", type=int, default=960, help="batches of every run, over all clients")
     parser.add_argument("--visit", type=int, default=40, help="steps of a visit; FedAvg's four clients share them")
+    parser.add_argument("--scheduler", default="linear", help="of the learning rate over the run, for every method")
+    parser.add_argument("--validation", type=float, default=0.0, help="share of training rows that chooses the rates")
     parser.add_argument("--batch-size", type=int, default=0, help="instead of the task's")
     parser.add_argument("--tokens", type=int, default=0, help="llm.tok_len instead of the task's")
     parser.add_argument("--outdir", type=Path, default=Path("runs/quality_blocks"))

