@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator import Estimator, make_estimator
@@ -17,7 +18,10 @@ from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import BatchLoss, Objective
 from tests.model.tiny import DECODERS, save_tiny_model, tiny_batch, tiny_config
 
-__all__ = ["DROPOUT", "KEYS", "Ready", "base_hash", "nothing_is_patched", "ready"]
+__all__ = ["ANYWHERE", "DROPOUT", "KEYS", "Ready", "base_hash", "nothing_is_patched", "ready"]
+
+#: Estimators of whatever is trained; the closed form is one of output layers alone (tests/estimator/test_exact.py).
+ANYWHERE = [name for name in ESTIMATORS.names() if name != "closed_form"]
 
 KEYS = [DirectionKey(5, seed) for seed in range(5)]
 

@@ -9,13 +9,13 @@ from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.errors import EstimatorError, ModelError
 from fs_fwdllm.estimator import Backprop
-from tests.estimator.models import KEYS, base_hash, nothing_is_patched, ready
+from tests.estimator.models import ANYWHERE, KEYS, base_hash, nothing_is_patched, ready
 
-#: Every estimator there is, one probe at a time and several where it can; and every distribution.
-ALONE = {name: {"estimator": name} for name in ESTIMATORS.names()}
+#: Every estimator of whatever is trained, one probe at a time and several where it can; and every distribution.
+ALONE = {name: {"estimator": name} for name in ANYWHERE}
 BATCHED = {
     f"{name}, batched": {"estimator": name, "probes_per_batch": 3}
-    for name in ESTIMATORS.names()
+    for name in ANYWHERE
     if ESTIMATORS[name].largest_batch(len(KEYS)) >= 3
 }
 CONFIGURATIONS = {**ALONE, **BATCHED, **{name: {"estimator": "central", "direction": name} for name in DIRECTIONS}}

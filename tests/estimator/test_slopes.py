@@ -13,14 +13,13 @@ from fs_fwdllm.errors import ConfigError, EstimatorError, ModelError
 from fs_fwdllm.estimator import Backprop, CentralDifference, ForwardMode, OneSidedDifference, Radius, make_estimator
 from fs_fwdllm.estimator.base import stack_directions
 from fs_fwdllm.model.perturbation import ResidentPerturbation, StreamedPerturbation
-from tests.estimator.models import KEYS, ready
+from tests.estimator.models import ANYWHERE, KEYS, ready
 from tests.laws.surface import Surface
 from tests.model.tiny import tiny_config
 
 EAGER = {"fwdllm.attention": "eager"}
 MODELS = [("llama", "lora"), ("bert", "lora"), ("bert", "full"), ("gpt2", "lora"), ("albert", "bottleneck")]
-#: The closed form covers output layers alone: tests/estimator/test_exact.py.
-KINDS = [name for name in ESTIMATORS.names() if name != "closed_form"]
+KINDS = ANYWHERE
 
 
 def gradient_of(it, batch_loss, **settings):

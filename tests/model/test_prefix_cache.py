@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import FwdLLMError
 from fs_fwdllm.estimator import Backprop, make_estimator
 from fs_fwdllm.model import load_model, load_tokenizer
 from fs_fwdllm.model.objective import Objective
+from tests.estimator.models import ANYWHERE
 from tests.model.tiny import DECODERS, HIDDEN, LAYERS, VOCABULARY, save_tiny_model, tiny_batch, tiny_config
 
 KEYS = [DirectionKey(5, seed) for seed in range(3)]
@@ -115,7 +115,7 @@ def assert_same_gradients(twin, batch, **settings):
 
 def assert_same_everything(twin, batch):
     cached, plain = assert_same_losses(twin, batch)
-    for kind, size in itertools.product(ESTIMATORS.names(), (1, 2)):  # loop, vmap, jvp, vmap of jvp
+    for kind, size in itertools.product(ANYWHERE, (1, 2)):  # loop, vmap, jvp, vmap of jvp
         estimator = twin.estimator(estimator=kind, radius=0.01, probes_per_batch=size)
         with_cache, without = estimator.slopes(cached, KEYS), estimator.slopes(plain, KEYS)
         assert (with_cache.values == without.values).all(), kind
@@ -168,7 +168,7 @@ def test_the_lowest_layer_runs_once_a_batch(tmp_path, architecture, method, argu
     runs = LAYERS if architecture == "albert" else 1
     for expected, key in ((1, "a"), (1, "a"), (2, "b"), (2, "a"), (3, None), (4, None)):
         batch_loss = twin.cached.on(twin.batch(key))
-        for kind in ESTIMATORS.names():
+        for kind in ANYWHERE:
             twin.estimator(estimator=kind).slopes(batch_loss, KEYS)
         twin.gradient(batch_loss, gradient_checkpointing=True)
         assert len(calls) == expected * runs
@@ -272,7 +272,7 @@ def test_an_accident_leaves_nothing_patched(tmp_path, accident):
     armed = False
     layers[LAST].output.dense.register_forward_pre_hook(stop)
     batch_loss = twin.cached.on(twin.batch())
-    for kind in ESTIMATORS.names():
+    for kind in ANYWHERE:
         for size in (1, 2):
             armed = True
             with pytest.raises(raised):
