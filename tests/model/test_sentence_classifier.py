@@ -284,7 +284,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", PARTS)
+@pytest.mark.parametrize("method", [method for method in PARTS if method != "output_residual"])  # of decoders
 def test_what_is_saved_is_loaded_with_the_same_bits_and_by_nothing_else(
     tmp_path: Path, method: str, dtype: str
 ) -> None:
