@@ -214,18 +214,18 @@ def test_a_plan_says_how_well_a_round_knows_each_part(tmp_path: Path) -> None:
         assert part.scalars == count * plan.clients_per_round
         assert part.relative_error == pytest.approx((part.parameters - 1) / part.scalars)
     assert head.parameters + adapter.parameters == plan.trainable_parameters
-    assert any("part '*' is" in remark and "mostly adds noise" in remark for remark in plan.remarks)
+    assert any("part '*' is" in remark and "mostly adds noise" in remark for remark in plan.advice)
     shown = dict(plan.rows())
     assert "60 scalars" in shown["slopes, classifier"] and "2 probes" in shown["slopes, *"]
 
 
 def test_a_plan_warns_of_an_adapter_that_shares_its_few_directions_with_the_head(tmp_path: Path) -> None:
     shared, many = (make_plan(configuration(tmp_path, "fedfwd", LORA, fwdllm={"probes": n})) for n in (2, 500))
-    assert any("lie below the output layer" in remark and "fwdllm.parts" in remark for remark in shared.remarks)
-    assert not any("lie below the output layer" in remark for remark in many.remarks)
+    assert any("lie below the output layer" in remark and "fwdllm.parts" in remark for remark in shared.advice)
+    assert not any("lie below the output layer" in remark for remark in many.advice)
 
 
 def test_frozen_parts_have_no_error_to_speak_of(tmp_path: Path) -> None:
     parts = [{"match": "classifier", "slopes": "closed_form"}, {"match": "*", "slopes": "frozen"}]
     plan = make_plan(configuration(tmp_path, "fedfwd", LORA, fwdllm={"parts": parts}))
-    assert plan.parts[1].in_words().endswith("frozen") and not any("adds noise" in remark for remark in plan.remarks)
+    assert plan.parts[1].in_words().endswith("frozen") and not any("adds noise" in remark for remark in plan.advice)

@@ -118,7 +118,7 @@ def plan(words: FileAndOverrides = None, cfg: ConfigFile = None) -> None:
     with loading(config):
         forecast = importlib.import_module("fs_fwdllm.forecast.plan").make_plan(config)
     print_facts(Console(highlight=False), forecast.rows())
-    for remark in forecast.remarks:
+    for remark in (*forecast.remarks, *forecast.advice):
         _say(remark)
 
 

@@ -48,6 +48,7 @@ class Plan:
         run_of_longest_steps: as ``run``, if every step takes the most rounds.
         memory: predicted peak, part by part.
         remarks: what a run would say of the configuration before it starts.
+        advice: what only a plan says: how slopes could be spread better.
         reference: what a linear classifier reaches on the same features; ``None`` unless asked for.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     run_of_longest_steps: Cost
     memory: MemoryEstimate
     remarks: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
     reference: LinearProbe | None = None
 
     def rows(self) -> list[tuple[str, str]]:
@@ -160,7 +162,8 @@ def make_plan(config: Config) -> Plan:
         rounds_per_step=(1, longest),
         run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
         memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes, traffic),
-        remarks=(*session.remarks(), *noise_remarks(session.parts, parts)),
+        remarks=tuple(session.remarks()),
+        advice=tuple(noise_remarks(session.parts, parts)),
         reference=reference_of(session) if config.fwdllm.report.linear_probe else None,
     )
 
