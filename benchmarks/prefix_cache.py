@@ -50,8 +50,8 @@ def make_encoder(quick: bool) -> tuple[str, nn.Module]:
         return "random BERT", transformers.BertForSequenceClassification(settings).eval()
 
 
-def make_worker(model: nn.Module, probes_per_batch: int, cache_mib: int) -> LookingWorker:
-    own = {"probes": 1000, "probes_per_batch": probes_per_batch, "prefix_cache_mib": cache_mib, "radius": 0.01}
+def make_worker(model: nn.Module, probes: int, probes_per_batch: int, cache_mib: int) -> LookingWorker:
+    own = {"probes": probes, "probes_per_batch": probes_per_batch, "prefix_cache_mib": cache_mib, "radius": 0.01}
     config = parse_config({"federate": {"method": "fedfwd"}, "fwdllm": own})
     worker = assemble_worker(Parts.build(config, model, "classification", 0, full=False))
     assert isinstance(worker, LookingWorker)
@@ -84,8 +84,8 @@ def main() -> None:
         model = attach(trained, Request(encoder, "classification", ("classifier",), 1, dict(settings))).eval()
         shown = {"head": "head", "lora": "LoRA in the last layer"}[trained]
         for at_once, probes in ((1, 20), (10, 20)) if trained == "lora" else ((1, 20), (100, 1000), (1000, 1000)):
-            with_cache = probing(make_worker(model, at_once, 256), batch, probes)
-            without = probing(make_worker(model, at_once, 0), batch, probes)
+            with_cache = probing(make_worker(model, probes, at_once, 256), batch, probes)
+            without = probing(make_worker(model, probes, at_once, 0), batch, probes)
             equal = np.array_equal(with_cache(), without())
             times = interleave({"with": with_cache, "without": without}, options.repetitions)
             per_thousand = [f"{1e6 * times.best(side) / probes:,.1f}" for side in ("with", "without")]
