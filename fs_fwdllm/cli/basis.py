@@ -9,20 +9,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fs_fwdllm.cli.words import file_and_words
+from fs_fwdllm.cli.words import ConfigFile, FileAndOverrides, file_and_words
 from fs_fwdllm.report.terminal import print_facts, say
 
 __all__ = ["basis"]
 
 
 def basis(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[FILE] KEY VALUE ...", help="The file, unless --cfg names it; then values to replace."),
-    ] = None,
-    cfg: Annotated[
-        Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration: a file, or a packaged one's name.")
-    ] = None,
+    words: FileAndOverrides = None,
+    cfg: ConfigFile = None,
     text: Annotated[
         Path,
         typer.Option(

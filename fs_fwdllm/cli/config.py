@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from fs_fwdllm.cli.words import file_and_words
+from fs_fwdllm.cli.words import ConfigFile, FileAndOverrides, file_and_words
 from fs_fwdllm.errors import ConfigError, nearest
 
 __all__ = ["config_app"]
@@ -48,13 +47,8 @@ def keys(
 
 @config_app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
 def show(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[FILE] KEY VALUE ...", help="The file, unless --cfg names it; then values to replace."),
-    ] = None,
-    cfg: Annotated[
-        Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration: a file, or a packaged one's name.")
-    ] = None,
+    words: FileAndOverrides = None,
+    cfg: ConfigFile = None,
 ) -> None:
     """Print the resolved configuration as YAML: every key with its value, as a run would write it to config.yaml.
 

@@ -23,7 +23,7 @@ from fs_fwdllm.cli.data import data_app
 from fs_fwdllm.cli.doctor import examine
 from fs_fwdllm.cli.sweep import SweepCommand, sweep
 from fs_fwdllm.cli.trained import COMMANDS as COMMANDS_FOR_TRAINED
-from fs_fwdllm.cli.words import file_and_words
+from fs_fwdllm.cli.words import ConfigFile, FileAndOverrides, file_and_words
 from fs_fwdllm.errors import ConfigError, FwdLLMError
 from fs_fwdllm.host.hosts import FILE_OPTIONS, HOSTS, owner_of
 from fs_fwdllm.report.terminal import loading, print_facts, say
@@ -63,13 +63,7 @@ app.add_typer(config_app)
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
-_CFG_HELP = "Configuration, YAML: a file, or the name of a packaged one (demo, fwdllm/agnews_fwd)."
 _CF_HELP = "FedML's file, or the name of a packaged one (fedml/fwd_agnews_sp), with --host fedml."
-ConfigFile = Annotated[Path | None, typer.Option("--cfg", metavar="FILE", help=_CFG_HELP)]
-FileAndOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[FILE] KEY VALUE ...", help="The file, unless --cfg names it; then values to replace."),
-]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from fs_fwdllm.cli.words import file_and_words
+from fs_fwdllm.cli.words import ConfigFile, file_and_words
 from fs_fwdllm.errors import ConfigError
 
 __all__ = ["SweepCommand", "sweep"]
@@ -44,9 +44,7 @@ def sweep(
             "single value is set in every run.",
         ),
     ] = None,
-    cfg: Annotated[
-        Path | None, typer.Option("--cfg", metavar="FILE", help="Configuration: a file, or a packaged one's name.")
-    ] = None,
+    cfg: ConfigFile = None,
     seeds: Annotated[str, typer.Option(metavar="N [N ...]", help="Run everything once with each of these seeds.")] = "",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the runs and the result; sweeps/NAME unless told.")

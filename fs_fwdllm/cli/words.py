@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from fs_fwdllm.errors import ConfigError, nearest
 
-__all__ = ["file_and_words", "refuse_stray_options"]
+__all__ = ["ConfigFile", "FileAndOverrides", "file_and_words", "refuse_stray_options"]
+
+#: What every command that reads a configuration takes.
+FileAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FILE] KEY VALUE ...", help="The file, unless --cfg names it; then values to replace."),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--cfg",
+        metavar="FILE",
+        help="Configuration, YAML: a file, or the name of a packaged one (demo, fwdllm/agnews_fwd).",
+    ),
+]
 
 _OPTIONS = ("--cfg", "--cf", "--host")
 
