@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fs_fwdllm.config.schema import Config, is_host_only
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.config.section import is_host_only
 
 __all__ = ["KeyFacts", "matching_keys", "schema_keys"]
 

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fs_fwdllm.config.schema import Config, is_host_only
+from fs_fwdllm.config.schema import Config
+from fs_fwdllm.config.section import is_host_only
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest, shown
 

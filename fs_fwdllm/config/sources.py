@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fs_fwdllm.config.own_sections import FROZEN, PartConfig, SourceConfig
 from fs_fwdllm.config.registries import ESTIMATORS
-from fs_fwdllm.config.schema import FROZEN, Config, PartConfig, SourceConfig
+from fs_fwdllm.config.schema import Config
 from fs_fwdllm.core.division import Division
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError

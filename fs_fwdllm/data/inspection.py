@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fs_fwdllm.config.schema import FwdllmDataConfig
+from fs_fwdllm.config.own_sections import FwdllmDataConfig
 from fs_fwdllm.data.conversations import MESSAGES, as_conversations, form_of, recognise
 from fs_fwdllm.data.labels import is_empty_label, label_numbers, look_like_numbers, similar_names
 from fs_fwdllm.data.table import Table, name_of

@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from fs_fwdllm.config.schema import Config, FwdllmDataConfig
+from fs_fwdllm.config.own_sections import FwdllmDataConfig
+from fs_fwdllm.config.schema import Config
 from fs_fwdllm.data.table import Table, name_of, sorted_names
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.config.registries import ESTIMATORS
-from fs_fwdllm.config.schema import FwdllmConfig
 from fs_fwdllm.core.arrays import arrays_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables

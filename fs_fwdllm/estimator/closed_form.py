@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.core.direction import Distribution
 from fs_fwdllm.core.trainables import Trainables, public_name
 from fs_fwdllm.errors import EstimatorError

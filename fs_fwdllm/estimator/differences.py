@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes, in_groups, stack_directions

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.core.arrays import arrays_of
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.replay import DEFAULT_CHUNK

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.func import jvp, vmap
 
-from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import EstimatorError, ModelError

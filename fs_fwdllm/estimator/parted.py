@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.config.sources import Source
 from fs_fwdllm.core.direction import ConfinedDirections, DirectionKey, Distribution
 from fs_fwdllm.core.division import Division

@@ -28,7 +28,7 @@ from sklearn.metrics import (
     mean_squared_error,
 )
 
-from fs_fwdllm.config.schema import LOSS_WORDS
+from fs_fwdllm.config.host_sections import LOSS_WORDS
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 from fs_fwdllm.evaluation.answers import BestSpans, judge, judge_apart

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fs_fwdllm.config.schema import FROZEN
+from fs_fwdllm.config.own_sections import FROZEN
 from fs_fwdllm.config.sources import describe_sources, sources_of
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import EstimatorError

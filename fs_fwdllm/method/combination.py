@@ -7,7 +7,8 @@ follows from the facts of a method, whichever it is.
 from __future__ import annotations
 
 from fs_fwdllm.config.methods import MethodFacts, examples_of
-from fs_fwdllm.config.schema import Config, FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
+from fs_fwdllm.config.schema import Config
 from fs_fwdllm.config.sources import estimators_of, groups_of_sources
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.parts import recipe_of

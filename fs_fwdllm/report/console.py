@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from fs_fwdllm.config.schema import EvalConfig
+from fs_fwdllm.config.host_sections import EvalConfig
 from fs_fwdllm.report.files import disk_errors_named
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.pace import Pace

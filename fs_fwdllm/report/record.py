@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.schema import EvalConfig
+from fs_fwdllm.config.host_sections import EvalConfig
 from fs_fwdllm.config.sources import describe_sources, sources_of
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report.folder import RunFolder

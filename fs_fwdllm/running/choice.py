@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.schema import EarlyStopConfig
+from fs_fwdllm.config.host_sections import EarlyStopConfig
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.evaluation.metrics import check_metrics

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.schema import OptimizerConfig
+from fs_fwdllm.config.host_sections import OptimizerConfig
 from fs_fwdllm.config.sources import division_of, groups_of_sources
 from fs_fwdllm.core.safe_rate import curvature_of_standardised, safe_rate
 from fs_fwdllm.core.trainables import Trainables

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fs_fwdllm.config.schema import FwdllmDataConfig
+from fs_fwdllm.config.own_sections import FwdllmDataConfig
 from fs_fwdllm.data.files import FILE_ENDINGS, read_table
 from fs_fwdllm.data.inspection import inspect_table
 from fs_fwdllm.data.templates import TEMPLATES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.schema import EarlyStopConfig
+from fs_fwdllm.config.host_sections import EarlyStopConfig
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.running.choice import Choice, choose, is_time_to_stop
 

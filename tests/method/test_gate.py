@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fs_fwdllm.config.schema import GateConfig
+from fs_fwdllm.config.own_sections import GateConfig
 from fs_fwdllm.core.direction import Gaussian, Rademacher
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.errors import ConfigError

@@ -22,7 +22,7 @@ from torch import nn
 
 import fs_fwdllm
 from fs_fwdllm.config import parse_config
-from fs_fwdllm.config.schema import POOLING_WORDS
+from fs_fwdllm.config.own_sections import POOLING_WORDS
 from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError, ModelError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fs_fwdllm.config.schema import EvalConfig
+from fs_fwdllm.config.host_sections import EvalConfig
 from fs_fwdllm.report import RunFolder, RunRecord, compare_runs
 from fs_fwdllm.report.classes import class_scores
 from fs_fwdllm.report.record import evaluation_metric

@@ -15,7 +15,8 @@ from typing import Any
 from fs_fwdllm.config import Config, parse_config
 from fs_fwdllm.config.load import apply_overrides, find_config, read_tree
 from fs_fwdllm.config.methods import is_ours
-from fs_fwdllm.config.schema import Section, is_host_only
+from fs_fwdllm.config.schema import Section
+from fs_fwdllm.config.section import is_host_only
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.host.federatedscope.settings import section_of
 from fs_fwdllm.report.files import require_writable

@@ -15,7 +15,8 @@ import numpy as np
 from pydantic.fields import FieldInfo
 
 from fs_fwdllm.config import Config, methods, parse_config
-from fs_fwdllm.config.schema import Section, is_host_only
+from fs_fwdllm.config.schema import Section
+from fs_fwdllm.config.section import is_host_only
 from fs_fwdllm.errors import ConfigError
 
 __all__ = [

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fs_fwdllm.config.schema import BlocksConfig
+from fs_fwdllm.config.own_sections import BlocksConfig
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.structure import is_norm, transformer_blocks
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from fs_fwdllm.config.schema import FwdllmConfig, GateConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig, GateConfig
 from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.trainables import Trainables

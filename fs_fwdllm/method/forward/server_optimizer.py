@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fs_fwdllm.config.schema import FwdllmConfig
+from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.errors import ConfigError
 
 __all__ = ["Adam", "ServerOptimizer", "Sgd", "StepNumbers", "check_server_optimizer", "make_server_optimizer"]

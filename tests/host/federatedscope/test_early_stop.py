@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fs_fwdllm.config.schema import EarlyStopConfig
+from fs_fwdllm.config.host_sections import EarlyStopConfig
 from fs_fwdllm.running.choice import is_time_to_stop
 from tests.host.federatedscope.federation import Federation, presplit, write_config
 from tests.host.federatedscope.participants import Starter

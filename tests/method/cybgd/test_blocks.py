@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from fs_fwdllm.config.schema import BlocksConfig
+from fs_fwdllm.config.own_sections import BlocksConfig
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.cybgd.blocks import BlockPlan, block_plan
 from fs_fwdllm.model import load_model, load_tokenizer

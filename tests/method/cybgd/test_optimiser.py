@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fs_fwdllm.config.schema import BlocksConfig
+from fs_fwdllm.config.own_sections import BlocksConfig
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.estimator import Backprop
