@@ -57,13 +57,14 @@ class PartedEstimator:
         """
         gradients: dict[int, Gradient] = {}
         measured: dict[int, Slopes] = {}
-        for index in (*self._first, *self._then):
-            part = self._parts[index]
-            assert part is not None
-            if isinstance(part.estimator, ExactSlopes):
-                measured[index] = _along(part, batch_loss, keys[index], gradients)
-            else:
-                measured[index] = part.estimator.slopes(batch_loss, keys[index])
+        with batch_loss.at_one_point():
+            for index in (*self._first, *self._then):
+                part = self._parts[index]
+                assert part is not None
+                if isinstance(part.estimator, ExactSlopes):
+                    measured[index] = _along(part, batch_loss, keys[index], gradients)
+                else:
+                    measured[index] = part.estimator.slopes(batch_loss, keys[index])
         return self._together(measured)
 
     def _together(self, measured: dict[int, Slopes]) -> Slopes:

@@ -115,6 +115,9 @@ class Objective:
 class BatchLoss:
     """The loss of one batch, ready to be evaluated many times. All losses are means over labels, in float32."""
 
+    #: The clean loss where it is known, while the parameters are known not to move; ``None`` at any other time.
+    _remembered: list[torch.Tensor] | None = None
+
     def __init__(self, objective: Objective, batch: Batch) -> None:
         self._objective = objective
         self._batch = on_device = batch_on(objective.trainables.device, batch)
@@ -123,7 +126,6 @@ class BatchLoss:
         if not len(self.targets):
             raise DataError("a batch has no label: every answer was cut off; raise llm.tok_len")
         self.size = len(batch)
-        self._clean: torch.Tensor | None = None
         self._prefix: Prefix | None = objective.cache.prefix(batch.key, self._probing_loss)
 
     @property
@@ -147,16 +149,28 @@ class BatchLoss:
         with self._replayed():
             return self._plain_loss()
 
+    @contextmanager
+    def at_one_point(self) -> Iterator[None]:
+        """While this lasts the parameters do not move, so that estimators of several parts share the clean pass."""
+        self._remembered = []
+        try:
+            yield
+        finally:
+            self._remembered = None
+
     @torch.no_grad()
     def clean(self) -> torch.Tensor:
-        """As :meth:`here` without a graph, of the first call: for estimators that share the pass of a step."""
-        if self._clean is None:
-            self._clean = self.here()
-        return self._clean
+        """As :meth:`here`, without a graph."""
+        if self._remembered:
+            return self._remembered[0]
+        loss = self.here()
+        self.note_clean(loss)
+        return loss
 
     def note_clean(self, loss: torch.Tensor) -> None:
         """Somebody has run the model where it stands, and this came out."""
-        self._clean = loss.detach()
+        if self._remembered is not None:
+            self._remembered = [loss.detach()]
 
     def at(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss with the trainables standing at ``values`` (same order and shapes)."""

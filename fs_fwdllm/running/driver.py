@@ -124,6 +124,7 @@ class RunDriver:
         self._worker = worker
         self.server = assemble_server(session.parts, session.client_samples)
         self.accounting = Accounting(session.device)
+        self._fingerprint = config_fingerprint(folder.config())  # the session's has what loading found out, too
         self.next_round = 0
         self.missing: set[int] = set()
         self._answers: list[ClientUpdate] = []
@@ -329,7 +330,7 @@ class RunDriver:
             tensors=self.server.state_tensors() | {f"{_WORKER}{name}": tensor for name, tensor in kept.items()},
             numbers=self.server.state_numbers(),
             counters=self.accounting.counters(),
-            fingerprint=config_fingerprint(self.folder.config()),  # the session's has what loading found out
+            fingerprint=self._fingerprint,
             inputs=self.session.inputs,
             evaluations=self.keeper.evaluations,
             total_rounds=self.total_rounds,

@@ -58,7 +58,7 @@ def test_noise_and_signal_are_estimated_without_bias(clients: int) -> None:
     noises, signals = [], []
     for replayer, pool, gradients in pools(400, clients=clients, spread=3.0):
         estimate = dense_estimate(replayer, pool)
-        noise = pool.noise(DIMENSIONS - 1)
+        noise = pool.noise([DIMENSIONS - 1])
         mean = np.mean(list(gradients.values()), axis=0)
         noises.append(noise - float((estimate - mean) @ (estimate - mean)))
         signals.append(float(estimate @ estimate) - noise - float(mean @ mean))
