@@ -253,6 +253,7 @@ def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..
     class Plan:
         seed: int
         remarks: tuple[str, ...] = ("warning: [nothing] is done with it",)
+        advice: tuple[str, ...] = ("advice: [spread] them",)
 
         def rows(self) -> list[tuple[str, str]]:
             return [("seed of [it]", str(self.seed)), ("upload per round", "42 B")]
@@ -263,6 +264,7 @@ def test_plan_prints_the_rows(call: Callable[..., Result], stand_in: Callable[..
     assert re.search(r"seed of \[it\]\s+77", done.stdout)
     assert re.search(r"upload per round\s+42 B", done.stdout)
     assert "warning: [nothing] is done with it" in done.stdout
+    assert "advice: [spread] them" in done.stdout
 
 
 def test_plot_and_compare_draw_from_the_folder(call: Callable[..., Result], tmp_path: Path) -> None:
