@@ -47,7 +47,7 @@ __all__ = [
 #: Elements per chunk: one float32 chunk and its signs fit a core's second-level cache.
 DEFAULT_CHUNK = 1 << 19
 #: Contributions whose signs are generated together, bounding the sign block to this many elements.
-_SIGN_BLOCK = 1 << 20
+_SIGN_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def add_contribution_slice(
     group = max(1, _SIGN_BLOCK // count)
     for first in range(0, len(keys), group):
         block = distribution.values(keys[first : first + group], tensor_id, start, count, arrays)
-        for row, coefficient in zip(block, coefficients[first : first + group], strict=True):
-            arrays.add_scaled(total, row, coefficient, total)
+        arrays.add_rows(total, block, coefficients[first : first + group])
     if total is not part:
         arrays.add(part, total)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fs_fwdllm.core.arrays import Arrays
+from fs_fwdllm.core.arrays import LONG_ROW, NUMPY, Arrays
 
 __all__ = ["TorchArrays", "signs_from_octets"]
 
@@ -103,6 +103,12 @@ class TorchArrays(Arrays):
 
     def add_scaled(self, source: torch.Tensor, row: torch.Tensor, factor: float, target: torch.Tensor) -> None:
         torch.add(source, row, alpha=factor, out=target)  # which rounds alpha to the type of the sum
+
+    def add_rows(self, target: torch.Tensor, rows: torch.Tensor, factors: Sequence[float]) -> None:
+        if self._on_host and rows.shape[1] <= LONG_ROW and target.dtype == torch.float32:
+            NUMPY.add_rows(target.detach().numpy(), rows.numpy(), factors)
+        else:
+            super().add_rows(target, rows, factors)
 
     def is_finite(self, array: torch.Tensor) -> bool:
         return bool(torch.isfinite(array.detach()).all())

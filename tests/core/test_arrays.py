@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as drawn
 
-from fs_fwdllm.core.arrays import NUMPY, Array, Arrays, arrays_of, flatten, squared_norm
+from fs_fwdllm.core.arrays import LONG_ROW, NUMPY, Array, Arrays, arrays_of, flatten, squared_norm, sum_in_order
 from fs_fwdllm.core.direction import (
     DIRECTIONS,
     REFERENCE_SEED,
@@ -128,6 +128,28 @@ def test_each_operation_is_one_rounding_of_the_exact_result():
         total = place(values)
         arrays.add_scaled(total, place(signs), factor, total)
         assert same_bits(total, (exact + rounded_factor * signs).astype(np.float32))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000, LONG_ROW, LONG_ROW + 1])
+@pytest.mark.parametrize("count", [1, 2, 9, 300])
+def test_rows_are_added_one_after_the_other(count, length):
+    """Large and small numbers in turn, so that any other order of the sum gives other bits."""
+    rng = np.random.default_rng(count * length)
+    signs = rng.choice([-1, 1], size=(count, length)).astype(np.int8)
+    factors = [float(np.float32(value)) for value in rng.normal(size=count) * 10.0 ** rng.integers(-6, 6, size=count)]
+    start = rng.normal(size=length).astype(np.float32)
+    expected = start.copy()
+    for row, factor in zip(signs, factors, strict=True):
+        expected += row * np.float32(factor)
+    for arrays, place in ((NUMPY, np.copy), (TORCH, in_torch)):
+        total = place(start)
+        arrays.add_rows(total, place(signs), factors)
+        assert same_bits(total, expected)
+
+
+def test_the_fast_sum_of_rows_is_the_defined_one():
+    rows = np.random.default_rng(3).normal(size=(500, 333)).astype(np.float32)
+    assert same_bits(sum_in_order(rows), np.add.accumulate(rows, axis=0)[-1])
 
 
 def test_subnormal_numbers_are_kept():
