@@ -57,25 +57,29 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print_machine(options.threads)
-    table = [row for file in options.files for split in options.splits for row in _rows(file, split, options)]
+    table = []
+    for file in options.files:
+        references: dict[int, float] = {}
+        table += [row for split in options.splits for row in _rows(file, split, options, references)]
     header = ("", "classes", "clients", "regression %", "reached %", "below by", "passes", "up, MiB", "CPU s")
     print_table(f"{len(options.seeds)} seeds, test rows", header, table)
 
 
-def _rows(file: Path, split: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
-    """The lines of one file and one split."""
-    references: list[float] = []
+def _rows(file: Path, split: str, options: argparse.Namespace, references: dict[int, float]) -> list[tuple[str, ...]]:
+    """The lines of one file and one split; ``references`` are by seed, whoever holds the rows."""
     reached: dict[str, list[Reached]] = {way: [] for way in options.ways}
     classes = 0
     for seed in options.seeds:
         bench = Bench(Session.open(configured(file, split, seed, options, ())))
         classes = len(bench.session.data.label_names)
-        references.append(100 * reference_of(bench.session).accuracy)
+        if seed not in references:
+            references[seed] = 100 * reference_of(bench.session).accuracy
         for way in options.ways:
             config = configured(file, split, seed, options, _WAYS[way])
             reached[way].append(bench.run(bench.with_first_rate(config)))
-            print(f"{file.stem}, {split}, seed {seed}: {references[-1]:.1f}, {way} {reached[way][-1]}", flush=True)
-    return [_cells(file.stem, split, way, classes, references, runs) for way, runs in reached.items()]
+            print(f"{file.stem}, {split}, seed {seed}: {references[seed]:.1f}, {way} {reached[way][-1]}", flush=True)
+    asked = [references[seed] for seed in options.seeds]
+    return [_cells(file.stem, split, way, classes, asked, runs) for way, runs in reached.items()]
 
 
 def _cells(
