@@ -5,7 +5,7 @@ worker, its server and its frames; rows of one seed share the loaded model and w
 batch, so that dozens of runs take minutes. The rate of every row is chosen alike: each of its rates is run on the first
 seed, the best by the loss of held-out training rows is run on all seeds, and accuracy is that on the test rows.
 
-    python benchmarks/exact_slopes.py DATA_ROOT [--seeds 1 2 3] [--only WORD] [--set KEY VALUE ...] [--quick]
+    python benchmarks/exact_slopes.py DATA_ROOT [--seeds 1 2 3] [--only PATTERN] [--set KEY VALUE ...] [--quick]
 
 The folder must hold AG News as ``train_10k.jsonl`` and ``test_desc.jsonl``; ``--set data.type FILE@text ...`` names
 other files. "Passes" are of a mini-batch; bytes are those of the frames, the first download of clients included.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,12 @@ _PROBED_ADAPTER = (
 )
 
 
+_MIXED = (
+    "[{clients: [11, 12, 13, 14, 15], slopes: projected, scalars: 300}, "
+    "{clients: [16, 17, 18, 19, 20], slopes: one_sided, probes: 100}]"
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the table: what is trained, for how long, from which slopes, at which rates."""
@@ -52,10 +59,16 @@ class Row:
     rounds: int
     settings: Sequence[str]
     rates: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    dealt: int = 100
 
 
 def _head(name: str, *settings: str, clients: int = 100, rounds: int = 200) -> Row:
     return Row(f"head, {name}", _HEAD, clients, rounds, settings)
+
+
+def _fleet(name: str, *settings: str) -> Row:
+    """Twenty clients, all asked in every round, so that a fleet's groups are what they are called."""
+    return Row(f"fleet, {name}", _HEAD, 20, 200, settings, dealt=20)
 
 
 def _both(name: str, *settings: str, rounds: int = 240, rates: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> Row:
@@ -76,17 +89,22 @@ ROWS = [
     _both("projected, 1,000 scalars", "fwdllm.estimator", "projected", "fwdllm.probes", "1000",
           "fwdllm.probes_per_batch", "1"),
     _both("shipped (100 probes)", rates=(0.25, 0.5, 1.0)),
+    _fleet("20 closed form, 300 scalars", *_CLOSED, "fwdllm.probes", "300"),
+    _fleet("10 closed form, 5 projected (300 scalars), 5 with 100 probes", *_CLOSED, "fwdllm.probes", "300",
+           "fwdllm.fleet", _MIXED),
+    _fleet("20 with 100 probes"),
 ]  # fmt: skip
 
 
 def configured(row: Row, rate: float, seed: int, options: argparse.Namespace) -> Config:
     """The configuration of a row, at a rate, for a seed."""
     given = [*_COMMON, "data.root", str(options.data_root), "llm.adapter.args", row.trained, "seed", str(seed)]
-    given += ["federate.sample_client_num", str(row.clients), "federate.total_round_num", str(row.rounds)]
+    given += ["federate.client_num", str(row.dealt), "federate.sample_client_num", str(row.clients)]
+    given += ["federate.total_round_num", str(row.rounds)]
     given += [*row.settings, "train.optimizer.lr", str(rate), *options.set]
     if options.quick:
         given += ["federate.total_round_num", "2", "data.subsample", "0.02", "fwdllm.data.max_test_samples", "64"]
-        given += ["federate.client_num", "8", "federate.sample_client_num", "4"]
+        given += ["federate.client_num", "20", "federate.sample_client_num", "4"]
     tree = load_config(_CONFIG).model_dump(mode="json", exclude_unset=True)
     apply_overrides(tree, given)
     return parse_config(copy.deepcopy(tree))
@@ -94,12 +112,12 @@ def configured(row: Row, rate: float, seed: int, options: argparse.Namespace) ->
 
 def benches(options: argparse.Namespace) -> Callable[[Row, int], Bench]:
     """The bench of what a row trains, opened once a seed."""
-    opened: dict[tuple[str, int], Bench] = {}
+    opened: dict[tuple[str, int, int], Bench] = {}
 
     def of(row: Row, seed: int) -> Bench:
-        key = (row.trained, seed)
+        key = (row.trained, row.dealt, seed)
         if key not in opened:
-            for other in [other for other in opened if other[0] != row.trained]:
+            for other in [other for other in opened if other[:2] != key[:2]]:
                 del opened[other]  # kept activations of two models would not fit
             opened[key] = Bench(Session.open(configured(row, row.rates[0], seed, options)))
         return opened[key]
@@ -111,14 +129,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data_root", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name has this regular expression")
     parser.add_argument("--set", nargs="*", default=[], help="keys and values for every row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print_machine(options.threads)
-    rows, bench_of = [row for row in ROWS if options.only in row.name], benches(options)
+    rows, bench_of = [row for row in ROWS if re.search(options.only, row.name)], benches(options)
     table = []
     for row in rows:
         first = options.seeds[0]
