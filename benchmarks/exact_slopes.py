@@ -68,10 +68,10 @@ def _head(name: str, *settings: str, clients: int = 100, rounds: int = 200) -> R
 
 def _fleet(name: str, *settings: str) -> Row:
     """Twenty clients, all asked in every round, so that a fleet's groups are what they are called."""
-    return Row(f"fleet, {name}", _HEAD, 20, 200, settings, dealt=20)
+    return Row(f"fleet, {name}", _HEAD, 20, 200, settings, (1.0, 2.0, 4.0), dealt=20)
 
 
-def _both(name: str, *settings: str, rounds: int = 240, rates: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> Row:
+def _both(name: str, *settings: str, rounds: int = 240, rates: Sequence[float] = (1.0, 2.0, 4.0)) -> Row:
     return Row(f"head + adapter, {name}", _ADAPTER, 20, rounds, settings, rates)
 
 
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("data_root", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name has this regular expression")
+    parser.add_argument("--rates", type=float, nargs="+", help="instead of each row's own")
     parser.add_argument("--set", nargs="*", default=[], help="keys and values for every row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
@@ -140,7 +141,7 @@ def main() -> None:
     table = []
     for row in rows:
         first = options.seeds[0]
-        rates = row.rates[:1] if options.quick else row.rates
+        rates = row.rates[:1] if options.quick else options.rates or row.rates
         tried = {rate: bench_of(row, first).run(configured(row, rate, first, options)) for rate in rates}
         best = min(tried, key=lambda rate: tried[rate].validation)
         runs = [tried[best]]
