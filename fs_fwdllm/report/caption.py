@@ -39,7 +39,7 @@ def given_facts(record: RunRecord) -> list[str]:
         f"{_asked(config)} of {clients} clients a round",
         f"seed {config.seed}",
         f"batch {config.dataloader.batch_size}, {train.local_update_steps} local {_steps(config)}",
-        f"{train.optimizer.type}, learning rate {train.optimizer.lr:g} ({train.scheduler.type or 'constant'})",
+        f"{train.optimizer.type}, learning rate {_rate(record)} ({train.scheduler.type or 'constant'})",
     ]
 
 
@@ -64,6 +64,14 @@ def joined(facts: Sequence[str]) -> str:
 def _asked(config: Config) -> str:
     rate, number = config.federate.sample_client_rate, config.federate.sample_client_num
     return f"{rate:.0%}" if rate > 0 else str(number) if number > 0 else "all"
+
+
+def _rate(record: RunRecord) -> str:
+    """The rate that was given, or the one that the run found, which is its first round's."""
+    if record.config.fwdllm.first_rate == "given":
+        return f"{record.config.train.optimizer.lr:g}"
+    used: dict[str, float] = next((line["learning_rate"] for line in record.rounds if line.get("learning_rate")), {})
+    return f"{max(used.values()):.3g}, found by the run" if used else "found by the run"
 
 
 def _steps(config: Config) -> str:

@@ -23,7 +23,7 @@ _ELSEWHERE = (
     "fwdllm.log_clients",
 )  # fmt: skip
 #: Keys of which a method's name tells the sum.
-_OF_METHOD = ("federate.method", "trainer.type", "fwdllm.estimator", "fwdllm.probes")
+_OF_METHOD = ("federate.method", "trainer.type", "fwdllm.estimator", "fwdllm.probes", "fwdllm.parts", "fwdllm.fleet")
 #: Keys without which two curves are not of one task.
 _OF_TASK = {
     "model": ("model.type", "model.task"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.host_sections import EvalConfig
-from fs_fwdllm.config.sources import describe_sources, sources_of
+from fs_fwdllm.config.sources import describe_sources, groups_of_sources
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.sinks import read_lines
@@ -71,7 +71,8 @@ def method_name(config: Config) -> str:
     except ConfigError:  # of a package that is no longer installed; its runs can still be looked at
         return config.federate.method
     if facts.measures_slopes:
-        return f"{facts.title} ({describe_sources(sources_of(config))})"
+        ways = dict.fromkeys(describe_sources(sources) for sources in groups_of_sources(config))
+        return f"{facts.title} ({' | '.join(ways)})"
     return f"{facts.title} ({config.fwdllm.blocks.schedule if facts.trains_blocks else 'backpropagation'})"
 
 

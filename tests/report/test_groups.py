@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fs_fwdllm.report import RunFolder, RunRecord, compare_runs
+from fs_fwdllm.report.caption import caption_of
 from fs_fwdllm.report.groups import RunGroup, group_runs
 from tests.report.conftest import make_line
 from tests.report.test_pictures import rows
@@ -59,6 +60,27 @@ def test_a_label_says_what_differs_and_nothing_else(write_run: Callable[..., Run
     adapter = {"use": True, "args": [{"adapter_package": "peft", "adapter_method": "lora", "r": 4}]}
     trained = groups_of(write_run(1, finished=False), write_run(1, finished=False, llm={"adapter": adapter}))
     assert [group.label for group in trained] == ["all parameters", "lora r=4"]
+
+
+def test_a_fleet_is_called_by_all_its_ways(write_run: Callable[..., RunFolder]) -> None:
+    fleet = [{"clients": [2], "slopes": "one_sided", "probes": 5}]
+    mixed = {"estimator": "closed_form", "probes": 8, "fleet": fleet}
+    first, second = groups_of(
+        write_run(1, finished=False, fwdllm=mixed), write_run(1, finished=False, federate={"method": "FedSGD"})
+    )
+    assert first.label == "forward gradient (closed form, 8 scalars | one sided, 5 probes)"
+    assert second.label.startswith("FedSGD (backpropagation)") and "fleet" not in second.label
+
+
+def test_a_rate_that_was_found_is_told_instead_of_the_default(write_run: Callable[..., RunFolder]) -> None:
+    given = write_run(2, finished=False, train={"optimizer": {"lr": 0.5}})
+    found = write_run(2, finished=False, fwdllm={"estimator": "closed_form", "first_rate": "safe"})
+    untold = write_run(
+        1, finished=False, line=lambda number: make_line(number, learning_rate={}), fwdllm={"first_rate": "safe"}
+    )
+    assert "learning rate 0.5 (" in caption_of(RunRecord.load(given.path))
+    assert "learning rate 0.2, found by the run (" in caption_of(RunRecord.load(found.path)), "of the first round"
+    assert "learning rate found by the run (" in caption_of(RunRecord.load(untold.path))
 
 
 def test_many_differences_are_counted_not_listed(write_run: Callable[..., RunFolder]) -> None:
