@@ -25,6 +25,19 @@ def test_the_first_comment_says_whether_it_learns(path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_demo_learns_in_a_few_passes(tmp_path: Path) -> None:
+    """A seventh of its rounds, at the rate that the run finds."""
+    shortened = ["federate.total_round_num", "15", "eval.freq", "-1", "outdir", str(tmp_path), "threads", "1"]
+    run(load_config("demo", shortened))
+    summary = RunRecord.load(tmp_path / "demo").summary()
+    assert summary.final is not None and summary.majority is not None
+    assert summary.final > summary.majority + 0.2
+    assert not summary.backward_passes
+    assert summary.forward_passes is not None
+    assert 15 * 10 < summary.forward_passes < 15 * 10 * 51, "most clients take one pass, some take 51"
+
+
+@pytest.mark.slow
 def test_mezo_learns_from_installed_packages_alone(tmp_path: Path) -> None:
     """A third of the demo's rounds: enough to see, in seconds."""
     shortened = ["federate.total_round_num", "20", "eval.freq", "-1", "outdir", str(tmp_path), "threads", "1"]
