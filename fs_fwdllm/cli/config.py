@@ -52,7 +52,7 @@ def show(
 ) -> None:
     """Print the resolved configuration as YAML: every key with its value, as a run would write it to config.yaml.
 
-    Example: fs-fwdllm config show demo train.optimizer.lr 0.3
+    Example: fs-fwdllm config show demo fwdllm.probes 100
     """
     from fs_fwdllm.config import dump_config, load_config
 

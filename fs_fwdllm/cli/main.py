@@ -131,7 +131,7 @@ def profile(
 ) -> None:
     """Find the adapter that learns most by forward gradients on this model and data, before a federation is started.
 
-    Example: fs-fwdllm profile demo --passes 200
+    Example: fs-fwdllm profile mezo_demo --passes 200
     """
     file, overrides = file_and_words(words, cfg, "profile")
     config = _read_config(file, overrides)

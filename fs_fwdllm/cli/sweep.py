@@ -59,13 +59,13 @@ def sweep(
 ) -> None:
     """Find the best value of a key, or of several: a small grid, judged on validation rows, never on test rows.
 
-    Example: fs-fwdllm sweep demo train.optimizer.lr 0.1 0.3 1 --seeds 1 2 3
+    Example: fs-fwdllm sweep mezo_demo train.optimizer.lr 0.3 1 3 --seeds 1 2 3
 
-    Example: fs-fwdllm sweep demo train.optimizer.lr 0.1 1 fwdllm.probes 10 50 federate.total_round_num 60
+    Example: fs-fwdllm sweep mezo_demo train.optimizer.lr 1 3 fwdllm.probes 10 50 federate.total_round_num 20
 
     Every point is a run in a folder of its own below --out. The same command goes on where it was stopped, and with
     more values or seeds runs only what is new. The result is a table, sweep.csv and best.yaml, which is your file with
-    the best values: fs-fwdllm run sweeps/demo/best.yaml. Runs on this machine, on the host local.
+    the best values: fs-fwdllm run sweeps/mezo_demo/best.yaml. Runs on this machine, on the host local.
     """
     from fs_fwdllm.config import load_config
 

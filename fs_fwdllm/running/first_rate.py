@@ -19,9 +19,19 @@ from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.model import LoadedModel
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 
-__all__ = ["with_first_rate"]
+__all__ = ["check_first_rate", "with_first_rate"]
 
 _DEFAULT = OptimizerConfig.model_fields["lr"].default
+
+
+def check_first_rate(config: Config) -> None:
+    """Refuse a rate beside one that is to be found; before anything is loaded. Raises ``ConfigError``."""
+    given = config.train.optimizer.lr
+    if config.fwdllm.first_rate != "given" and given != _DEFAULT:
+        raise ConfigError(
+            f"train.optimizer.lr {given:g}: fwdllm.first_rate 'safe' finds the rate itself; leave train.optimizer.lr "
+            f"out (or {_DEFAULT:g}), or set fwdllm.first_rate: given"
+        )
 
 
 def with_first_rate(config: Config, loaded: LoadedModel, clients: int) -> Config:
@@ -35,12 +45,7 @@ def with_first_rate(config: Config, loaded: LoadedModel, clients: int) -> Config
     """
     if config.fwdllm.first_rate == "given":
         return config
-    given = config.train.optimizer.lr
-    if given != _DEFAULT:
-        raise ConfigError(
-            f"train.optimizer.lr {given:g}: fwdllm.first_rate 'safe' finds the rate itself; leave train.optimizer.lr "
-            f"out (or {_DEFAULT:g}), or set fwdllm.first_rate: given"
-        )
+    check_first_rate(config)
     head = _head_of(loaded)
     curvature = curvature_of_standardised(head.in_features, head.out_features, at_start=True)
     pooling, scalars = 1 if config.method.clients_step else clients, 0

@@ -33,7 +33,7 @@ from fs_fwdllm.model.saving import write_folder
 from fs_fwdllm.model.source import folder_files, model_task
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
-from fs_fwdllm.running.first_rate import with_first_rate
+from fs_fwdllm.running.first_rate import check_first_rate, with_first_rate
 from fs_fwdllm.running.preflight import ask_hub_last
 from fs_fwdllm.running.sampling import clients_per_round
 
@@ -79,6 +79,7 @@ class Session:
         """
         check_combination(config)
         _check_task(config)
+        check_first_rate(config)
         ask_hub_last(config)
         tokenizer = load_tokenizer(config)
         session = cls.assemble(config, tokenizer, load_federated_data(config, tokenizer))
