@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,19 +111,23 @@ def configured(row: Row, rate: float, seed: int, options: argparse.Namespace) ->
     return parse_config(copy.deepcopy(tree))
 
 
-def benches(options: argparse.Namespace) -> Callable[[Row, int], Bench]:
-    """The bench of what a row trains, opened once a seed."""
-    opened: dict[tuple[str, int, int], Bench] = {}
-
-    def of(row: Row, seed: int) -> Bench:
-        key = (row.trained, row.dealt, seed)
-        if key not in opened:
-            for other in [other for other in opened if other[:2] != key[:2]]:
-                del opened[other]  # kept activations of two models would not fit
-            opened[key] = Bench(Session.open(configured(row, row.rates[0], seed, options)))
-        return opened[key]
-
-    return of
+def measured(rows: Sequence[Row], options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """The lines of rows that train the same on the same clients, one seed's kept activations at a time."""
+    best: dict[str, float] = {}
+    runs: dict[str, list[Reached]] = {row.name: [] for row in rows}
+    for seed in options.seeds:
+        bench = Bench(Session.open(configured(rows[0], rows[0].rates[0], seed, options)))
+        for row in rows:
+            rates = [best[row.name]] if row.name in best else list(options.rates or row.rates)
+            if options.quick:
+                del rates[1:]
+            tried = {rate: bench.run(configured(row, rate, seed, options)) for rate in rates}
+            best[row.name] = min(tried, key=lambda rate: tried[rate].validation)
+            runs[row.name].append(tried[best[row.name]])
+            told = ", ".join(f"{rate:g}: {one.validation:.3f}" for rate, one in tried.items())
+            print(f"seed {seed}, {row.name}: validation {told}", flush=True)
+    for row in rows:
+        yield _cells(row, best[row.name], runs[row.name])
 
 
 def main() -> None:
@@ -137,18 +142,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print_machine(options.threads)
-    rows, bench_of = [row for row in ROWS if re.search(options.only, row.name)], benches(options)
-    table = []
-    for row in rows:
-        first = options.seeds[0]
-        rates = row.rates[:1] if options.quick else options.rates or row.rates
-        tried = {rate: bench_of(row, first).run(configured(row, rate, first, options)) for rate in rates}
-        best = min(tried, key=lambda rate: tried[rate].validation)
-        runs = [tried[best]]
-        runs += [bench_of(row, seed).run(configured(row, best, seed, options)) for seed in options.seeds[1:]]
-        table.append(_cells(row, best, runs))
-        validation = ", ".join(f"{rate:g}: {one.validation:.3f}" for rate, one in tried.items())
-        print(f"{row.name}: validation {validation}; {table[-1][1:]}", flush=True)
+    rows = [row for row in ROWS if re.search(options.only, row.name)]
+    table = [
+        line
+        for _, same in itertools.groupby(rows, key=lambda row: (row.trained, row.dealt))
+        for line in measured(list(same), options)
+    ]
     header = ("", "accuracy %", "loss", "rate", "forward", "backward", "up", "down", "CPU s")
     print_table(f"{len(options.seeds)} seeds, test rows", header, table)
 
