@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fs_fwdllm.config import dump_config
+from fs_fwdllm.report.folder import CHECKPOINT_FILES
 from fs_fwdllm.running.local import resume, run
 from tests.host.small import METHODS, World, read_jsonl
 
@@ -124,6 +125,7 @@ def test_ctrl_c_says_how_to_go_on(world: World) -> None:
     assert f"go on with: fs-fwdllm resume {path}" in out
     assert_in_the_middle(path)
     left = {file.name for file in (path / "checkpoint").iterdir()}
-    assert left <= {"state.safetensors", "best.safetensors"}, "nothing half-written; a best round if one was evaluated"
+    whole = {*CHECKPOINT_FILES, "best.safetensors"}
+    assert left <= whole, "nothing half-written; whatever the round it was stopped in had come to"
     resume(path)
     assert_equals_uninterrupted(world, "forward, momentum", path)
