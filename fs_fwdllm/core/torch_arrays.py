@@ -106,7 +106,8 @@ class TorchArrays(Arrays):
 
     def add_rows(self, target: torch.Tensor, rows: torch.Tensor, factors: Sequence[float]) -> None:
         if self._on_host and rows.shape[1] <= LONG_ROW and target.dtype == torch.float32:
-            NUMPY.add_rows(target.detach().numpy(), rows.numpy(), factors)
+            with np.errstate(over="ignore", invalid="ignore"):  # PyTorch says nothing of them; whoever steps looks
+                NUMPY.add_rows(target.detach().numpy(), rows.numpy(), factors)
         else:
             super().add_rows(target, rows, factors)
 

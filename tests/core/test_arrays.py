@@ -147,6 +147,13 @@ def test_rows_are_added_one_after_the_other(count, length):
         assert same_bits(total, expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sum_of_rows_that_leaves_the_range_says_so_by_its_values_alone():
+    total = torch.zeros(20)
+    TORCH.add_rows(total, in_torch(np.ones((3, 20), dtype=np.int8)), [3e38, 3e38, -3e38])
+    assert not TORCH.is_finite(total)
+
+
 def test_the_fast_sum_of_rows_is_the_defined_one():
     rows = np.random.default_rng(3).normal(size=(500, 333)).astype(np.float32)
     assert same_bits(sum_in_order(rows), np.add.accumulate(rows, axis=0)[-1])
