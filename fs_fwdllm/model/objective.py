@@ -5,8 +5,8 @@ Estimators know nothing of transformers; they ask a :class:`BatchLoss` for the l
 the same for every estimator:
 
 * The model is in evaluation mode, so dropout is off and two evaluations at one point agree bit for bit.
-* The loss is computed in float32 whatever the base's dtype: a difference of two half-precision losses would be
-  mostly rounding.
+* The loss is computed from float32 logits whatever the base's dtype, and summed in float64: a difference of two
+  half-precision losses would be mostly rounding.
 * What the labels of a batch are and where a model is read is the task's :mod:`~fs_fwdllm.model.readout`; all tasks end
   in rows of logits with one target each.
 * For language models the vocabulary projection runs only at positions that have a label. A forward-only step holds no
@@ -113,7 +113,7 @@ class Objective:
 
 
 class BatchLoss:
-    """The loss of one batch, ready to be evaluated many times. All losses are means over labels, in float32."""
+    """The loss of one batch, ready to be evaluated many times. All losses are means over labels, in float64."""
 
     #: The clean loss where it is known, while the parameters are known not to move; ``None`` at any other time.
     _remembered: list[torch.Tensor] | None = None

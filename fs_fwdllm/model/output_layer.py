@@ -38,7 +38,7 @@ class OutputPass:
     """One pass over a batch.
 
     Attributes:
-        loss: of the batch, a float32 scalar.
+        loss: of the batch, a float64 scalar.
         features: float32 ``[rows, hidden]``: what went into the layer, of the rows that have an error.
         below: the same before an adapter at the layer's door; ``None`` without one.
         width: outputs of the layer.

@@ -37,7 +37,7 @@ class Perturbation(ABC):
 
     @abstractmethod
     def loss(self, batch_loss: BatchLoss, key: DirectionKey, coefficient: float) -> torch.Tensor:
-        """The loss at ``theta + coefficient * z(key)``, a float32 scalar on the device."""
+        """The loss at ``theta + coefficient * z(key)``, a float64 scalar on the device."""
 
 
 class ResidentPerturbation(Perturbation):

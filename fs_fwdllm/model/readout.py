@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Task
 from fs_fwdllm.model.inputs import DeviceBatch
@@ -53,8 +52,17 @@ class Readout:
         return logits
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """The loss of float32 logits; rows whose target is ``-100`` do not count."""
-        return F.cross_entropy(logits, targets, reduction=reduction)
+        """The cross-entropy of float32 logits, as float64; rows whose target is ``-100`` do not count.
+
+        A slope is a small difference of two losses. Near 11, where a language model begins, float32 has steps of a
+        millionth, which a radius of 0.001 makes slopes of a thousandth; the rows' losses are therefore put together and
+        summed in float64. What is summed over the classes stays float32: its rounding is a ten-millionth of the loss.
+        """
+        largest = logits.amax(dim=1).detach()
+        others = (logits - largest[:, None]).exp().sum(dim=1)
+        chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+        rows = others.double().log() + (largest.double() - chosen.double())
+        return _reduced(rows, targets != IGNORED_LABEL, reduction)
 
     def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The derivative of the mean loss by outputs ``start`` to ``stop`` of the output layer, ``[targets, stop -
@@ -66,7 +74,8 @@ class _NumberReadout(Readout):
     """The model's one output is the number."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        return F.mse_loss(logits.squeeze(-1), targets, reduction=reduction)
+        rows = (logits.squeeze(-1).double() - targets.double()).square()
+        return _reduced(rows, torch.ones_like(targets, dtype=torch.bool), reduction)
 
     def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return (2.0 / len(targets)) * (logits - targets[:, None])[:, start:stop]
@@ -120,6 +129,12 @@ class _SpanReadout(Readout):
         ends = torch.cat([output.start_logits, output.end_logits]).float()
         padding = torch.cat([batch.attention_mask, batch.attention_mask]) == 0
         return ends.masked_fill(padding, torch.finfo(ends.dtype).min)
+
+
+def _reduced(rows: torch.Tensor, counts: torch.Tensor, reduction: str) -> torch.Tensor:
+    """The ``mean`` or the ``sum`` of the rows that count."""
+    total = torch.where(counts, rows, 0.0).sum()
+    return total if reduction == "sum" else total / counts.sum()
 
 
 def _softmax_error(logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
