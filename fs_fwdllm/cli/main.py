@@ -1,4 +1,4 @@
-"""The command ``fs-fwdllm``: run, plan, profile, sweep, basis, plot, compare, cost, resume, data, hook, doctor.
+"""The command ``fs-fwdllm``: run, plan, profile, sweep, basis, quantise, plot, compare, cost, resume, data, hook...
 
 Every command does three things: read its arguments, call one function of the package, print what it returns. Heavy
 libraries are imported by the command that needs them, so that ``--help`` answers at once. An error of ours is one red
@@ -21,6 +21,8 @@ from fs_fwdllm.cli.basis import basis
 from fs_fwdllm.cli.config import config_app
 from fs_fwdllm.cli.data import data_app
 from fs_fwdllm.cli.doctor import examine
+from fs_fwdllm.cli.quantise import quantise
+from fs_fwdllm.cli.slopes import tell_slopes
 from fs_fwdllm.cli.sweep import SweepCommand, sweep
 from fs_fwdllm.cli.trained import COMMANDS as COMMANDS_FOR_TRAINED
 from fs_fwdllm.cli.words import ConfigFile, FileAndOverrides, file_and_words
@@ -154,6 +156,7 @@ def profile(
 
 app.command(cls=SweepCommand, context_settings=_WITH_OVERRIDES)(sweep)
 app.command(context_settings=_WITH_OVERRIDES)(basis)
+app.command()(quantise)
 
 
 @app.command()
@@ -266,12 +269,30 @@ def hook_remove(path: Checkout) -> None:
     _say(f"removed {removed}" if removed else f"nothing of ours in {path}")
 
 
-@app.command()
-def doctor() -> None:
-    """Say which versions, devices, extras and hosts are found here.
+@app.command(context_settings=_WITH_OVERRIDES)
+def doctor(
+    words: FileAndOverrides = None,
+    cfg: ConfigFile = None,
+    slopes: Annotated[
+        bool,
+        typer.Option("--slopes", help="Measure a configuration's slopes beside exact ones, and say keep or change."),
+    ] = False,
+    probes: Annotated[int, typer.Option(min=2, metavar="N", help="With --slopes, look along so many directions.")] = 32,
+) -> None:
+    """Say which versions, devices, extras and hosts are found here; with --slopes, whether slopes can be trusted.
 
     Example: fs-fwdllm doctor
+
+    Example: fs-fwdllm doctor --slopes --cfg my.yaml
+
+    The exact slopes are those of backpropagation in float32 on the first client's first batch, where training starts.
+    Exit code 1 says that some source of slopes should be changed.
     """
+    if slopes:
+        config = _read_config(*file_and_words(words, cfg, "doctor --slopes"))
+        raise typer.Exit(0 if tell_slopes(config, probes) else 1)
+    if words or cfg:
+        raise ConfigError("doctor: reads a configuration with --slopes only; without, it looks at the installation")
     facts = [(finding.name, f"{finding.found}\n{finding.hint}".strip()) for finding in examine()]
     print_facts(Console(highlight=False), facts)
 

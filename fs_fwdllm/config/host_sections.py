@@ -152,7 +152,9 @@ class TrainConfig(Section):
     batch_or_epoch: Literal["batch", "epoch"] = Field("batch", description="unit of local_update_steps")
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
-    is_enable_half: bool = Field(False, description="hold the frozen base in half precision (see fwdllm.base_dtype)")
+    is_enable_half: bool = Field(
+        False, description="hold the frozen base in half precision (see fwdllm.base.compute_dtype)"
+    )
     train_strategy: Literal["frozen", "random", "round-wise", "five-round", "model-diff"] = Field(
         "frozen", description="how a client's learning rate follows from the schedule's; frozen takes it as it is"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
 from fs_fwdllm.config.section import Section, known_word
@@ -14,6 +14,7 @@ from fs_fwdllm.errors import nearest
 __all__ = [
     "FROZEN",
     "POOLING_WORDS",
+    "BaseConfig",
     "BlockDownloadConfig",
     "BlocksConfig",
     "FleetConfig",
@@ -176,6 +177,37 @@ class ReportConfig(Section):
     )
 
 
+class BaseConfig(Section):
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype in which the frozen base computes, and in which it is held where it is not packed (block "
+        "training: of the model); auto is float32, or float16 with train.is_enable_half",
+    )
+    quantise: Literal["none", "int8", "int4", "nf4"] = Field(
+        "none",
+        description="pack the linear layers of a float base as they are read; a base that is packed already (as "
+        "fs-fwdllm quantise, bitsandbytes, GPTQ, AWQ or compressed-tensors leave it) needs no key",
+    )
+    group: int = Field(64, ge=8, description="neighbouring weights that share a scale, where they are packed here")
+    symmetric: bool = Field(True, description="whether groups of int8 and int4 have no zero of their own")
+    folder: str = Field(
+        "", description="where the packed base is written, and read from the next time; empty packs it in every run"
+    )
+
+    @model_validator(mode="after")
+    def _packing_is_asked_for(self) -> BaseConfig:
+        """How to pack is said only where something is packed."""
+        others = {"group": self.group, "symmetric": self.symmetric, "folder": self.folder}
+        said = [name for name, value in others.items() if value != type(self).model_fields[name].default]
+        if self.quantise == "none" and said:
+            raise ValueError(
+                f"base.{said[0]} says how a base is packed, but base.quantise is none; choose int8, int4 or nf4"
+            )
+        if self.quantise == "nf4" and not self.symmetric:
+            raise ValueError("base.symmetric: nf4 has no zeros, so it cannot be false")
+        return self
+
+
 class FwdllmConfig(Section):
     estimator: str = Field(
         "central",
@@ -235,10 +267,8 @@ class FwdllmConfig(Section):
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto", description="attention kernel; auto is eager for forward_mode and batched probes, else the default"
     )
-    base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="dtype of the frozen base (block training: of the model); auto is float32, or float16 with "
-        "train.is_enable_half",
+    base_dtype: Literal["", "auto", "float32", "bfloat16", "float16"] = Field(
+        "", description="former name of fwdllm.base.compute_dtype"
     )
     pooling: str = Field(
         "auto",
@@ -286,6 +316,7 @@ class FwdllmConfig(Section):
     log_clients: bool = Field(
         False, description="send TensorBoard and Weights & Biases each client's loss and learning rate, too"
     )
+    base: BaseConfig = BaseConfig()
     gate: GateConfig = GateConfig()
     sampling: SamplingConfig = SamplingConfig()
     step: StepConfig = StepConfig()
@@ -293,6 +324,18 @@ class FwdllmConfig(Section):
     blocks: BlocksConfig = BlocksConfig()
     report: ReportConfig = ReportConfig()
     ext: dict[str, Any] = Field({}, description="sections of other packages, by the name that they announce")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, given: Any) -> Any:
+        """``base_dtype`` where ``base.compute_dtype`` is today."""
+        if not isinstance(given, dict) or not given.get("base_dtype") or not isinstance(given.get("base", {}), dict):
+            return given
+        rest = {name: value for name, value in given.items() if name != "base_dtype"}
+        dtype, base = given["base_dtype"], given.get("base", {})
+        if base.get("compute_dtype", dtype) != dtype:
+            raise ValueError(f"base_dtype is {dtype!r}, its present name base.compute_dtype {base['compute_dtype']!r}")
+        return {**rest, "base": {**base, "compute_dtype": dtype}}
 
     @field_validator("estimator")
     @classmethod

@@ -26,6 +26,7 @@ from fs_fwdllm.forecast.memory import MemoryEstimate, Traffic, estimate_memory, 
 from fs_fwdllm.forecast.noise import PartForecast, forecast_parts, noise_remarks
 from fs_fwdllm.forecast.reference import check_reference, reference_of
 from fs_fwdllm.method.parts import work_plans
+from fs_fwdllm.model.base.packed import elements_of
 from fs_fwdllm.report.units import format_bytes, format_count
 from fs_fwdllm.running.session import Session
 
@@ -148,7 +149,7 @@ def make_plan(config: Config) -> Plan:
         model=config.model.type,
         adapter=session.loaded.peft_method,
         trainable_parameters=session.parts.trainables.count,
-        total_parameters=sum(parameter.numel() for parameter in session.loaded.model.parameters()),
+        total_parameters=elements_of(session.loaded.model),
         clients=len(session.data.clients),
         clients_with_data=len(session.client_samples),
         clients_per_round=len(rounds[0]),

@@ -17,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.model import SavedFacts, find_saved, load_saved
+from fs_fwdllm.model.base.packed import unpack
 from fs_fwdllm.model.output_residual import merge_output_residual
 from fs_fwdllm.model.saving import write_folder
 
@@ -49,7 +50,8 @@ def merge(path: str | Path, output: str | Path, dtype: str = "float32") -> Path:
             f"{folder}: a bottleneck is not linear and cannot be merged into its base; use it as it is, by "
             "fs_fwdllm.load"
         )
-    loaded, _, _ = load_saved(folder, _with_base_dtype(facts, "float32"))
+    loaded, _, _ = load_saved(folder, facts.with_base(compute_dtype="float32"))
+    unpack(loaded.model)
     if facts.trained == "output_residual":
         merge_output_residual(loaded.model)
     merged = _without_adapter(loaded.model).requires_grad_(False).to(getattr(torch, dtype))
@@ -67,13 +69,8 @@ def _without_adapter(model: Any) -> Any:
     return merged
 
 
-def _with_base_dtype(facts: SavedFacts, dtype: str) -> SavedFacts:
-    own = {**facts.tree.get("fwdllm", {}), "base_dtype": dtype}
-    return replace(facts, tree={**facts.tree, "fwdllm": own})
-
-
 def _whole(facts: SavedFacts, dtype: str) -> SavedFacts:
     """The facts of the merged model: every parameter is its own now, and there is no adapter."""
-    tree = _with_base_dtype(facts, dtype).tree
+    tree = facts.without_packing().with_base(compute_dtype=dtype).tree
     llm = {**tree.get("llm", {}), "adapter": {"use": False}}
     return replace(facts, trained="full", tree={**tree, "llm": llm})

@@ -154,7 +154,7 @@ def attach_bottleneck(
         hidden_size = linear.out_features if isinstance(linear, nn.Linear) else int(linear.nf)  # type: ignore[arg-type]
         plain = _new_adapter(hidden_size, reduction_factor, seed, f"{name}.{_CHILD}")
         adapter = _in_subspaces(plain, basis, (in_rank, out_rank), seed, f"{name}.{_CHILD}") if basis else plain
-        linear.add_module(_CHILD, adapter.to(next(linear.parameters()).device))
+        linear.add_module(_CHILD, adapter.to(next(linear.parameters(), torch.empty(0)).device))
         linear.register_forward_hook(_apply)
         names.append(f"{name}.{_CHILD}")
     return names

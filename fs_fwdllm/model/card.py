@@ -98,7 +98,7 @@ def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
         lines += [f"from {library} import {auto}", "", f'model = {auto}.from_pretrained("THIS_FOLDER"{dtype})', "```\n"]
     if rounded_by_others:
         lines.append(
-            f"The base computed in {facts.tree['fwdllm']['base_dtype']}, but what was trained is float32. Loading "
+            f"The base computed in {facts.compute_dtype}, but what was trained is float32. Loading "
             "everything in half precision rounds the trained values and loses part of what was learned: load in "
             "float32, or by fs_fwdllm.load.\n"
         )

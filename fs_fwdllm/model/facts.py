@@ -33,7 +33,7 @@ _SECTIONS: dict[str, Any] = {
     "data": {"type"},
     "model": True,
     "llm": {"tok_len", "adapter"},
-    "fwdllm": {"data", "estimator", "radius"},
+    "fwdllm": {"data", "estimator", "radius", "base"},
 }
 #: Where a run keeps what it saved, in the order in which it is looked for.
 _SAVED = ("adapter", "model")
@@ -87,7 +87,7 @@ class SavedFacts:
         """
         tree = config.model_dump(mode="json", include=_SECTIONS, exclude_defaults=True)
         own = tree.setdefault("fwdllm", {})
-        own |= {"base_dtype": base_dtype, **features}
+        own |= {"base": {**own.get("base", {}), "compute_dtype": base_dtype}, **features}
         if attention in ("eager", "sdpa"):
             own["attention"] = attention
         return cls(task, classes, trained, source.name, source.location, digest_of_files(source), tree)
@@ -143,6 +143,24 @@ class SavedFacts:
     def with_results(self, results: dict[str, Any]) -> SavedFacts:
         """The same with what the run reached."""
         return replace(self, results=results)
+
+    @property
+    def compute_dtype(self) -> str:
+        """In which the base computed, by PyTorch's name."""
+        own = self.tree.get("fwdllm", {})
+        return str(own.get("base", {}).get("compute_dtype") or own.get("base_dtype") or "float32")
+
+    def with_base(self, **settings: Any) -> SavedFacts:
+        """The same with other keys of ``fwdllm.base``."""
+        own = {name: value for name, value in self.tree.get("fwdllm", {}).items() if name != "base_dtype"}
+        base = {"compute_dtype": self.compute_dtype, **own.get("base", {}), **settings}
+        return replace(self, tree={**self.tree, "fwdllm": {**own, "base": base}})
+
+    def without_packing(self) -> SavedFacts:
+        """The same for weights that are read as they are, packed or not."""
+        kept = self.with_base()
+        own = {**kept.tree["fwdllm"], "base": {"compute_dtype": self.compute_dtype}}
+        return replace(self, tree={**kept.tree, "fwdllm": own})
 
     def with_data(self, **settings: Any) -> SavedFacts:
         """The same with what keys of ``fwdllm.data`` came to: ``template`` instead of ``auto``, for one."""

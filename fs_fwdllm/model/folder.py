@@ -1,8 +1,8 @@
 """What a model's folder holds, looked at before transformers is.
 
-A folder that cannot become a float model here is refused in words, with the way out: an adapter, weights that are
-quantised or pickled, an architecture whose code lies in the folder, a configuration with impossible numbers, weights
-that are cut short or missing. Only ``config.json`` and the headers of the safetensors files are read.
+A folder that cannot become a model here is refused in words, with the way out: an adapter, weights that are pickled or
+quantised in a way nobody here reads, an architecture whose code lies in the folder, a configuration with impossible
+numbers, weights that are cut short or missing. Only ``config.json`` and the headers of the safetensors files are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fs_fwdllm.errors import ModelError, nearest, shown
 
-__all__ = ["check_configuration", "check_folder", "checkpoint_dtype", "checkpoint_elements", "read_settings"]
+__all__ = [
+    "QUANTISATION_METHODS",
+    "check_configuration",
+    "check_folder",
+    "checkpoint_dtype",
+    "checkpoint_elements",
+    "quantisation",
+    "read_settings",
+    "weight_files",
+]
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,7 +44,15 @@ _CONVERT = (
     "t.AutoModelForCausalLM.from_pretrained(m).save_pretrained(m + '-safe'); "
     "t.AutoTokenizer.from_pretrained(m).save_pretrained(m + '-safe')\" (AutoModel for an encoder)"
 )
-_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+#: ``quant_method`` of what is read, by :mod:`fs_fwdllm.model.base`.
+QUANTISATION_METHODS = ("compressed-tensors", "bitsandbytes", "gptq", "awq")
+#: Files beside the configuration in which older tools say what theirs is.
+_QUANTISATION_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_config.json": "",
+    "hf_quant_config.json": "modelopt",
+}
 _ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json", "output_residual_config.json")
 #: How architectures call the numbers without which there is no model.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "intermediate_size", "d_ff", "vocab_size")
@@ -50,7 +67,7 @@ _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no float model of a known architecture.
+    """Refuse a folder that holds no model of a known architecture.
 
     Raises:
         ModelError: names the folder, the file in it, and what to do.
@@ -60,9 +77,10 @@ def check_folder(folder: Path) -> None:
     if is_adapter or not (folder / _CONFIG).is_file():
         raise ModelError(f"model.type: {_without_config(folder)}")
     settings = check_configuration(folder)
-    shards = _shards(folder)
+    shards = weight_files(folder)
     tensors = {name: entry for shard in shards for name, entry in _header(shard)}
-    _refuse_integers(folder, tensors)
+    if not _quantisation(folder, settings):
+        _refuse_integers(folder, tensors)
     _check_numbers(folder, settings, tensors)
 
 
@@ -70,10 +88,11 @@ def check_configuration(folder: Path) -> dict[str, Any]:
     """The configuration in ``folder``, whose weights may be elsewhere yet; refused where they are of no use here.
 
     Raises:
-        ModelError: quantised weights, or an architecture that transformers does not have.
+        ModelError: weights that are packed in a way nobody here reads, or an architecture that transformers does not
+            have.
     """
     settings = read_settings(folder / _CONFIG)
-    _refuse_quantised(folder, settings)
+    _quantisation(folder, settings)
     _check_architecture(folder, settings)
     return settings
 
@@ -91,13 +110,13 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def checkpoint_elements(folder: Path) -> int:
     """Numbers in all tensors of the weights."""
-    return sum(_count(shape) for shard in _shards(folder) for _, (_, shape) in _header(shard))
+    return sum(_count(shape) for shard in weight_files(folder) for _, (_, shape) in _header(shard))
 
 
 def checkpoint_dtype(folder: Path) -> str:
     """The dtype most of the weights are saved in, by PyTorch's name; empty where the headers do not tell."""
     elements: dict[str, int] = {}
-    for shard in _shards(folder):
+    for shard in weight_files(folder):
         for _, (dtype, shape) in _header(shard):
             elements[dtype] = elements.get(dtype, 0) + _count(shape)
     return _TORCH_NAMES.get(max(elements, key=lambda dtype: elements[dtype]), "") if elements else ""
@@ -126,18 +145,30 @@ def _without_config(folder: Path) -> str:
     )
 
 
-def _refuse_quantised(folder: Path, settings: dict[str, Any]) -> None:
-    for place, found in [
-        (_CONFIG, settings.get("quantization_config") or settings.get("compression_config")),
-        *((name, True) for name in _QUANTISATION_FILES if (folder / name).is_file()),
-    ]:
-        if found:
-            method = found.get("quant_method") or "bitsandbytes" if isinstance(found, dict) else ""
-            raise ModelError(
-                f"model.type: {str(folder)!r} is quantised{f' by {method}' if method else ''} (see {place}); packed "
-                "weights cannot be probed or trained here yet; give the float model it was made from, with "
-                "fwdllm.base_dtype bfloat16 to save memory"
-            )
+def quantisation(folder: Path) -> dict[str, Any]:
+    """What a folder says of how its weights are packed; empty where they are floats.
+
+    Raises:
+        ModelError: packed in a way that is not read here.
+    """
+    return _quantisation(folder, read_settings(folder / _CONFIG))
+
+
+def _quantisation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    found, place = settings.get("quantization_config") or settings.get("compression_config"), _CONFIG
+    for name, method in _QUANTISATION_FILES.items():
+        if not found and (folder / name).is_file():
+            found, place = {"quant_method": method, **read_settings(folder / name)}, name
+    if not found:
+        return {}
+    method = found.get("quant_method") or "bitsandbytes" if isinstance(found, dict) else ""
+    if method not in QUANTISATION_METHODS:
+        raise ModelError(
+            f"model.type: {str(folder)!r} is quantised by {shown(method)} (see {place}), which is not read here; known "
+            f"are {', '.join(QUANTISATION_METHODS)}; or give the float model it was made from, with "
+            "fwdllm.base.quantise int4 to save memory"
+        )
+    return {**found, "quant_method": method}
 
 
 def _check_architecture(folder: Path, settings: dict[str, Any]) -> None:
@@ -157,8 +188,8 @@ def _check_architecture(folder: Path, settings: dict[str, Any]) -> None:
     )
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The weight files, by the index if there is one."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files, by the index if there is one. Raises :class:`~fs_fwdllm.errors.ModelError`."""
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if not (folder / _INDEX).is_file():

@@ -26,6 +26,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
+from fs_fwdllm.model.base.loading import packed_base
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
 from fs_fwdllm.model.half_precision import make_float32_masters
@@ -150,16 +151,18 @@ def _trial_rows(config: Config, model: nn.Module, tokenizer: Any, source: ModelS
 
 
 def _remarks(config: Config, source: ModelSource, method: str, dtype: torch.dtype) -> list[str]:
-    """What is done with ``fwdllm.base_dtype`` where it may not be what one expects."""
-    wanted, used = config.fwdllm.base_dtype, str(dtype).removeprefix("torch.")
+    """What is done with ``fwdllm.base.compute_dtype`` where it may not be what one expects."""
+    wanted, used = config.fwdllm.base.compute_dtype, str(dtype).removeprefix("torch.")
     if wanted not in ("auto", used):
         return [
-            f"warning: fwdllm.base_dtype {wanted} has no effect: {method!r} trains all parameters, and what is trained "
-            "is float32"
+            f"warning: fwdllm.base.compute_dtype {wanted} has no effect: {method!r} trains all parameters, and what is "
+            "trained is float32"
         ]
     saved = checkpoint_dtype(Path(source.transformer)) if source.is_local else ""
     if wanted == "auto" and used == "float32" and saved in ("bfloat16", "float16"):
-        everything = "; what is trained is float32" if method == "full" else f"; fwdllm.base_dtype {saved} halves that"
+        everything = (
+            "; what is trained is float32" if method == "full" else f"; fwdllm.base.compute_dtype {saved} halves that"
+        )
         return [f"the weights are saved in {saved} and loaded as float32, twice the memory{everything}"]
     return []
 
@@ -178,7 +181,7 @@ def _label_count(config: Config, task: Task, num_labels: int) -> int:
 
 
 def _base_dtype(config: Config) -> torch.dtype:
-    name = config.fwdllm.base_dtype
+    name = config.fwdllm.base.compute_dtype
     if name == "auto":
         name = "float16" if config.train.is_enable_half else "float32"
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
@@ -230,7 +233,8 @@ def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
     if method == "ia3" and has_radius and config.fwdllm.radius < smallest:
         raise ConfigError(
             f"fwdllm.radius: is {config.fwdllm.radius:g}, but ia3 over a {str(dtype).removeprefix('torch.')} base "
-            f"rounds probes below {smallest:.2g} away; use a larger radius, fwdllm.base_dtype float32 or forward_mode"
+            f"rounds probes below {smallest:.2g} away; use a larger radius, fwdllm.base.compute_dtype float32, or "
+            "forward_mode"
         )
 
 
@@ -243,24 +247,33 @@ def _load_base(
     config: Config, source: ModelSource, layout: SentenceLayout | None, classes: Sequence[str], dtype: torch.dtype
 ) -> tuple[Any, set[str]]:
     """The base model and the names of the parameters its checkpoint lacks or has in another shape."""
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_attention(config)}
+    options: dict[str, Any] = {"dtype": dtype, **_attention(config)}
     auto: Any = _AUTO_CLASSES[source.task]
     if source.task == "classification":
         by_index = dict(enumerate(classes))
         options |= {"id2label": by_index, "label2id": {name: index for index, name in by_index.items()}}
         options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True}
         options["problem_type"] = "single_label_classification" if len(classes) > 1 else "regression"
+    from_config = auto.from_config if layout is None else empty_transformer
     with reading(source, "model") as safely, quiet_transformers():
-        from_pretrained = auto.from_pretrained if layout is None else load_transformer
-        _check_size(source, auto.from_config if layout is None else empty_transformer, safely)
-        model, report = from_pretrained(source.transformer, output_loading_info=True, **options, **safely)
+        packed = packed_base(config, source, safely)
+        if packed is not None:
+            model, fresh = packed.read(from_config, options)
+        else:
+            _check_size(source, from_config, safely)
+            from_pretrained = auto.from_pretrained if layout is None else load_transformer
+            model, fresh = _from_pretrained(from_pretrained, source, {**options, **safely})
         _use_plain_experts(config, model)
-    fresh = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
     if layout is not None:
         model, fresh = with_head(model, fresh, layout, len(classes), Path(source.location))
     model.config.use_cache = False
     model.name_or_path = source.location
     return model, fresh
+
+
+def _from_pretrained(from_pretrained: Any, source: ModelSource, options: dict[str, Any]) -> tuple[Any, set[str]]:
+    model, report = from_pretrained(source.transformer, output_loading_info=True, use_safetensors=True, **options)
+    return model, set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
 
 
 def _head(model: nn.Module, fresh: set[str]) -> tuple[str, ...]:

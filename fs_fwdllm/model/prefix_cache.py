@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.errors import ModelError
+from fs_fwdllm.model.base.packed import packed_layers
 
 __all__ = ["Prefix", "PrefixCache"]
 
@@ -201,7 +202,8 @@ class PrefixCache:
     def _share(self, calls: list[_Call]) -> float:
         def matrices(module: nn.Module) -> int:
             embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-            return sum(p.numel() for p in module.parameters() if p.dim() > 1 and id(p) not in embeddings)
+            held = sum(p.numel() for p in module.parameters() if p.dim() > 1 and id(p) not in embeddings)
+            return held + sum(layer.out_features * layer.in_features for _, layer in packed_layers(module))
 
         sites = {id(call.site): call.site for call in calls}
         return sum(matrices(site) for site in sites.values()) / max(1, matrices(self._model))
@@ -215,7 +217,7 @@ def _partition(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     def visit(module: nn.Module) -> None:
         called = type(module).forward is not nn.Module.forward  # a list of layers is not
         if called and not any(parameter.requires_grad for parameter in module.parameters()):
-            if next(module.parameters(), None) is not None:
+            if next(module.parameters(), None) is not None or packed_layers(module):
                 sites.append(module)
             return
         if _owns_trainable(module):

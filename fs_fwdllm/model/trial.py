@@ -205,5 +205,7 @@ class _Runner:
 
 def _require_finite(results: Sequence[torch.Tensor], name: str, half: bool) -> None:
     if not all(bool(torch.isfinite(result).all()) for result in results):
-        cure = "try fwdllm.base_dtype bfloat16 or float32" if half else "the weights are damaged; copy them anew"
+        cure = (
+            "try fwdllm.base.compute_dtype bfloat16 or float32" if half else "the weights are damaged; copy them anew"
+        )
         raise ModelError(f"{name}: its first forward pass gives NaN or infinity; {cure}")

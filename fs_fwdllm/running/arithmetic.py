@@ -18,6 +18,7 @@ from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch, FederatedData
 from fs_fwdllm.estimator import Backprop, passes_of_step
 from fs_fwdllm.method import Parts
+from fs_fwdllm.model.base.packed import elements_of
 
 __all__ = ["count_flops", "model_facts"]
 
@@ -29,7 +30,7 @@ def model_facts(parts: Parts, data: FederatedData) -> dict[str, Any]:
     """
     own = parts.config.fwdllm
     facts: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
+        "parameters": elements_of(parts.model),
         "trainable_parameters": parts.trainables.count,
         "clients": len(data.clients),
         "passes_per_step": passes_of_step(sources_of(parts.config), own).forward

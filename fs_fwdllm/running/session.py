@@ -26,6 +26,7 @@ from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination,
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model.base.packed import elements_of
 from fs_fwdllm.model.basis_file import basis_file, basis_fingerprint
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
@@ -128,7 +129,7 @@ class Session:
     def announce(self, say: Callable[[str], None]) -> None:
         """Say what is about to be trained, on what."""
         facts, recipe, trainables = self.config.method, recipe_of(self.config), self.parts.trainables
-        total = sum(parameter.numel() for parameter in self.loaded.model.parameters())
+        total = elements_of(self.loaded.model)
         say(
             f"{facts.name}: {trainables.count:,} trainable of {total:,} parameters ({self.loaded.peft_method}), "
             f"{sum(self.client_samples.values()):,} samples on {len(self.client_samples)} clients, {self.device}"

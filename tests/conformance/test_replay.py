@@ -360,7 +360,7 @@ def test_a_run_never_writes_to_the_base(world: World, method: str, dtype: str, m
         return opened[0]
 
     monkeypatch.setattr(Session, "open", classmethod(remember))
-    run(world.config({**METHODS[method], "fwdllm.base_dtype": dtype, "federate.total_round_num": 3}))
+    run(world.config({**METHODS[method], "fwdllm.base.compute_dtype": dtype, "federate.total_round_num": 3}))
     model = opened[0].loaded.model
     assert bits_of(model, trained=False) == hashes[0]
     frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}

@@ -34,7 +34,7 @@ class Stop(RuntimeError):
 
 
 def load(folder, architecture, method, dtype, cache_bytes=1 << 20):
-    keys = {"fwdllm.base_dtype": dtype, "fwdllm.attention": "eager"}
+    keys = {"fwdllm.base.compute_dtype": dtype, "fwdllm.attention": "eager"}
     return ready(folder, architecture, method, cache_bytes=cache_bytes, **keys)
 
 

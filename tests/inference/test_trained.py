@@ -53,7 +53,7 @@ def refused(*arguments: Any) -> str:
 @pytest.mark.parametrize("method", [method for method in PARTS if method != "output_residual"])
 def test_every_kind_of_adapter_predicts_what_was_evaluated(world: World, method: str) -> None:
     """The accuracy counted from predictions by name is the run's, and the run's own end has compared the losses."""
-    result = run(world.config({**BACKPROP, **part(method), "fwdllm.base_dtype": "bfloat16"}))
+    result = run(world.config({**BACKPROP, **part(method), "fwdllm.base.compute_dtype": "bfloat16"}))
     trained = result.load()
     assert trained.classes == CLASSES
     rows = read_jsonl(world.root / "texts.jsonl")
@@ -190,7 +190,7 @@ def test_a_chat_remembers_until_there_is_no_more_room(storyteller: RunResult) ->
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", [method for method in PARTS if method not in OWN_FOLDERS])
 def test_a_merged_model_needs_nothing_else(world: World, tmp_path: Path, method: str, dtype: str) -> None:
-    result = run(world.config({**BACKPROP, **part(method), "fwdllm.base_dtype": dtype}))
+    result = run(world.config({**BACKPROP, **part(method), "fwdllm.base.compute_dtype": dtype}))
     merged = merge(result, tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
     assert model.dtype == torch.float32

@@ -183,9 +183,14 @@ def test_a_run_and_its_plan_refuse_forward_mode_by_its_key(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("saved", "wanted", "method", "words"),
     [
-        ("bfloat16", "auto", "lora", ["saved in bfloat16 and loaded as float32", "fwdllm.base_dtype bfloat16 halves"]),
+        (
+            "bfloat16",
+            "auto",
+            "lora",
+            ["saved in bfloat16 and loaded as float32", "fwdllm.base.compute_dtype bfloat16 halves"],
+        ),
         ("bfloat16", "auto", "full", ["saved in bfloat16 and loaded as float32", "what is trained is float32"]),
-        ("bfloat16", "bfloat16", "full", ["fwdllm.base_dtype bfloat16 has no effect", "trains all parameters"]),
+        ("bfloat16", "bfloat16", "full", ["fwdllm.base.compute_dtype bfloat16 has no effect", "trains all parameters"]),
         ("bfloat16", "bfloat16", "lora", ["fwdllm.radius"]),
         ("float32", "auto", "lora", []),
         ("bfloat16", "float32", "lora", []),

@@ -48,22 +48,23 @@ def change(folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by gptq"),
-        ({"quantization_config": {"quant_method": "awq"}}, "by awq"),
-        ({"quantization_config": {"load_in_4bit": True}}, "by bitsandbytes"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "by mxfp4"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "by compressed-tensors"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "by 'mxfp4'"),
+        ({"quantization_config": {"quant_method": "quark", "bits": 4}}, "by 'quark'"),
+        ({"compression_config": {"quant_method": "sparse"}}, "by 'sparse'"),
+        ({"quantization_config": ["int4"]}, "quantised by"),
     ],
 )
-def test_quantised_models_are_refused_by_name(folder: Path, settings: dict[str, Any], word: str) -> None:
+def test_models_that_are_quantised_in_other_ways_are_refused_by_name(
+    folder: Path, settings: dict[str, Any], word: str
+) -> None:
     change(folder, **settings)
     said = refusal(folder)
     assert word in said and str(folder) in said and "float model" in said
 
 
 def test_older_marks_of_quantisation(folder: Path) -> None:
-    (folder / "quantize_config.json").write_text('{"bits": 4}')
-    assert "quantize_config.json" in refusal(folder)
+    (folder / "hf_quant_config.json").write_text('{"bits": 4}')
+    assert "hf_quant_config.json" in refusal(folder)
 
 
 def test_packed_weights_without_any_mark(folder: Path) -> None:

@@ -19,7 +19,7 @@ HALVES = ["bfloat16", "float16"]
 
 
 def load(folder, method, dtype, classifier=True, **changes):
-    config = tiny_config(folder, method, classifier=classifier, **{"fwdllm.base_dtype": dtype}, **changes)
+    config = tiny_config(folder, method, classifier=classifier, **{"fwdllm.base.compute_dtype": dtype}, **changes)
     return load_model(config, load_tokenizer(config), 3).model
 
 

@@ -80,7 +80,7 @@ def test_what_was_saved_goes_on_with_the_same_bits(
 @pytest.mark.parametrize("method", ["lora", "layernorm", "bottleneck", "full"])
 def test_tied_and_half_precision_bases(tmp_path: Path, method: str) -> None:
     base = save_tiny_model(tmp_path / "m", "llama", tie_word_embeddings=True)
-    half = {"fwdllm.base_dtype": "bfloat16"} if PARTS[method].saved_as != "model" else {}
+    half = {"fwdllm.base.compute_dtype": "bfloat16"} if PARTS[method].saved_as != "model" else {}
     loaded = shake_up(load(base, method, None, False, **half))
     assert_same(load(base, method, save_trained(loaded, tmp_path / "run"), False, **half), loaded)
 

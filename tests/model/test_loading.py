@@ -153,7 +153,7 @@ def test_tokenizer_pads_right_and_cuts(tmp_path):
     ],
 )
 def test_base_dtype(tmp_path, base_dtype, half, expected):
-    settings = {"fwdllm.base_dtype": base_dtype, "train.is_enable_half": half}
+    settings = {"fwdllm.base.compute_dtype": base_dtype, "train.is_enable_half": half}
     folder = save_tiny_model(tmp_path / "m", "llama")
     model = load(tiny_config(folder, "lora", **settings)).model
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {expected}

@@ -124,7 +124,7 @@ def test_bad_arguments(base: Path, basis: Path, arguments: dict[str, Any], said:
 
 
 def test_over_a_half_precision_base_the_directions_stay_float32(base: Path, basis: Path, tmp_path: Path) -> None:
-    loaded = load(base, str(basis), **{"fwdllm.base_dtype": "bfloat16"})
+    loaded = load(base, str(basis), **{"fwdllm.base.compute_dtype": "bfloat16"})
     assert {matrix.dtype for matrix in matrices(loaded.model).values()} == {torch.float32}
     shake(loaded.model)
     again, _, _ = load_saved(save_trained(loaded, tmp_path / "run"))

@@ -117,7 +117,7 @@ def test_a_projection_that_cannot_be_found_still_gives_the_labelled_rows(tmp_pat
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_the_loss_is_float32_over_a_half_precision_base(tmp_path, architecture, dtype):
     """A half-precision loss has steps of 0.03 (bfloat16) near 4.6: two points closer than that would look equal."""
-    _, objective = load(tmp_path, architecture, **{"fwdllm.base_dtype": dtype})
+    _, objective = load(tmp_path, architecture, **{"fwdllm.base.compute_dtype": dtype})
     batch_loss = objective.on(tiny_batch(classifier=architecture == "bert"))
     with torch.no_grad():
         loss = batch_loss.here()

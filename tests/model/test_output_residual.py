@@ -374,7 +374,7 @@ class TestFolder:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_over_a_half_precision_base_it_reloads_exactly(base: Path, tmp_path: Path, dtype: str) -> None:
-    loaded = load(base, **{"fwdllm.base_dtype": dtype})
+    loaded = load(base, **{"fwdllm.base.compute_dtype": dtype})
     shake(loaded.model)
     adapter = adapter_of(loaded.model)
     assert {adapter.down.dtype, adapter.up.dtype, adapter.bias.dtype} == {torch.float32}

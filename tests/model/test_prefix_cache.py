@@ -153,7 +153,7 @@ def test_nothing_changes_under_gradient_checkpointing(tmp_path, architecture, me
 
 @pytest.mark.parametrize(("architecture", "method", "arguments"), LATE[::3], ids=LATE_IDS[::3])
 def test_half_precision_base(tmp_path, architecture, method, arguments):
-    twin = Twin(tmp_path, architecture, method, arguments, **{"fwdllm.base_dtype": "bfloat16"})
+    twin = Twin(tmp_path, architecture, method, arguments, **{"fwdllm.base.compute_dtype": "bfloat16"})
     for batch in (twin.batch("a"), twin.batch("b", rows=2)):
         assert_same_everything(twin, batch)
     assert twin.cache.hits == 2

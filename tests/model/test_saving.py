@@ -158,7 +158,7 @@ def test_given_values_reach_tied_weights(tmp_path, architecture):
 @pytest.mark.parametrize("method", OF_CLASSIFIERS)
 def test_half_precision_bases(tmp_path, method, dtype):
     base = save_tiny_model(tmp_path / "m", "bert")
-    loaded = load(base, method, **{"fwdllm.base_dtype": dtype})
+    loaded = load(base, method, **{"fwdllm.base.compute_dtype": dtype})
     shake(loaded.model)
     written = save_trained(loaded, tmp_path / "run")
     tensors = load_file(next(written.glob("*.safetensors")))
@@ -175,7 +175,7 @@ def test_half_precision_bases(tmp_path, method, dtype):
 
 def test_lora_over_a_half_base_reloads_exactly(tmp_path):
     base = save_tiny_model(tmp_path / "m", "llama")
-    loaded = load(base, "lora", False, **{"fwdllm.base_dtype": "bfloat16"})
+    loaded = load(base, "lora", False, **{"fwdllm.base.compute_dtype": "bfloat16"})
     shake(loaded.model)
     model = reload("lora", base, save_trained(loaded, tmp_path / "run"), False, torch.bfloat16)
     batch = tiny_batch(classifier=False)
@@ -203,7 +203,7 @@ def test_what_is_saved_is_loaded_with_the_same_bits(tmp_path, architecture, meth
     if impossible(architecture, method, classifier):
         pytest.skip("this architecture has nothing of that kind to train")
     base = save_tiny_model(tmp_path / "m", architecture)
-    loaded = load(base, method, classifier, **{"fwdllm.base_dtype": dtype})
+    loaded = load(base, method, classifier, **{"fwdllm.base.compute_dtype": dtype})
     untrained = logits(loaded.model, tiny_batch(classifier=classifier))
     shake(loaded.model)
     written = save_trained(loaded, tmp_path / "run")
@@ -225,7 +225,7 @@ def test_what_is_saved_is_loaded_with_the_same_bits(tmp_path, architecture, meth
 def test_pefts_own_loading_needs_nothing_but_the_folder(tmp_path, monkeypatch, method, classifier, dtype):
     """The base says two classes and float32; the run used three, and the dtype it was told."""
     base = save_tiny_model(tmp_path / "m", "bert" if classifier else "llama")
-    loaded = load(base, method, classifier, **{"fwdllm.base_dtype": dtype})
+    loaded = load(base, method, classifier, **{"fwdllm.base.compute_dtype": dtype})
     shake(loaded.model)
     written = save_trained(loaded, tmp_path / "run")
     monkeypatch.chdir("/")
@@ -251,7 +251,7 @@ def test_pefts_own_loading_needs_nothing_but_the_folder(tmp_path, monkeypatch, m
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["bitfit", "head"])
 def test_a_plain_load_of_a_whole_model_keeps_what_was_trained(tmp_path, method, dtype):
-    loaded = load(save_tiny_model(tmp_path / "m", "bert"), method, **{"fwdllm.base_dtype": dtype})
+    loaded = load(save_tiny_model(tmp_path / "m", "bert"), method, **{"fwdllm.base.compute_dtype": dtype})
     shake(loaded.model)
     written = save_trained(loaded, tmp_path / "run")
     plain = dict(AutoModelForSequenceClassification.from_pretrained(written).named_parameters())

@@ -289,7 +289,7 @@ def test_what_is_saved_is_loaded_with_the_same_bits_and_by_nothing_else(
     tmp_path: Path, method: str, dtype: str
 ) -> None:
     folder = save_tiny_encoder(tmp_path / "m")
-    loaded = load(folder, method, **{"fwdllm.base_dtype": dtype})
+    loaded = load(folder, method, **{"fwdllm.base.compute_dtype": dtype})
     untrained = logits(loaded.model, tiny_batch())
     shake(loaded.model)
     ours = logits(loaded.model, tiny_batch())

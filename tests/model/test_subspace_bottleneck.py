@@ -102,7 +102,7 @@ def test_the_file_is_what_the_adapter_reads_through(base: Path, basis: Path) -> 
 @pytest.mark.parametrize("kind", ["random", "file"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loaded_again_it_is_what_was_saved(base: Path, basis: Path, tmp_path: Path, kind: str, dtype: str) -> None:
-    loaded = load(base, str(basis) if kind == "file" else kind, **{"fwdllm.base_dtype": dtype})
+    loaded = load(base, str(basis) if kind == "file" else kind, **{"fwdllm.base.compute_dtype": dtype})
     shake(loaded.model)
     written = save_trained(loaded, tmp_path / "run")
     basis.unlink()

@@ -102,8 +102,11 @@ def tiny_config(folder: Path | str, method: str = "full", *, classifier: bool = 
         "llm": {"tok_len": 16, "adapter": {"use": method != "full"}},
     }
     for key in [key for key in changes if "." in key]:
-        section, _, leaf = key.partition(".")
-        tree.setdefault(section, {})[leaf] = changes.pop(key)
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = changes.pop(key)
     if method != "full":
         tree["llm"]["adapter"]["args"] = [{"adapter_method": method, **changes}]
     return parse_config(tree)

@@ -156,7 +156,8 @@ class BlockOptimizer:
                 break
             if self.loss_scale <= _SMALLEST_SCALE or not all(math.isfinite(loss) for loss in losses):
                 raise EstimatorError(
-                    "a float16 gradient is not finite at any loss scale; use fwdllm.base_dtype: bfloat16 or float32"
+                    "a float16 gradient is not finite at any loss scale; set fwdllm.base.compute_dtype to bfloat16 "
+                    "or float32"
                 )
             self.loss_scale /= 2
             self._forget()

@@ -21,7 +21,7 @@ _METHOD = {"federate.method": "fedcybgd", "trainer.type": "cybgdtrainer", "feder
 CASES: dict[str, dict[str, Any]] = {
     "one block a round": {"fwdllm.blocks.schedule": "ascending"},
     "two blocks, bfloat16, int8 both ways, dropped layers": {
-        "fwdllm.blocks.parallel_blocks": 2, "fwdllm.blocks.embeddings": "in", "fwdllm.base_dtype": "bfloat16",
+        "fwdllm.blocks.parallel_blocks": 2, "fwdllm.blocks.embeddings": "in", "fwdllm.base.compute_dtype": "bfloat16",
         "fwdllm.blocks.upload": "int8", "fwdllm.blocks.download.inactive": "int8",
         "fwdllm.blocks.download.drop_ratio": 0.5,
     },

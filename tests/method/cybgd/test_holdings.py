@@ -20,7 +20,7 @@ def brought_back(federation: Federation, client: int) -> None:
 
 RETURNING = {
     "exact": blocks(schedule="ascending"),
-    "bfloat16 model": {**blocks(schedule="ascending"), "fwdllm.base_dtype": "bfloat16"},
+    "bfloat16 model": {**blocks(schedule="ascending"), "fwdllm.base.compute_dtype": "bfloat16"},
     "quantised": blocks(schedule="ascending", download_inactive="int8"),
     "state on the server": blocks(schedule="fixed", optimizer_state="server"),
 }

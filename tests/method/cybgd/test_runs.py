@@ -28,12 +28,15 @@ PUBLISHED: dict[str, Any] = {
     "train.local_update_steps": 3,
     "train.scheduler.type": "cosine",
     "grad.grad_accum_count": 2,
-    "fwdllm.base_dtype": "float16",
+    "fwdllm.base.compute_dtype": "float16",
     "fwdllm.gradient_checkpointing": True,
 }
 RESUMED: dict[str, dict[str, Any]] = {
     "plain": blocks(),
-    "int8 both ways, bfloat16": {**blocks(upload="int8", download_inactive="int8"), "fwdllm.base_dtype": "bfloat16"},
+    "int8 both ways, bfloat16": {
+        **blocks(upload="int8", download_inactive="int8"),
+        "fwdllm.base.compute_dtype": "bfloat16",
+    },
     "state on the client": blocks(optimizer_state="client", schedule="rotating"),
     "state on the server": blocks(optimizer_state="server", parallel_blocks=2),
     "dropped, pruned, run schedule": {
@@ -94,7 +97,7 @@ def test_every_visit_takes_exactly_k_steps_the_first_too(world: World) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_saved_model_is_the_server_s_bit_for_bit(world: World, dtype: str) -> None:
     """The published program saves the last block only."""
-    config = world.config({**blocks(), "fwdllm.base_dtype": dtype}, language_model=True)
+    config = world.config({**blocks(), "fwdllm.base.compute_dtype": dtype}, language_model=True)
     path = local.run(config)
     final = read_jsonl(path / "metrics.jsonl")[-1]
     saved = AutoModelForCausalLM.from_pretrained(path / "model", dtype="auto")

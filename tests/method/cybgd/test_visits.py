@@ -20,8 +20,8 @@ from tests.method.cybgd.settings import BLOCKS, blocks
 EXACT_CASES: dict[str, dict[str, Any]] = {
     "changed blocks": blocks(),
     "all blocks": blocks(download_select="all"),
-    "bfloat16 model": {**blocks(), "fwdllm.base_dtype": "bfloat16"},
-    "float16 model": {**blocks(), "fwdllm.base_dtype": "float16"},
+    "bfloat16 model": {**blocks(), "fwdllm.base.compute_dtype": "bfloat16"},
+    "float16 model": {**blocks(), "fwdllm.base.compute_dtype": "float16"},
     "bfloat16 upload": blocks(upload="bfloat16"),
     "int8 upload": blocks(upload="int8"),
     "without zstandard": blocks(zstandard=False),
@@ -43,7 +43,7 @@ LOSSY_CASES: dict[str, dict[str, Any]] = {
     "dropped": blocks(download_drop_ratio=0.99),
     "all of it, bfloat16": {
         **blocks(download_inactive="int4", download_keep_ratio=0.5, download_drop_ratio=0.99),
-        "fwdllm.base_dtype": "bfloat16",
+        "fwdllm.base.compute_dtype": "bfloat16",
     },
 }
 

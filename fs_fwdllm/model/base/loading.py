@@ -1,0 +1,136 @@
+"""The base of a configuration, where it is packed: in its own folder, or by ``fwdllm.base.quantise``.
+
+:func:`packed_base` answers with what has to be read, or with ``None`` where the base is ordinary floats, which
+transformers' own loading reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+from fs_fwdllm.config import Config
+from fs_fwdllm.errors import ConfigError, shown
+from fs_fwdllm.model.base.checkpoint import Checkpoint
+from fs_fwdllm.model.base.packed import packed_layers
+from fs_fwdllm.model.base.packing import Form
+from fs_fwdllm.model.base.quantising import is_quantised_from, quantise_folder
+from fs_fwdllm.model.base.reading import read_base
+from fs_fwdllm.model.folder import quantisation
+from fs_fwdllm.model.sentence_layout import transformer_folder
+from fs_fwdllm.model.source import ModelSource
+
+__all__ = ["PackedBase", "packed_base"]
+
+#: Options of ``from_pretrained`` that are the configuration's; the others are the model's.
+_OF_CONFIGURATION = ("id2label", "label2id", "num_labels", "problem_type")
+_OF_MODEL = ("dtype", "attn_implementation")
+
+
+@dataclass(frozen=True)
+class PackedBase:
+    """A base to be read packed.
+
+    Attributes:
+        folder: of the configuration and the weights.
+        settings: what the folder says of how they are packed; empty where they are floats.
+        form: how they are packed as they are read; ``None`` where they are packed already.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    form: Form | None
+
+    def read(self, from_config: Callable[..., nn.Module], options: dict[str, Any]) -> tuple[Any, set[str]]:
+        """The model, and the names of the parameters that its checkpoint lacks.
+
+        Args:
+            from_config: builds a model of the wanted kind from its configuration.
+            options: as for ``from_pretrained``.
+        """
+        own = {name: options[name] for name in _OF_CONFIGURATION if name in options}
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True, **own)
+        chosen = {name: options[name] for name in _OF_MODEL if name in options}
+        model: Any
+        model, missing = read_base(
+            lambda: from_config(config, **chosen), Checkpoint(self.folder), self.settings, options["dtype"], self.form
+        )
+        if self.form is not None:
+            model.config.quantization_config = _settings_of(model, self.form)
+        if (self.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return model.eval(), missing
+
+
+def packed_base(config: Config, source: ModelSource, safely: dict[str, Any]) -> PackedBase | None:
+    """The base of ``source`` as ``fwdllm.base`` wants it; ``None`` for ordinary floats.
+
+    Args:
+        safely: options for reading ``source``.
+
+    Raises:
+        ConfigError: all parameters are to be trained, or the base is packed already and should be packed.
+        ModelError: it is packed in a way that is not read here.
+    """
+    wanted = config.fwdllm.base
+    folder = Path(source.transformer) if source.is_local else None
+    if folder is None:
+        settings = AutoConfig.from_pretrained(source.location, **safely)
+        if wanted.quantise == "none" and not getattr(settings, "quantization_config", None):
+            return None
+        folder = Path(snapshot_download(source.location, allow_patterns=["*.json", "*.safetensors"]))
+    found = quantisation(folder)
+    if not found and wanted.quantise == "none":
+        return None
+    _refuse_to_train_it(config, source, found)
+    if not found:
+        form = Form(wanted.quantise, wanted.group, wanted.symmetric)  # type: ignore[arg-type]
+        return PackedBase(folder, {}, form) if not wanted.folder else _kept(config, source, form)
+    if wanted.quantise != "none":
+        raise ConfigError(
+            f"fwdllm.base.quantise: is {wanted.quantise}, but {source.name} is packed already "
+            f"({found['quant_method']}); set it to none"
+        )
+    return PackedBase(folder, found, None)
+
+
+def _kept(config: Config, source: ModelSource, form: Form) -> PackedBase:
+    """The packed folder that ``fwdllm.base.folder`` names, written now if it is not there."""
+    target = Path(config.fwdllm.base.folder).expanduser().absolute()
+    if not is_quantised_from(target, Path(source.location), form):
+        quantise_folder(source.location, target, form)
+    folder = transformer_folder(target)
+    return PackedBase(folder, quantisation(folder), None)
+
+
+def _refuse_to_train_it(config: Config, source: ModelSource, found: dict[str, Any]) -> None:
+    packed = f"{source.name} is packed ({found['quant_method']})" if found else (
+        f"fwdllm.base.quantise {config.fwdllm.base.quantise} packs the base"
+    )  # fmt: skip
+    if config.method.trains_blocks:
+        raise ConfigError(
+            f"federate.method: is {shown(config.federate.method)}, which trains the base's own weights, but {packed}; "
+            "give the float model, or another method with an adapter"
+        )
+    if not config.llm.adapter.use:
+        raise ConfigError(
+            f"llm.adapter.use: is false, which trains every parameter, but {packed} and packed weights cannot be "
+            "trained; use an adapter (lora), or the float model"
+        )
+
+
+def _settings_of(model: nn.Module, form: Form) -> dict[str, Any]:
+    by_group: dict[int, list[str]] = {}
+    packed = dict(packed_layers(model))
+    for name, layer in packed.items():
+        scales = layer.parts().get("weight_scale")
+        group = form.group if scales is None else layer.in_features // scales.shape[1]
+        by_group.setdefault(group, []).append(name)
+    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    return form.settings(others, by_group)

@@ -1,0 +1,202 @@
+"""A linear layer whose weight is packed: floats exist for a few rows at a time, in a buffer that all layers share.
+
+To the rest of the program it is a linear layer: adapters hang on it, the structure of a model is found through it, and
+``weight`` has the shape and dtype one expects, though there are no numbers behind it. A forward pass goes over blocks
+of output rows::
+
+    packed rows --codec--> float rows [block, in] --> x @ rows^T      for every block, then side by side
+
+A block is some four million bytes, so that the second step reads from the cache what the first one wrote there.
+Nothing is kept for a backward pass either: the weight is frozen, and the gradient of the input unpacks it once more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fs_fwdllm.model.base.codecs import Codec
+
+__all__ = ["PackedLinear", "elements_of", "packed_layers", "unpack"]
+
+#: Bytes of floats that exist at once: they should stay in the cache between being made and being used.
+_BLOCK_BYTES = 4 << 20
+
+
+class PackedLinear(nn.Linear):
+    """``x @ W^T + b`` with a packed, frozen ``W``.
+
+    Args:
+        codec: how the matrix is kept.
+        parts: its tensors, by the codec's names.
+        bias: ``[out_features]``, or ``None``.
+        dtype: of ``weight``, for whoever asks; the product is computed in the dtype of the input.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        codec: Codec,
+        parts: Mapping[str, torch.Tensor],
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make room for a weight
+        self.in_features, self.out_features = codec.in_features, codec.out_features
+        self.codec = codec
+        self.register_parameter("bias", bias)
+        self._names = {name: "packed_" + name.replace(".", "_") for name in parts}
+        for name, tensor in parts.items():
+            self.register_buffer(self._names[name], tensor, persistent=False)
+        self._like = torch.full((), torch.nan, dtype=dtype, device=next(iter(parts.values())).device)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The matrix's shape and dtype, with no numbers behind them: whoever computes with it gets NaN, not a result.
+
+        :meth:`dequantised` has the numbers.
+        """
+        return self._like.expand(self.out_features, self.in_features)
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The packed tensors, by the codec's names."""
+        return {name: self.get_buffer(attribute) for name, attribute in self._names.items()}
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype."""
+        product: torch.Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def blocks(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """``(first, last, rows)`` over the matrix; ``rows`` ``[last - first, in]`` last until the next are wanted."""
+        parts, step = self.parts(), self._rows_of_block(dtype)
+        with _lent(step * self.in_features, dtype, device) as scratch:
+            for first in range(0, self.out_features, step):
+                last = min(first + step, self.out_features)
+                yield first, last, self.codec.rows(parts, first, last, scratch)
+
+    @torch.no_grad()
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix ``[out, in]`` as floats, all of it."""
+        whole = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self._like.device)
+        for first, last, rows in self.blocks(dtype, self._like.device):
+            whole[first:last] = rows
+        return whole
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, codec={type(self.codec).__name__}"
+
+    def _rows_of_block(self, dtype: torch.dtype) -> int:
+        rows = max(1, _BLOCK_BYTES // (dtype.itemsize * self.in_features))
+        return min(self.out_features, -(-rows // self.codec.row_multiple) * self.codec.row_multiple)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """As of any module, but a change of dtype is the computation's; the packed tensors are what they are."""
+        before = self.parts()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, attribute in self._names.items():
+            moved = self.get_buffer(attribute)
+            if moved.dtype != before[name].dtype:
+                setattr(self, attribute, before[name].to(moved.device))
+        self._like = fn(self._like)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.parts().items():
+            destination[prefix + name] = tensor
+
+
+class _Product(torch.autograd.Function):
+    """The product with its derivatives; the weight has none.
+
+    A function of its own also where no derivative is wanted: inside a transformation of ``torch.func`` nothing may be
+    written into the shared buffer, and what happens in here is outside of it.
+    """
+
+    @staticmethod
+    def forward(input: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        outputs = [F.linear(input, rows) for _, _, rows in layer.blocks(input.dtype, input.device)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, PackedLinear], output: torch.Tensor) -> None:
+        ctx.layer = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        layer: PackedLinear = ctx.layer
+        total = torch.zeros(*gradient.shape[:-1], layer.in_features, dtype=gradient.dtype, device=gradient.device)
+        for first, last, rows in layer.blocks(gradient.dtype, gradient.device):
+            total += gradient[..., first:last] @ rows
+        return total, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, _: None) -> torch.Tensor:
+        product: torch.Tensor = _Product.apply(tangent, ctx.layer)  # type: ignore[no-untyped-call]
+        return product
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, input: torch.Tensor, layer: PackedLinear) -> tuple[torch.Tensor, int]:
+        return _Product.apply(input.movedim(in_dims[0], 0), layer), 0  # type: ignore[no-untyped-call]
+
+
+def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:
+    """The packed layers by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+
+@torch.no_grad()
+def unpack(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Put ordinary linear layers in the place of packed ones, in the dtype of their weight: of ``names``, or of all."""
+    wanted = None if names is None else set(names)
+    for name, layer in packed_layers(model):
+        if wanted is not None and name not in wanted:
+            continue
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.dequantised(layer.weight.dtype), requires_grad=False)
+        plain.register_parameter("bias", layer.bias)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain.train(layer.training))
+    if not packed_layers(model):
+        for module in model.modules():  # what is saved does not say of itself any more that it is packed
+            vars(getattr(module, "config", None) or module).pop("quantization_config", None)
+
+
+def elements_of(model: nn.Module) -> int:
+    """Numbers in a model's parameters, the packed ones counted as what they stand for."""
+    held = sum(parameter.numel() for parameter in model.parameters())
+    layers = {id(module): module for module in model.modules() if isinstance(module, PackedLinear)}
+    return held + sum(layer.in_features * layer.out_features for layer in layers.values())
+
+
+class _Buffers(threading.local):
+    """Buffers that nobody has borrowed, of this thread; layers do not call one another, so that there is mostly one."""
+
+    def __init__(self) -> None:
+        self.free: list[torch.Tensor] = []
+
+
+_BUFFERS = _Buffers()
+
+
+@contextmanager
+def _lent(elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[torch.Tensor]:
+    """A flat buffer of at least ``elements``, given back at the end."""
+    fits = [buffer for buffer in _BUFFERS.free if buffer.dtype == dtype and buffer.device == device]
+    buffer = max(fits, key=len, default=None)
+    if buffer is not None:
+        _BUFFERS.free = [other for other in _BUFFERS.free if other is not buffer]
+    if buffer is None or len(buffer) < elements:
+        buffer = torch.empty(elements, dtype=dtype, device=device)
+    try:
+        yield buffer
+    finally:
+        _BUFFERS.free.append(buffer)

@@ -1,0 +1,31 @@
+"""A packed base is the same base on every host: one digest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fs_fwdllm.config import load_config
+from fs_fwdllm.running import local
+from tests.host.federatedscope.federation import Federation, outcome_of, write_config
+from tests.host.federatedscope.participants import Starter
+from tests.host.federatedscope.test_spellings import settings_of
+from tests.host.fixtures import models, world
+from tests.host.small import World
+
+__all__ = ["models", "world"]
+
+
+@pytest.mark.parametrize("method", ["fwdllm", "FedMeZO"])
+def test_a_packed_base_ends_with_one_digest(method: str, world: World, launcher: Starter, tmp_path: Path) -> None:
+    settings = settings_of(world, method, "", 1)
+    plain = outcome_of(local.run(load_config(write_config(world, settings, language_model=False))))
+    settings |= {"fwdllm.base.quantise": "int4", "fwdllm.base.group": 16}
+    cfg = write_config(world, settings, language_model=False)
+    federation = Federation(cfg, tmp_path, launcher)
+    expected = federation.local()
+    assert expected != plain  # it is another base
+    assert federation.standalone() == expected
+    if method == "FedMeZO":
+        assert federation.distributed() == expected
