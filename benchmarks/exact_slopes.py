@@ -83,6 +83,7 @@ ROWS = [
     _head("closed form, 300 scalars", *_CLOSED, "fwdllm.probes", "300"),
     _head("closed form, 154 in common", *_CLOSED, "fwdllm.probes", "154", "fwdllm.directions", "common"),
     _head("closed form, 308 in common", *_CLOSED, "fwdllm.probes", "308", "fwdllm.directions", "common"),
+    Row("head, 20 clients, 24 probes", _HEAD, 20, 240, ["fwdllm.probes", "24"], (0.25, 0.5, 1.0, 2.0)),
     _both("FedSGD", *_SGD),
     _both("closed form 100, adapter frozen", "fwdllm.parts", _WITHOUT_ADAPTER % 100, rounds=200),
     _both("closed form 1,540, adapter frozen", "fwdllm.parts", _WITHOUT_ADAPTER % 1540),
