@@ -190,6 +190,11 @@ class BaseConfig(Section):
     )
     group: int = Field(64, ge=8, description="neighbouring weights that share a scale, where they are packed here")
     symmetric: bool = Field(True, description="whether groups of int8 and int4 have no zero of their own")
+    stream: bool = Field(
+        False,
+        description="leave the base on the disk and read each matrix when it is used; one pass over several probes "
+        "(fwdllm.probes_per_batch) reads it once",
+    )
     folder: str = Field(
         "", description="where the packed base is written, and read from the next time; empty packs it in every run"
     )
@@ -202,6 +207,11 @@ class BaseConfig(Section):
         if self.quantise == "none" and said:
             raise ValueError(
                 f"base.{said[0]} says how a base is packed, but base.quantise is none; choose int8, int4 or nf4"
+            )
+        if self.stream and self.quantise != "none" and not self.folder:
+            raise ValueError(
+                "base.stream reads a packed base from its folder: name one in base.folder, where it is written once, "
+                "or write it with fs-fwdllm quantise"
             )
         if self.quantise == "nf4" and not self.symmetric:
             raise ValueError("base.symmetric: nf4 has no zeros, so it cannot be false")

@@ -7,7 +7,8 @@ It is for the local host, where one process plays the server and all clients::
 ``T`` are the bytes of the trainables in float32; ``points`` are the parameter points in one forward pass and ``copies``
 those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estimator.Footprint`):
 
-* process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers.
+* process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers
+  (of a base on the disk, the two layers that are in memory).
 * replicas: the server's ``T``; on scalars ``2 T`` for momentum (server and client) or ``5 T`` for Adam (both moments of
   either, and the gradient while one of them steps); ``T`` for momentum on dense gradients, ``2 T`` for AdamW on the
   server; on scalars the log for clients that missed rounds, as long as all uploads and at most ``T``.
@@ -52,6 +53,7 @@ from fs_fwdllm.estimator import Footprint
 from fs_fwdllm.estimator.backprop import transformer_layers
 from fs_fwdllm.method import Parts
 from fs_fwdllm.method.cybgd.forecast import visit_bytes
+from fs_fwdllm.model.base.packed import reader_of
 from fs_fwdllm.model.source import model_task
 from fs_fwdllm.running.session import Session
 
@@ -104,7 +106,7 @@ def estimate_memory(
         traffic: of played rounds; without it, messages carry all trainables.
     """
     model = session.loaded.model
-    model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    model_bytes = _held_bytes(model)
     on_device = session.device.type != "cpu"
     process_bytes = max(before_loading_bytes, resident_bytes() - (0 if on_device else model_bytes))
     shape = _Shape.of(session.config, model)
@@ -124,6 +126,13 @@ def estimate_memory(
         prefix_cache_bytes=_prefix_cache(session, examples),
         check_bytes=model_bytes if session.config.fwdllm.check_saved else 0,
     )
+
+
+def _held_bytes(model: nn.Module) -> int:
+    """Parameters and buffers, and of a base on the disk the two layers that are in memory."""
+    reader = reader_of(model)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    return held + (reader.buffer_bytes if reader is not None else 0)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.base.loading import packed_base
+from fs_fwdllm.model.base.packed import reader_of
+from fs_fwdllm.model.base.streaming import StreamedEmbedding
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
 from fs_fwdllm.model.half_precision import make_float32_masters
@@ -136,7 +138,8 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         features=resolved(layout),
     )
     remarks = (
-        *layout_remarks(config, source, layout), *_remarks(config, source, method, dtype), *conduct.remarks()
+        *layout_remarks(config, source, layout), *_remarks(config, source, method, dtype), *_of_disk(model),
+        *conduct.remarks(),
     )  # fmt: skip
     return LoadedModel(
         model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh),
@@ -165,6 +168,14 @@ def _remarks(config: Config, source: ModelSource, method: str, dtype: torch.dtyp
         )
         return [f"the weights are saved in {saved} and loaded as float32, twice the memory{everything}"]
     return []
+
+
+def _of_disk(model: nn.Module) -> list[str]:
+    reader = reader_of(model)
+    if reader is None:
+        return []
+    stored, held = f"{reader.stored_bytes / 1e9:.2f} GB", f"{reader.buffer_bytes / 1e6:.0f} MB"
+    return [f"the base stays on the disk: a pass reads {stored}, and memory holds {held} of it (fwdllm.base.stream)"]
 
 
 def _label_count(config: Config, task: Task, num_labels: int) -> int:
@@ -311,6 +322,11 @@ def _fit_embeddings(model: Any, tokenizer: Any, source: ModelSource) -> None:
     rows = vocabulary_size(model)
     if len(tokenizer) <= rows:
         return
+    if isinstance(model.get_input_embeddings(), StreamedEmbedding):
+        raise ConfigError(
+            f"fwdllm.base.stream: the tokenizer of {source.name} has {len(tokenizer)} tokens and its table {rows} "
+            "rows, and a table on the disk cannot grow; set it to false, or give a tokenizer that pads with a word it has"
+        )
     if len(tokenizer) > rows + len(set(tokenizer.all_special_ids)) or tokenizer.pad_token_id is None:
         raise ModelError(f"{source.name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

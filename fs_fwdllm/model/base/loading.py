@@ -16,15 +16,18 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from fs_fwdllm.config import Config
+from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.errors import ConfigError, shown
 from fs_fwdllm.model.base.checkpoint import Checkpoint
 from fs_fwdllm.model.base.packed import packed_layers
 from fs_fwdllm.model.base.packing import Form
 from fs_fwdllm.model.base.quantising import is_quantised_from, quantise_folder
 from fs_fwdllm.model.base.reading import read_base
+from fs_fwdllm.model.base.streaming import Reader
 from fs_fwdllm.model.folder import quantisation
 from fs_fwdllm.model.sentence_layout import transformer_folder
 from fs_fwdllm.model.source import ModelSource
+from fs_fwdllm.model.trainable_parts import PARTS, adapter_request
 
 __all__ = ["PackedBase", "packed_base"]
 
@@ -40,12 +43,16 @@ class PackedBase:
     Attributes:
         folder: of the configuration and the weights.
         settings: what the folder says of how they are packed; empty where they are floats.
-        form: how they are packed as they are read; ``None`` where they are packed already.
+        form: how they are packed as they are read; ``None`` where they are not.
+        stream: whether they stay on the disk.
+        keep_head: whether a language model's head is in memory all the same.
     """
 
     folder: Path
     settings: dict[str, Any]
-    form: Form | None
+    form: Form | None = None
+    stream: bool = False
+    keep_head: bool = False
 
     def read(self, from_config: Callable[..., nn.Module], options: dict[str, Any]) -> tuple[Any, set[str]]:
         """The model, and the names of the parameters that its checkpoint lacks.
@@ -59,7 +66,13 @@ class PackedBase:
         chosen = {name: options[name] for name in _OF_MODEL if name in options}
         model: Any
         model, missing = read_base(
-            lambda: from_config(config, **chosen), Checkpoint(self.folder), self.settings, options["dtype"], self.form
+            lambda: from_config(config, **chosen),
+            Checkpoint(self.folder),
+            self.settings,
+            options["dtype"],
+            self.form,
+            Reader() if self.stream else None,
+            self.keep_head,
         )
         if self.form is not None:
             model.config.quantization_config = _settings_of(model, self.form)
@@ -78,50 +91,72 @@ def packed_base(config: Config, source: ModelSource, safely: dict[str, Any]) -> 
         ConfigError: all parameters are to be trained, or the base is packed already and should be packed.
         ModelError: it is packed in a way that is not read here.
     """
-    wanted = config.fwdllm.base
-    folder = Path(source.transformer) if source.is_local else None
-    if folder is None:
-        settings = AutoConfig.from_pretrained(source.location, **safely)
-        if wanted.quantise == "none" and not getattr(settings, "quantization_config", None):
-            return None
-        folder = Path(snapshot_download(source.location, allow_patterns=["*.json", "*.safetensors"]))
-    found = quantisation(folder)
-    if not found and wanted.quantise == "none":
+    wanted, folder = config.fwdllm.base, _folder(config, source, safely)
+    found = quantisation(folder) if folder is not None else {}
+    if folder is None or not (found or wanted.stream or wanted.quantise != "none"):
         return None
     _refuse_to_train_it(config, source, found)
-    if not found:
-        form = Form(wanted.quantise, wanted.group, wanted.symmetric)  # type: ignore[arg-type]
-        return PackedBase(folder, {}, form) if not wanted.folder else _kept(config, source, form)
-    if wanted.quantise != "none":
+    if found and wanted.quantise != "none":
         raise ConfigError(
             f"fwdllm.base.quantise: is {wanted.quantise}, but {source.name} is packed already "
             f"({found['quant_method']}); set it to none"
         )
-    return PackedBase(folder, found, None)
+    form = None if wanted.quantise == "none" else Form(wanted.quantise, wanted.group, wanted.symmetric)
+    if form is not None and wanted.folder:
+        folder, form = _kept(Path(wanted.folder).expanduser().absolute(), Path(source.location), folder, form), None
+        found = quantisation(folder)
+    return PackedBase(folder, found, form, stream=wanted.stream, keep_head=_looks_into_head(config))
 
 
-def _kept(config: Config, source: ModelSource, form: Form) -> PackedBase:
-    """The packed folder that ``fwdllm.base.folder`` names, written now if it is not there."""
-    target = Path(config.fwdllm.base.folder).expanduser().absolute()
-    if not is_quantised_from(target, Path(source.location), form):
-        quantise_folder(source.location, target, form)
-    folder = transformer_folder(target)
-    return PackedBase(folder, quantisation(folder), None)
+def _folder(config: Config, source: ModelSource, safely: dict[str, Any]) -> Path | None:
+    """The folder of the transformer's files; ``None`` for a name on the hub whose weights are ordinary floats."""
+    if source.is_local:
+        return Path(source.transformer)
+    wanted = config.fwdllm.base
+    settings = AutoConfig.from_pretrained(source.location, **safely)
+    if wanted.quantise == "none" and not wanted.stream and not getattr(settings, "quantization_config", None):
+        return None
+    offline = bool(safely.get("local_files_only"))
+    kinds = ["*.json", "*.safetensors"]
+    return Path(snapshot_download(source.location, allow_patterns=kinds, local_files_only=offline))
+
+
+def _kept(target: Path, root: Path, folder: Path, form: Form) -> Path:
+    """The packed folder of the transformer in ``target``, written now if it is not there."""
+    model = root if root.is_dir() else folder
+    if not is_quantised_from(target, model, form):
+        quantise_folder(model, target, form)
+    return transformer_folder(target)
+
+
+def _looks_into_head(config: Config) -> bool:
+    """Whether somebody reads the numbers of a language model's head, and does not only multiply with it."""
+    method, _ = adapter_request(config)
+    exact = config.method.measures_slopes and "closed_form" in estimators_of(config)
+    return exact or method in ("head", "output_residual")
 
 
 def _refuse_to_train_it(config: Config, source: ModelSource, found: dict[str, Any]) -> None:
-    packed = f"{source.name} is packed ({found['quant_method']})" if found else (
-        f"fwdllm.base.quantise {config.fwdllm.base.quantise} packs the base"
+    wanted = config.fwdllm.base
+    how = f"{source.name} is packed ({found['quant_method']})" if found else (
+        f"fwdllm.base.quantise {wanted.quantise} packs it" if wanted.quantise != "none" else
+        "fwdllm.base.stream leaves it on the disk"
     )  # fmt: skip
     if config.method.trains_blocks:
         raise ConfigError(
-            f"federate.method: is {shown(config.federate.method)}, which trains the base's own weights, but {packed}; "
-            "give the float model, or another method with an adapter"
+            f"federate.method: is {shown(config.federate.method)}, which trains the base's own weights, but {how}; "
+            "give the float model, resident, or another method with an adapter"
         )
-    if not config.llm.adapter.use:
+    method, _ = adapter_request(config)
+    if method == "full":
         raise ConfigError(
-            f"llm.adapter.use: is false, which trains every parameter, but {packed} and packed weights cannot be "
-            "trained; use an adapter (lora), or the float model"
+            f"llm.adapter.use: is false, which trains every parameter, but {how} and its weights cannot be "
+            "trained; use an adapter (lora), or the float model, resident"
+        )
+    if wanted.stream and PARTS[method].saved_as == "model":
+        raise ConfigError(
+            f"llm.adapter.args adapter_method: {method!r} is saved as a whole model, but {how}; use an adapter (lora, "
+            "bottleneck, output_residual), or fwdllm.base.stream false"
         )
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fs_fwdllm.model.base.codecs import Codec
+from fs_fwdllm.model.base.streaming import Reader, StreamedEmbedding, StreamedLayer
 
-__all__ = ["PackedLinear", "elements_of", "packed_layers", "unpack"]
+__all__ = ["PackedLinear", "elements_of", "packed_layers", "reader_of", "unpack"]
 
 #: Bytes of floats that exist at once: they should stay in the cache between being made and being used.
 _BLOCK_BYTES = 4 << 20
@@ -34,7 +35,7 @@ class PackedLinear(nn.Linear):
 
     Args:
         codec: how the matrix is kept.
-        parts: its tensors, by the codec's names.
+        parts: its tensors, by the codec's names; or the layer of a reader that has them for as long as they are used.
         bias: ``[out_features]``, or ``None``.
         dtype: of ``weight``, for whoever asks; the product is computed in the dtype of the input.
     """
@@ -44,7 +45,7 @@ class PackedLinear(nn.Linear):
     def __init__(
         self,
         codec: Codec,
-        parts: Mapping[str, torch.Tensor],
+        parts: Mapping[str, torch.Tensor] | StreamedLayer,
         bias: nn.Parameter | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -52,10 +53,13 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = codec.in_features, codec.out_features
         self.codec = codec
         self.register_parameter("bias", bias)
-        self._names = {name: "packed_" + name.replace(".", "_") for name in parts}
-        for name, tensor in parts.items():
+        self.streamed = parts if isinstance(parts, StreamedLayer) else None
+        held: Mapping[str, torch.Tensor] = {} if isinstance(parts, StreamedLayer) else parts
+        self._names = {name: "packed_" + name.replace(".", "_") for name in held}
+        for name, tensor in held.items():
             self.register_buffer(self._names[name], tensor, persistent=False)
-        self._like = torch.full((), torch.nan, dtype=dtype, device=next(iter(parts.values())).device)
+        device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+        self._like = torch.full((), torch.nan, dtype=dtype, device=device)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -66,8 +70,21 @@ class PackedLinear(nn.Linear):
         return self._like.expand(self.out_features, self.in_features)
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """The packed tensors, by the codec's names."""
-        return {name: self.get_buffer(attribute) for name, attribute in self._names.items()}
+        """The packed tensors, by the codec's names; copies of what is streamed."""
+        with self._held() as parts:
+            return parts if self.streamed is None else {name: tensor.clone() for name, tensor in parts.items()}
+
+    @contextmanager
+    def _held(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self.streamed is None:
+            yield {name: self.get_buffer(attribute) for name, attribute in self._names.items()}
+            return
+        with self.streamed.lent() as parts:
+            yield (
+                parts
+                if self._like.device.type == "cpu"
+                else {name: tensor.to(self._like.device) for name, tensor in parts.items()}
+            )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype."""
@@ -76,8 +93,8 @@ class PackedLinear(nn.Linear):
 
     def blocks(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
         """``(first, last, rows)`` over the matrix; ``rows`` ``[last - first, in]`` last until the next are wanted."""
-        parts, step = self.parts(), self._rows_of_block(dtype)
-        with _lent(step * self.in_features, dtype, device) as scratch:
+        step = self._rows_of_block(dtype)
+        with self._held() as parts, _scratch(step * self.in_features, dtype, device) as scratch:
             for first in range(0, self.out_features, step):
                 last = min(first + step, self.out_features)
                 yield first, last, self.codec.rows(parts, first, last, scratch)
@@ -99,7 +116,7 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """As of any module, but a change of dtype is the computation's; the packed tensors are what they are."""
-        before = self.parts()
+        before = {} if self.streamed is not None else self.parts()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, attribute in self._names.items():
             moved = self.get_buffer(attribute)
@@ -170,11 +187,21 @@ def unpack(model: nn.Module, names: Iterable[str] | None = None) -> None:
             vars(getattr(module, "config", None) or module).pop("quantization_config", None)
 
 
+def reader_of(model: nn.Module) -> Reader | None:
+    """What reads the layers of a model that stay on the disk; ``None`` where all are in memory."""
+    readers = (layer.streamed.reader for _, layer in packed_layers(model) if layer.streamed is not None)
+    return next(readers, None)
+
+
 def elements_of(model: nn.Module) -> int:
     """Numbers in a model's parameters, the packed ones counted as what they stand for."""
     held = sum(parameter.numel() for parameter in model.parameters())
-    layers = {id(module): module for module in model.modules() if isinstance(module, PackedLinear)}
-    return held + sum(layer.in_features * layer.out_features for layer in layers.values())
+    tables = {id(module): module for module in model.modules() if isinstance(module, StreamedEmbedding)}
+    held += sum(table.num_embeddings * table.embedding_dim for table in tables.values())
+    shared = {id(table.entry) for table in tables.values()}  # a head that is tied to them
+    layers = {id(layer): layer for _, layer in packed_layers(model)}
+    own = [layer for layer in layers.values() if layer.streamed is None or not shared & layer.streamed.entry_ids]
+    return held + sum(layer.in_features * layer.out_features for layer in own)
 
 
 class _Buffers(threading.local):
@@ -188,7 +215,7 @@ _BUFFERS = _Buffers()
 
 
 @contextmanager
-def _lent(elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[torch.Tensor]:
+def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[torch.Tensor]:
     """A flat buffer of at least ``elements``, given back at the end."""
     fits = [buffer for buffer in _BUFFERS.free if buffer.dtype == dtype and buffer.device == device]
     buffer = max(fits, key=len, default=None)

@@ -18,13 +18,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.model.base.checkpoint import Checkpoint
+from fs_fwdllm.model.base.checkpoint import Checkpoint, Entry
+from fs_fwdllm.model.base.codecs import Plain
 from fs_fwdllm.model.base.packed import PackedLinear, packed_layers, unpack
 from fs_fwdllm.model.base.packing import Form, group_of, pack
 from fs_fwdllm.model.base.recognise import codec_of
+from fs_fwdllm.model.base.streaming import Reader, StreamedEmbedding
 from fs_fwdllm.model.structure import linear_layers
 
 __all__ = ["matrix_shape", "read_base", "saved_name"]
+
+#: Tensors beside a layer that no product needs.
+_NOT_NUMBERS = ("bias", "weight_shape")
 
 
 @torch.no_grad()
@@ -34,6 +39,8 @@ def read_base(
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     form: Form | None = None,
+    reader: Reader | None = None,
+    keep_head: bool = False,
 ) -> tuple[nn.Module, set[str]]:
     """The model, and the names of the parameters that the checkpoint lacks or has in another shape.
 
@@ -42,6 +49,8 @@ def read_base(
         settings: the ``quantization_config`` of the folder; empty for a float checkpoint.
         dtype: of what is not packed.
         form: packs the linear layers of the blocks that the checkpoint has as floats.
+        reader: leaves the linear layers of the blocks, the input embeddings and a language model's head on the disk.
+        keep_head: reads that head into memory all the same, for whoever looks into it.
 
     Raises:
         ModelError: a layer is packed in a way that is not known, or its tensors cannot be read or packed.
@@ -53,11 +62,16 @@ def read_base(
     for name, module in list(model.named_modules()):
         if matrix_shape(module) is None:
             continue
-        packed = _packed(checkpoint, named[name], module, settings, form if name in in_blocks else None, dtype)
+        inside = name in in_blocks
+        if reader is not None and inside:
+            packed = _streamed(checkpoint, named[name], module, settings, reader, dtype)
+        else:
+            packed = _packed(checkpoint, named[name], module, settings, form if inside else None, dtype)
         if packed is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
+            _put(model, name, packed)
     unpack(model, (name for name, _ in packed_layers(model) if name not in in_blocks))  # heads are looked into
+    if reader is not None:
+        _stream_tables(model, checkpoint, reader, dtype, keep_head)
     _fill(model, checkpoint, dtype)
     missing = _tie(model)
     if experts := sorted(name for name in missing if "expert" in name):
@@ -66,6 +80,59 @@ def read_base(
             "packed bases are not read from it; load it as floats (fwdllm.base.quantise none)"
         )
     return model, missing
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _streamed(
+    checkpoint: Checkpoint,
+    saved: str,
+    module: nn.Module,
+    settings: Mapping[str, Any],
+    reader: Reader,
+    dtype: torch.dtype,
+) -> PackedLinear | None:
+    """The layer over its bytes on the disk, packed or floats; ``None`` where the checkpoint lacks it."""
+    shape = matrix_shape(module)
+    assert shape is not None
+    codec, entries = codec_of(checkpoint, saved, shape, settings), checkpoint.beside(saved)
+    if codec is None:
+        codec = _plain(entries.get("weight"), shape, transposed=isinstance(module, Conv1D))
+    if codec is None:
+        return None
+    used = {name: entry for name, entry in entries.items() if name not in _NOT_NUMBERS and "quant_state" not in name}
+    bias: Any = module.bias
+    return PackedLinear(codec, reader.add(used), bias, dtype)
+
+
+def _plain(entry: Entry | None, shape: tuple[int, int], *, transposed: bool) -> Plain | None:
+    if entry is None or entry.shape != (shape[::-1] if transposed else shape):
+        return None
+    return Plain(*shape, transposed=transposed, element_bits=8 * entry.dtype.itemsize)
+
+
+def _stream_tables(model: Any, checkpoint: Checkpoint, reader: Reader, dtype: torch.dtype, keep_head: bool) -> None:
+    """The table of input embeddings, by rows, and the head of a language model, tied to it or not."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    entry = checkpoint.entries.get(f"{saved_name(checkpoint, model, names[id(table)])}.weight")
+    if type(table) is not nn.Embedding or entry is None or entry.shape != tuple(table.weight.shape):
+        return  # a table that is more than one is read as it is
+    _put(model, names[id(table)], StreamedEmbedding(reader, entry, dtype, table.padding_idx))
+    if not isinstance(head, nn.Linear):
+        return
+    own = checkpoint.entries.get(f"{saved_name(checkpoint, model, names[id(head)])}.weight")
+    entry = entry if own is None else own
+    plain = _plain(entry, (head.out_features, head.in_features), transposed=False)
+    if plain is None:
+        return
+    layer = PackedLinear(plain, reader.add({"weight": entry}), head.bias, dtype)
+    _put(model, names[id(head)], layer)
+    if keep_head:
+        unpack(model, [names[id(head)]])
 
 
 def _in_blocks(model: nn.Module) -> list[str]:
@@ -153,7 +220,8 @@ def _tie(model: Any) -> set[str]:
 
     Norms of a new head start at one, everything else at zero; whoever loads the model draws the matrices.
     """
-    model.tie_weights()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.tie_weights()
     missing = set()
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():

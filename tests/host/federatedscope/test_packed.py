@@ -1,4 +1,4 @@
-"""A packed base is the same base on every host: one digest."""
+"""A packed base, and one on the disk, is the same base on every host: one digest."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from tests.host.fixtures import models, world
 from tests.host.small import World
 
 __all__ = ["models", "world"]
+
+
+def test_a_base_on_the_disk_ends_with_one_digest(world: World, launcher: Starter, tmp_path: Path) -> None:
+    settings = {**settings_of(world, "FedMeZO", "", 4), "fwdllm.base.stream": True}
+    settings["llm.adapter.args"] = [{"adapter_method": "lora", "r": 2}]
+    federation = Federation(write_config(world, settings, language_model=False), tmp_path, launcher)
+    expected = federation.local()
+    assert federation.standalone() == expected
+    assert federation.distributed() == expected
 
 
 @pytest.mark.parametrize("method", ["fwdllm", "FedMeZO"])

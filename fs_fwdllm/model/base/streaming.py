@@ -1,0 +1,308 @@
+"""Frozen matrices that stay on the disk: read one at a time, while the one before is being used.
+
+A forward pass uses each matrix of a base once and in the same order as the last pass did. So memory needs two of them:
+the one in use, and the next, which a thread reads meanwhile. A pass over a 7B model with 4-bit weights reads 3.5 GB and
+holds 45 MB; a step of several probes shares one pass (``fwdllm.probes_per_batch``), and with it the read.
+
+The bytes are those of the user's own safetensors files, at the places their headers give; nothing is rewritten. They
+are read into buffers that exist from the start, under tensors that exist from the start: what happens between two
+layers is a copy by the system, no operation of PyTorch, so that it may happen inside any transformation. Pages that
+were read are given back to the system, which would otherwise fill its cache with a file larger than the memory.
+
+A file that ends early, or that somebody changes during a run, is an error that names it: half of a base is another one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fs_fwdllm.errors import ModelError
+from fs_fwdllm.model.base.checkpoint import Entry
+
+__all__ = ["Reader", "StreamedEmbedding", "StreamedLayer"]
+
+_ALIGNMENT_BYTES = 64
+
+
+class Reader:
+    """Reads layers into two buffers in turn, the next one ahead.
+
+    Layers are announced by :meth:`add` and lent by :class:`StreamedLayer`. One layer is lent at a time; what a thread
+    does not give back in time another one waits for.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, _File] = {}
+        self._layers: list[_Layer] = []
+        self._slots: list[_Slot] = []
+        self._followers: dict[tuple[int, int], int] = {}
+        self._last = (-1, -1)
+        self._wishes: SimpleQueue[_Slot] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.RLock()
+        self.bytes_read = 0
+
+    def add(self, entries: dict[str, Entry]) -> StreamedLayer:
+        """A layer of these tensors."""
+        places, used = {}, 0
+        for name, entry in entries.items():
+            places[name] = used
+            used += -(-entry.bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self._layers.append(_Layer(entries, places, used))
+        self._slots = []  # as large as the largest layer, so anew
+        return StreamedLayer(self, len(self._layers) - 1)
+
+    def file(self, path: Path) -> _File:
+        """The open file; one descriptor for all its tensors."""
+        if path not in self._files:
+            self._files[path] = _File(path)
+        return self._files[path]
+
+    def entries_of(self, index: int) -> list[Entry]:
+        """Where the tensors of a layer lie."""
+        return list(self._layers[index].entries.values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory for layers."""
+        return 2 * max((layer.bytes for layer in self._layers), default=0)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all layers, on the disk."""
+        return sum(entry.bytes for layer in self._layers for entry in layer.entries.values())
+
+    @contextmanager
+    def lent(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of layer ``index`` for the duration of the context.
+
+        Raises:
+            ModelError: the file cannot be read, is shorter than it was, or was changed.
+        """
+        with self._lock:
+            slot = self._held(index)
+            self._follow(index)
+            yield slot.views[index]
+
+    def _held(self, index: int) -> _Slot:
+        if not self._slots:
+            size = max(layer.bytes for layer in self._layers)
+            self._slots = [_Slot(self._layers, size) for _ in range(2)]
+        slot = next((slot for slot in self._slots if slot.wanted == index), None)
+        if slot is None:  # not what was expected: the one that was read ahead is given up
+            slot = self._slots[0] if self._slots[1].wanted == self._last[1] else self._slots[1]
+            self._order(slot, index)
+        slot.ready.wait()
+        if slot.error is not None:
+            error, slot.error, slot.wanted = slot.error, None, -1
+            raise error
+        return slot
+
+    def _follow(self, index: int) -> None:
+        """Note what came after what, and order what came after this one the last time."""
+        if index == self._last[1]:
+            return  # the same layer again, as a tangent after its primal
+        self._followers[self._last] = index
+        self._last = (self._last[1], index)
+        expected = self._followers.get(self._last)
+        if expected is None or any(slot.wanted == expected for slot in self._slots):
+            return
+        self._order(next(slot for slot in self._slots if slot.wanted != index), expected)
+
+    def _order(self, slot: _Slot, index: int) -> None:
+        slot.ready.wait()  # the thread may still be writing into it
+        slot.error = None
+        slot.wanted = index
+        slot.ready.clear()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._read_ahead, name="fs-fwdllm base", daemon=True)
+            self._thread.start()
+        self._wishes.put(slot)
+
+    def _read_ahead(self) -> None:
+        while True:
+            slot = self._wishes.get()
+            try:
+                layer = self._layers[slot.wanted]
+                for name, entry in layer.entries.items():
+                    start = layer.places[name]
+                    self.file(entry.file).read_into(slot.memory[start : start + entry.bytes], entry.offset)
+                    self.bytes_read += entry.bytes
+            except ModelError as error:
+                slot.error = error
+            except Exception as error:  # nobody would ever be told otherwise
+                slot.error = ModelError(f"the base cannot be read ({type(error).__name__}: {error})")
+            finally:
+                slot.ready.set()
+
+
+@dataclass(frozen=True)
+class StreamedLayer:
+    """A layer of a reader, as its module holds it. A copy of the module shares it."""
+
+    reader: Reader
+    index: int
+
+    @property
+    def entry_ids(self) -> set[int]:
+        """Identities of the layer's places on the disk."""
+        return {id(entry) for entry in self.reader.entries_of(self.index)}
+
+    def lent(self) -> Any:
+        """Context of the layer's tensors, by name."""
+        return self.reader.lent(self.index)
+
+    def __deepcopy__(self, memo: Any) -> StreamedLayer:
+        return self
+
+
+class StreamedEmbedding(nn.Embedding):
+    """A table of which only the rows that are looked up are read.
+
+    Args:
+        reader: whose files it shares.
+        entry: where the table lies.
+        dtype: of the rows it returns.
+    """
+
+    def __init__(self, reader: Reader, entry: Entry, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Embedding's own would make room for the table
+        self.num_embeddings, self.embedding_dim = entry.shape
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.entry = entry
+        self._table = _Table(reader, entry)
+        self._like = torch.full((), torch.nan, dtype=dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The table's shape and dtype, with no numbers behind them."""
+        return self._like.expand(self.num_embeddings, self.embedding_dim)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[...]`` token ids to ``[..., embedding_dim]``."""
+        tokens, places = torch.unique(input, return_inverse=True)
+        rows = self._table.rows(tokens.tolist()).to(self._like.dtype).to(input.device)
+        return rows[places]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StreamedEmbedding:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._like = fn(self._like)
+        return self
+
+
+@dataclass(frozen=True)
+class _Table:
+    reader: Reader
+    entry: Entry
+
+    def __deepcopy__(self, memo: Any) -> _Table:
+        return self
+
+    def rows(self, tokens: Sequence[int]) -> torch.Tensor:
+        width = self.entry.bytes // self.entry.shape[0]
+        memory = np.empty(len(tokens) * width, dtype=np.uint8)
+        file = self.reader.file(self.entry.file)
+        for place, token in enumerate(tokens):
+            if not 0 <= token < self.entry.shape[0]:
+                raise ModelError(f"token {token} is outside of the table of {self.entry.shape[0]:,} rows")
+            view = memoryview(memory[place * width : (place + 1) * width])  # type: ignore[arg-type]
+            file.read_into(view, self.entry.offset + token * width, keep=True)
+        return torch.from_numpy(memory).view(self.entry.dtype).view(len(tokens), -1)
+
+
+class _File:
+    """An open file whose size and time of change must stay what they were."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._state = self._now()
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
+        self._lock = threading.Lock()
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns
+
+    def read_into(self, memory: memoryview, offset: int, keep: bool = False) -> None:
+        """Fill ``memory`` from ``offset`` on; ``keep`` leaves the pages in the system's cache.
+
+        Raises:
+            ModelError: the file cannot be read, ended early, or has changed since it was opened.
+        """
+        try:
+            if self._now() != self._state:
+                raise ModelError(
+                    f"{self.path}: was changed while a run was reading it; put the file back, and resume the run"
+                )
+            done = 0
+            while done < len(memory):
+                count = self._read(memory[done:], offset + done)
+                if not count:
+                    raise ModelError(f"{self.path}: ends at byte {offset + done:,}, in the middle of a matrix")
+                done += count
+            if not keep and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+
+    def _read(self, memory: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [memory], offset)
+        with self._lock:  # systems without it share one position
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            found = os.read(self.descriptor, len(memory))
+        memory[: len(found)] = found
+        return len(found)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Tensors and where in a buffer each begins."""
+
+    entries: dict[str, Entry]
+    places: dict[str, int]
+    bytes: int
+
+
+class _Slot:
+    """A buffer that any layer fits into, and for each layer the tensors it would hold.
+
+    Attributes:
+        wanted: the layer it holds or is being filled with; -1 for none.
+        ready: set unless it is being filled.
+        error: why it could not be filled.
+    """
+
+    def __init__(self, layers: Sequence[_Layer], size: int) -> None:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        self.memory = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        self.views = [
+            {
+                name: buffer[layer.places[name] : layer.places[name] + entry.bytes].view(entry.dtype).view(entry.shape)
+                for name, entry in layer.entries.items()
+            }
+            for layer in layers
+        ]
+        self.wanted = -1
+        self.error: ModelError | None = None
+        self.ready = threading.Event()
+        self.ready.set()
