@@ -325,7 +325,7 @@ def _fit_embeddings(model: Any, tokenizer: Any, source: ModelSource) -> None:
     if isinstance(model.get_input_embeddings(), StreamedEmbedding):
         raise ConfigError(
             f"fwdllm.base.stream: the tokenizer of {source.name} has {len(tokenizer)} tokens and its table {rows} "
-            "rows, and a table on the disk cannot grow; set it to false, or give a tokenizer that pads with a word it has"
+            "rows, and a table on the disk cannot grow; set it to false, or pad with a word the tokenizer has"
         )
     if len(tokenizer) > rows + len(set(tokenizer.all_special_ids)) or tokenizer.pad_token_id is None:
         raise ModelError(f"{source.name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")
