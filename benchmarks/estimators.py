@@ -80,7 +80,7 @@ def measure(
         seeds = [direction_seed(0, index, 0, probe) for probe in range(probes)]
         keys = [DirectionKey(1, seed) for seed in seeds]
         slopes = it.slopes(batch, keys).values.astype(np.float64)
-        stacks = stack_directions(batch, keys, distribution)
+        stacks = list(stack_directions(batch, keys, distribution))
         truth = sum((z * g).flatten(1).double().sum(1) for z, g in zip(stacks, gradient, strict=True)).numpy()  # type: ignore
         errors.append(np.mean((slopes - truth) ** 2))
         sizes.append(np.mean(truth**2))

@@ -11,7 +11,7 @@ Per-probe losses stay on the device until all probes of a step are queued; one t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -149,16 +149,14 @@ def make_estimator(
 
 def stack_directions(
     batch_loss: BatchLoss, keys: Sequence[DirectionKey], distribution: Distribution
-) -> list[torch.Tensor]:
-    """Whole directions as float32 tensors, one ``[len(keys), *shape]`` stack per trainable (for batched passes)."""
-    stacks = []
+) -> Iterator[torch.Tensor]:
+    """Whole directions as float32 tensors, one ``[len(keys), *shape]`` stack per trainable in turn."""
     for tensor_id, tensor in enumerate(batch_loss.trainables.tensors):
         if not distribution.covers(tensor_id):
-            stacks.append(torch.zeros((), device=tensor.device).expand(len(keys), *tensor.shape))
+            yield torch.zeros((), device=tensor.device).expand(len(keys), *tensor.shape)
             continue
         values = distribution.values(keys, tensor_id, 0, tensor.numel(), arrays_of(tensor))
-        stacks.append(values.to(torch.float32).view(len(keys), *tensor.shape))
-    return stacks
+        yield values.to(torch.float32).view(len(keys), *tensor.shape)
 
 
 def in_groups(keys: Sequence[DirectionKey], size: int) -> list[Sequence[DirectionKey]]:

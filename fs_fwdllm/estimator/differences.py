@@ -75,7 +75,7 @@ class _PerturbedLosses:
         points = []
         for tensor, direction in zip(batch_loss.trainables.tensors, directions, strict=True):
             moved = [torch.add(tensor.detach(), direction, alpha=_float32(offset)) for offset in offsets]
-            points.append(torch.cat(moved))
+            points.append(torch.cat(moved) if len(moved) > 1 else moved[0])
         return batch_loss.at_stack(points).view(len(offsets), len(keys))
 
 

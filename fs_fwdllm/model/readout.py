@@ -27,6 +27,9 @@ from fs_fwdllm.model.inputs import DeviceBatch
 
 __all__ = ["Readout", "make_readout"]
 
+#: Logits whose exponentials exist at once: a vocabulary times all labels of a step is a large tensor.
+_CHUNK_ELEMENTS = 1 << 20
+
 
 class Readout:
     """Reads a classifier: one row per sample. The base of the others.
@@ -58,11 +61,10 @@ class Readout:
         millionth, which a radius of 0.001 makes slopes of a thousandth; the rows' losses are therefore put together and
         summed in float64. What is summed over the classes stays float32: its rounding is a ten-millionth of the loss.
         """
-        largest = logits.amax(dim=1).detach()
-        others = (logits - largest[:, None]).exp().sum(dim=1)
-        chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
-        rows = others.double().log() + (largest.double() - chosen.double())
-        return _reduced(rows, targets != IGNORED_LABEL, reduction)
+        step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        starts = range(0, max(1, len(logits)), step)
+        rows = [_cross_entropies(logits[start : start + step], targets[start : start + step]) for start in starts]
+        return _reduced(torch.cat(rows), targets != IGNORED_LABEL, reduction)
 
     def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The derivative of the mean loss by outputs ``start`` to ``stop`` of the output layer, ``[targets, stop -
@@ -129,6 +131,14 @@ class _SpanReadout(Readout):
         ends = torch.cat([output.start_logits, output.end_logits]).float()
         padding = torch.cat([batch.attention_mask, batch.attention_mask]) == 0
         return ends.masked_fill(padding, torch.finfo(ends.dtype).min)
+
+
+def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss of each row, float64."""
+    largest = logits.amax(dim=1).detach()
+    others = (logits - largest[:, None]).exp().sum(dim=1)
+    chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+    return others.double().log() + (largest.double() - chosen.double())
 
 
 def _reduced(rows: torch.Tensor, counts: torch.Tensor, reduction: str) -> torch.Tensor:

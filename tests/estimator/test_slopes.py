@@ -35,7 +35,7 @@ def length(gradient):
 
 def products(batch_loss, gradient, keys, distribution):
     """``z . grad`` in float64."""
-    stacks = stack_directions(batch_loss, keys, distribution)
+    stacks = list(stack_directions(batch_loss, keys, distribution))
     return sum((z.double() * g.double()).flatten(1).sum(1) for z, g in zip(stacks, gradient, strict=True)).numpy()
 
 

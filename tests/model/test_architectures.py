@@ -165,7 +165,7 @@ def test_forward_mode_is_backpropagation_times_the_direction(case: Case) -> None
     Backprop(case.loaded.model).gradient(batch_loss)
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainables.tensors]
     case.loaded.model.zero_grad(set_to_none=True)
-    directions = stack_directions(batch_loss, KEYS, make_distribution("rademacher"))
+    directions = list(stack_directions(batch_loss, KEYS, make_distribution("rademacher")))
     expected = [
         sum(float((z[k] * g).sum()) for z, g in zip(directions, gradient, strict=True)) for k in range(len(KEYS))
     ]

@@ -126,7 +126,7 @@ def test_every_pooling_has_every_kind_of_slope(tmp_path: Path, architecture: str
     torch.testing.assert_close(together.logits(), torch.cat(alone), rtol=1e-5, atol=2e-6)
 
     keys = [DirectionKey(5, seed) for seed in range(3)]
-    directions = stack_directions(together, keys, make_distribution("rademacher"))
+    directions = list(stack_directions(together, keys, make_distribution("rademacher")))
     Backprop(loaded.model).gradient(together)
     gradient = [tensor.grad for tensor in parts.trainables.tensors]
     exact = [sum(float((z[k] * g).sum()) for z, g in zip(directions, gradient, strict=True)) for k in range(3)]
@@ -146,7 +146,7 @@ def test_the_closed_form_of_its_head_is_backpropagation(tmp_path: Path) -> None:
     batch_loss, distribution = parts.objective.on(tiny_batch()), make_distribution("rademacher")
     keys = [DirectionKey(5, seed) for seed in range(3)]
     measured = parts.measuring(distribution)(1).slopes(batch_loss, [keys]).values
-    directions = stack_directions(batch_loss, keys, distribution)
+    directions = list(stack_directions(batch_loss, keys, distribution))
     Backprop(loaded.model).gradient(batch_loss)
     gradient = [tensor.grad for tensor in parts.trainables.tensors]
     exact = [sum(float((z[k] * g).sum()) for z, g in zip(directions, gradient, strict=True)) for k in range(3)]

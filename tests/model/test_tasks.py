@@ -96,7 +96,7 @@ def test_a_difference_along_a_direction_is_the_backpropagated_slope(tmp_path, ta
     assert length > 1e-3
     before = objective.trainables.digest()
     keys: list[DirectionKey] = list(KEYS)
-    stacks = stack_directions(batch_loss, keys, make_distribution("rademacher"))
+    stacks = list(stack_directions(batch_loss, keys, make_distribution("rademacher")))
     for probe in range(len(keys)):
         direction = [stack[probe] for stack in stacks]
         exact = sum(float((z * g).sum()) for z, g in zip(direction, gradient, strict=True))

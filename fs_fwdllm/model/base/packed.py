@@ -70,21 +70,16 @@ class PackedLinear(nn.Linear):
         return self._like.expand(self.out_features, self.in_features)
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """The packed tensors, by the codec's names; copies of what is streamed."""
-        with self._held() as parts:
-            return parts if self.streamed is None else {name: tensor.clone() for name, tensor in parts.items()}
+        """The packed tensors that are in memory, by the codec's names."""
+        return {name: self.get_buffer(attribute) for name, attribute in self._names.items()}
 
-    @contextmanager
-    def _held(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _held(self, device: torch.device) -> Iterator[tuple[int, int, Mapping[str, torch.Tensor]]]:
+        """``(first row, last row, tensors)`` of what is held at a time: everything, or the pieces of a reader."""
         if self.streamed is None:
-            yield {name: self.get_buffer(attribute) for name, attribute in self._names.items()}
+            yield 0, self.out_features, self.parts()
             return
-        with self.streamed.lent() as parts:
-            yield (
-                parts
-                if self._like.device.type == "cpu"
-                else {name: tensor.to(self._like.device) for name, tensor in parts.items()}
-            )
+        for first, last, parts in self.streamed.held():
+            yield first, last, {name: tensor.to(device) for name, tensor in parts.items()}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype."""
@@ -94,10 +89,11 @@ class PackedLinear(nn.Linear):
     def blocks(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
         """``(first, last, rows)`` over the matrix; ``rows`` ``[last - first, in]`` last until the next are wanted."""
         step = self._rows_of_block(dtype)
-        with self._held() as parts, _scratch(step * self.in_features, dtype, device) as scratch:
-            for first in range(0, self.out_features, step):
-                last = min(first + step, self.out_features)
-                yield first, last, self.codec.rows(parts, first, last, scratch)
+        with _scratch(step * self.in_features, dtype, device) as scratch:
+            for start, stop, parts in self._held(device):
+                for first in range(start, stop, step):
+                    last = min(first + step, stop)
+                    yield first, last, self.codec.rows(parts, first - start, last - start, scratch)
 
     @torch.no_grad()
     def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -116,7 +112,7 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """As of any module, but a change of dtype is the computation's; the packed tensors are what they are."""
-        before = {} if self.streamed is not None else self.parts()
+        before = self.parts()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, attribute in self._names.items():
             moved = self.get_buffer(attribute)
@@ -200,7 +196,11 @@ def elements_of(model: nn.Module) -> int:
     held += sum(table.num_embeddings * table.embedding_dim for table in tables.values())
     shared = {id(table.entry) for table in tables.values()}  # a head that is tied to them
     layers = {id(layer): layer for _, layer in packed_layers(model)}
-    own = [layer for layer in layers.values() if layer.streamed is None or not shared & layer.streamed.entry_ids]
+    own = [
+        layer
+        for layer in layers.values()
+        if layer.streamed is None or not shared & set(map(id, layer.streamed.entries))
+    ]
     return held + sum(layer.in_features * layer.out_features for layer in own)
 
 

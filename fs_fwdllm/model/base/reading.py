@@ -105,7 +105,7 @@ def _streamed(
         return None
     used = {name: entry for name, entry in entries.items() if name not in _NOT_NUMBERS and "quant_state" not in name}
     bias: Any = module.bias
-    return PackedLinear(codec, reader.add(used), bias, dtype)
+    return PackedLinear(codec, reader.add(used, shape[0]), bias, dtype)
 
 
 def _plain(entry: Entry | None, shape: tuple[int, int], *, transposed: bool) -> Plain | None:
@@ -129,7 +129,8 @@ def _stream_tables(model: Any, checkpoint: Checkpoint, reader: Reader, dtype: to
     plain = _plain(entry, (head.out_features, head.in_features), transposed=False)
     if plain is None:
         return
-    layer = PackedLinear(plain, reader.add({"weight": entry}), head.bias, dtype)
+    assert entry is not None
+    layer = PackedLinear(plain, reader.add_table(entry), head.bias, dtype)
     _put(model, names[id(head)], layer)
     if keep_head:
         unpack(model, [names[id(head)]])

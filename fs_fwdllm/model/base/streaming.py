@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from fs_fwdllm.model.base.checkpoint import Entry
 __all__ = ["Reader", "StreamedEmbedding", "StreamedLayer"]
 
 _ALIGNMENT_BYTES = 64
+#: Of a table of the vocabulary that are read together.
+_LARGEST_PIECE_BYTES = 16 << 20
 
 
 class Reader:
@@ -40,6 +43,10 @@ class Reader:
 
     Layers are announced by :meth:`add` and lent by :class:`StreamedLayer`. One layer is lent at a time; what a thread
     does not give back in time another one waits for.
+
+    Attributes:
+        bytes_read: from the disk, so far.
+        waited_s: seconds that layers were waited for.
     """
 
     def __init__(self) -> None:
@@ -52,26 +59,39 @@ class Reader:
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
         self.bytes_read = 0
+        self.waited_s = 0.0
 
-    def add(self, entries: dict[str, Entry]) -> StreamedLayer:
-        """A layer of these tensors."""
+    def add(self, entries: dict[str, Entry], rows: int) -> StreamedLayer:
+        """A layer of these tensors, whose matrix has so many rows."""
+        return StreamedLayer(self, (Piece(self._announce(entries), 0, rows),), tuple(entries.values()))
+
+    def add_table(self, entry: Entry) -> StreamedLayer:
+        """A layer of one matrix ``[rows, columns]`` of floats, in pieces that make no buffer larger than layers do."""
+        rows = entry.shape[0]
+        width = entry.bytes // rows
+        step = max(1, _LARGEST_PIECE_BYTES // width)
+        pieces = []
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            place = entry.offset + first * width
+            part = Entry(entry.file, place, (last - first) * width, entry.dtype, (last - first, *entry.shape[1:]))
+            pieces.append(Piece(self._announce({"weight": part}), first, last))
+        return StreamedLayer(self, tuple(pieces), (entry,))
+
+    def _announce(self, entries: dict[str, Entry]) -> int:
         places, used = {}, 0
         for name, entry in entries.items():
             places[name] = used
             used += -(-entry.bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         self._layers.append(_Layer(entries, places, used))
         self._slots = []  # as large as the largest layer, so anew
-        return StreamedLayer(self, len(self._layers) - 1)
+        return len(self._layers) - 1
 
     def file(self, path: Path) -> _File:
         """The open file; one descriptor for all its tensors."""
         if path not in self._files:
             self._files[path] = _File(path)
         return self._files[path]
-
-    def entries_of(self, index: int) -> list[Entry]:
-        """Where the tensors of a layer lie."""
-        return list(self._layers[index].entries.values())
 
     @property
     def buffer_bytes(self) -> int:
@@ -103,7 +123,9 @@ class Reader:
         if slot is None:  # not what was expected: the one that was read ahead is given up
             slot = self._slots[0] if self._slots[1].wanted == self._last[1] else self._slots[1]
             self._order(slot, index)
+        began = time.perf_counter()
         slot.ready.wait()
+        self.waited_s += time.perf_counter() - began
         if slot.error is not None:
             error, slot.error, slot.wanted = slot.error, None, -1
             raise error
@@ -147,21 +169,32 @@ class Reader:
                 slot.ready.set()
 
 
+class Piece(NamedTuple):
+    """Rows ``first`` to ``last`` of a matrix, which are read together."""
+
+    layer: int
+    first: int
+    last: int
+
+
 @dataclass(frozen=True)
 class StreamedLayer:
-    """A layer of a reader, as its module holds it. A copy of the module shares it."""
+    """A layer of a reader, as its module holds it. A copy of the module shares it.
+
+    Attributes:
+        pieces: most layers are one; a vocabulary's are many.
+        entries: where its tensors lie.
+    """
 
     reader: Reader
-    index: int
+    pieces: tuple[Piece, ...]
+    entries: tuple[Entry, ...]
 
-    @property
-    def entry_ids(self) -> set[int]:
-        """Identities of the layer's places on the disk."""
-        return {id(entry) for entry in self.reader.entries_of(self.index)}
-
-    def lent(self) -> Any:
-        """Context of the layer's tensors, by name."""
-        return self.reader.lent(self.index)
+    def held(self) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """``(first, last, tensors)`` of each piece in turn, which last until the next is asked for."""
+        for layer, first, last in self.pieces:
+            with self.reader.lent(layer) as tensors:
+                yield first, last, tensors
 
     def __deepcopy__(self, memo: Any) -> StreamedLayer:
         return self
