@@ -146,3 +146,9 @@ def test_peer_is_compared_in_time_memory_and_bytes() -> None:
 def test_peer_is_skipped_with_a_reason_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDMEZO_HOME", "/nowhere")
     assert output_of("federatedscope_peer.py").startswith("skipped: FEDMEZO_HOME is '/nowhere'")
+
+
+def test_large_measures_a_step_over_the_disk_beside_one_in_memory(tmp_path: Path) -> None:
+    output = output_of("large.py", tmp_path, "--rows", "^8 probes, 64 tokens")
+    disk, memory = cells_of(output, "8 probes, 64 tokens  "), cells_of(output, "8 probes, 64 tokens, in memory  ")
+    assert disk[-1] == memory[-1]  # the loss
