@@ -28,7 +28,7 @@ from fs_fwdllm.model.inputs import DeviceBatch
 __all__ = ["Readout", "make_readout"]
 
 #: Logits whose exponentials exist at once: a vocabulary times all labels of a step is a large tensor.
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
 
 
 class Readout:

@@ -136,8 +136,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(input: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-        outputs = [F.linear(input, rows) for _, _, rows in layer.blocks(input.dtype, input.device)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        output = input.new_empty(*input.shape[:-1], layer.out_features)
+        for first, last, rows in layer.blocks(input.dtype, input.device):
+            output[..., first:last] = F.linear(input, rows)
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, PackedLinear], output: torch.Tensor) -> None:
