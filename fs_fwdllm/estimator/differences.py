@@ -27,7 +27,9 @@ from torch import nn
 from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
-from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes, in_groups, stack_directions
+from fs_fwdllm.estimator.base import Estimator, Footprint, Slopes, in_groups
+from fs_fwdllm.estimator.points import Points, ResidentPoints, make_points
+from fs_fwdllm.model.base.packed import reader_of
 from fs_fwdllm.model.objective import BatchLoss
 from fs_fwdllm.model.perturbation import Perturbation, make_perturbation
 
@@ -59,6 +61,7 @@ class _PerturbedLosses:
     """Losses at ``theta + s * h * z`` for every probe and sign, one by one or batched."""
 
     perturbation: Perturbation
+    points: Points
     probes_per_batch: int
 
     @torch.no_grad()
@@ -67,16 +70,9 @@ class _PerturbedLosses:
         if self.probes_per_batch == 1:
             rows = [[self.perturbation.loss(batch_loss, key, offset) for offset in offsets] for key in keys]
             return torch.stack([torch.stack(row) for row in rows], dim=1)
-        groups = [self._batched(batch_loss, group, offsets) for group in in_groups(keys, self.probes_per_batch)]
-        return torch.cat(groups, dim=1)
-
-    def _batched(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: tuple[float, ...]) -> torch.Tensor:
-        directions = stack_directions(batch_loss, keys, self.perturbation.distribution)
-        points = []
-        for tensor, direction in zip(batch_loss.trainables.tensors, directions, strict=True):
-            moved = [torch.add(tensor.detach(), direction, alpha=_float32(offset)) for offset in offsets]
-            points.append(torch.cat(moved) if len(moved) > 1 else moved[0])
-        return batch_loss.at_stack(points).view(len(offsets), len(keys))
+        steps = tuple(map(_float32, offsets))
+        groups = [self.points.losses(batch_loss, group, steps) for group in in_groups(keys, self.probes_per_batch)]
+        return torch.cat([group.view(len(offsets), -1) for group in groups], dim=1)
 
 
 class _Difference(Estimator):
@@ -86,19 +82,26 @@ class _Difference(Estimator):
         perturbation: how a perturbed point is reached.
     """
 
-    def __init__(self, perturbation: Perturbation, radius: float | Radius, probes_per_batch: int = 1) -> None:
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        radius: float | Radius,
+        probes_per_batch: int = 1,
+        points: Points | None = None,
+    ) -> None:
         self._radius = radius if isinstance(radius, Radius) else Radius(radius)
         self.perturbation = perturbation
-        self._losses = _PerturbedLosses(perturbation, probes_per_batch)
+        points = points or ResidentPoints(perturbation.trainables, perturbation.distribution)
+        self._losses = _PerturbedLosses(perturbation, points, probes_per_batch)
 
     @classmethod
     def of(
         cls, model: nn.Module, trainables: Trainables, distribution: Distribution, config: FwdllmConfig, *, full: bool
     ) -> Estimator:
         perturbation = make_perturbation(model, trainables, distribution, streamed=full)
-        return cls(
-            perturbation, Radius(config.radius, relative=config.radius_scale == "relative"), config.probes_per_batch
-        )
+        radius = Radius(config.radius, relative=config.radius_scale == "relative")
+        points = make_points(model, trainables, distribution, streamed=reader_of(model) is not None)
+        return cls(perturbation, radius, config.probes_per_batch, points)
 
     @classmethod
     def points_of(cls, probes: int) -> int:

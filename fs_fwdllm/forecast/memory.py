@@ -17,7 +17,8 @@ those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estima
   scalars, three times with Adam). A run on scalars whose clients keep up never sends a state; one that is resumed sends
   one, which is not counted. A dense upload adds ``3 T`` on its way and ``T`` per client of the round until it is
   averaged.
-* work, slopes (of the costliest source): ``copies T`` (for full-parameter tuning one by one, the largest module), ``T``
+* work, slopes (of the costliest source): ``copies T`` (for full-parameter tuning one by one, the largest module; for
+  points in one pass over a base on the disk, ``copies`` of the largest trainable), ``T``
   for the starting point where clients move, and ``points * (layer + logits)``; from backpropagation as below.
 * work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
   where clients move), and the activations: ``1.5 layer`` per layer from the lowest trainable one on (norms and
@@ -241,6 +242,8 @@ def _of_source(session: Session, source: Source, shape: _Shape, work: _Pass, ste
         return trainable_bytes + _backprop_activations(session, shape, work)
     layer_by_layer = session.parts.full and held.by_layer
     copies_bytes = _largest_module(session.loaded.model) if layer_by_layer else held.copies * trainable_bytes
+    if held.points > 1 and source.estimator.has_radius and reader_of(session.loaded.model) is not None:
+        copies_bytes = held.copies * max(4 * tensor.numel() for tensor in session.parts.trainables.tensors)
     moves = session.config.method.clients_step and (steps > 1 or own.upload == "dense")
     layer_points = held.points if shape.trained_layers else 1
     activations: int = layer_points * shape.layer(work) + held.points * shape.logits(work)
