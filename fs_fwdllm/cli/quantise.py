@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.report.terminal import print_facts, say
@@ -41,7 +40,8 @@ def quantise(
         raise ConfigError("--asymmetric: nf4 has no zeros; it is for --int4 and --int8")
     form = importlib.import_module("fs_fwdllm.model.base.packing").Form(names[0], group, not asymmetric)
     quantise_folder = importlib.import_module("fs_fwdllm.model.base.quantising").quantise_folder
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    progress = importlib.import_module("rich.progress").Progress  # not for every other command's help
+    with progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("tensors")
         made = quantise_folder(model, output, form, lambda done, all_: bar.update(task, completed=done, total=all_))
     console = Console(highlight=False)

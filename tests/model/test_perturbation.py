@@ -51,8 +51,12 @@ def assert_streamed_is_resident(model, trainables, batch_loss, distribution=None
     for key in (KEY, DirectionKey(5, 78), KEY):
         for coefficient in (RADIUS, -RADIUS):
             expected = slow_loss(batch_loss, key, coefficient, distribution)
-            assert torch.equal(streamed.loss(batch_loss, key, coefficient), expected)
-            assert torch.equal(resident.loss(batch_loss, key, coefficient), expected)
+            found = streamed.loss(batch_loss, key, coefficient)
+            assert torch.equal(resident.loss(batch_loss, key, coefficient), found)
+            if isinstance(distribution, Rademacher):
+                assert torch.equal(found, expected)
+            else:  # a normal number times the step is rounded, or not, before it is added
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
             assert trainables.digest() == before
             assert [tensor.data_ptr() for tensor in trainables.tensors] == pointers
             seen.add(float(expected))

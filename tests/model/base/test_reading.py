@@ -239,7 +239,7 @@ def test_a_head_that_is_packed_is_read_as_numbers(tmp_path: Path, llama: Path) -
 @pytest.mark.parametrize(
     ("own", "pattern"),
     [
-        ({"llm.adapter.use": False}, r"llm\.adapter\.use: is false.*packs the base.*adapter"),
+        ({"llm.adapter.use": False}, r"llm\.adapter\.use: is false.*int4 packs it.*adapter"),
         (
             {"federate.method": "fedcybgd", "llm.adapter.use": False},
             r"federate\.method: is 'fedcybgd'.*float",
