@@ -125,6 +125,8 @@ def _stream_tables(model: Any, checkpoint: Checkpoint, reader: Reader, dtype: to
     if not isinstance(head, nn.Linear):
         return
     own = checkpoint.entries.get(f"{saved_name(checkpoint, model, names[id(head)])}.weight")
+    if own is None and not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return  # a head that the checkpoint lacks is not the table
     entry = entry if own is None else own
     plain = _plain(entry, (head.out_features, head.in_features), transposed=False)
     if plain is None:

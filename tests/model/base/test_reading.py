@@ -34,7 +34,7 @@ from tests.model.test_prefix_cache import LATE, LATE_IDS, Twin, assert_same_ever
 from tests.model.tiny import save_tiny_model, tiny_batch, tiny_config
 
 #: What is not read without transformers' own loading: weights that it renames or puts together as it reads them.
-_RENAMED = ("esm", "funnel", "ibert", "gpt_neox")
+_RENAMED = ("esm", "ibert", "gpt_neox")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,10 @@ def test_a_model_that_is_built_empty_and_filled_is_the_one_transformers_loads(
             return read_base(lambda: auto.from_config(settings), Checkpoint(folder), {}, torch.float32)
 
         if row.name in _RENAMED:
-            pytest.skip("transformers renames weights of this architecture as it reads them")
+            config = row.run_config(folder, "lora", base={"stream": True})
+            with pytest.raises(ModelError):
+                load_model(config, load_tokenizer(config), 3)
+            return
         try:
             found, fresh = read()
         except ModelError as error:
@@ -86,7 +89,9 @@ def test_a_model_that_is_built_empty_and_filled_is_the_one_transformers_loads(
     state, other = expected.state_dict(), found.state_dict()
     assert state.keys() == other.keys() and fresh == set(report["missing_keys"])
     drawn = {name for name in state if name in fresh}
-    assert not [name for name in state if name not in drawn and not torch.equal(state[name], other[name])]
+    differing = [name for name in state if name not in drawn and not torch.equal(state[name], other[name])]
+    written = Checkpoint(folder)  # transformers draws Funnel's table anew, whatever the file says
+    assert all(torch.equal(other[name], written.read(name)) for name in differing) and len(differing) <= 1
     buffers = dict(found.named_buffers())
     assert not [name for name, buffer in expected.named_buffers() if not torch.equal(buffer, buffers[name])]
 
