@@ -192,8 +192,15 @@ class BaseConfig(Section):
     symmetric: bool = Field(True, description="whether groups of int8 and int4 have no zero of their own")
     stream: bool = Field(
         False,
-        description="leave the base on the disk and read each matrix when it is used; one pass over several probes "
-        "(fwdllm.probes_per_batch) reads it once",
+        description="leave the base on the disk and read each matrix when it is used, once for all passes that go side "
+        "by side (base.passes_per_read)",
+    )
+    passes_per_read: int = Field(
+        8,
+        ge=1,
+        description="passes over a base on the disk that go side by side and share what is read: perturbed points that "
+        "fwdllm.probes_per_batch does not put into one pass, batches of an evaluation, simulated clients that stand at "
+        "one point; each holds its activations",
     )
     folder: str = Field(
         "", description="where the packed base is written, and read from the next time; empty packs it in every run"
@@ -204,6 +211,10 @@ class BaseConfig(Section):
         """How to pack is said only where something is packed."""
         others = {"group": self.group, "symmetric": self.symmetric, "folder": self.folder}
         said = [name for name, value in others.items() if value != type(self).model_fields[name].default]
+        if not self.stream and self.passes_per_read != type(self).model_fields["passes_per_read"].default:
+            raise ValueError(
+                f"base.passes_per_read {self.passes_per_read} is about a base on the disk, but base.stream is false"
+            )
         if self.quantise == "none" and said:
             raise ValueError(
                 f"base.{said[0]} says how a base is packed, but base.quantise is none; choose int8, int4 or nf4"

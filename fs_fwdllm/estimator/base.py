@@ -117,6 +117,11 @@ class Estimator(ABC):
         return Footprint()
 
     @classmethod
+    def side_by_side(cls, probes: int, probes_per_batch: int) -> int:
+        """Runs of the model in a step that may go side by side, with other clients' too; 0 where none may."""
+        return 0
+
+    @classmethod
     def largest_batch(cls, probes: int) -> int:
         """Up to which ``fwdllm.probes_per_batch`` more probes can be batched."""
         return probes

@@ -17,8 +17,9 @@ frozen weights once for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,11 +69,13 @@ class _PerturbedLosses:
     def evaluate(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: tuple[float, ...]) -> torch.Tensor:
         """Float32 ``[len(offsets), len(keys)]`` on the device; an offset is ``s * h``."""
         if self.probes_per_batch == 1:
-            rows = [[self.perturbation.loss(batch_loss, key, offset) for offset in offsets] for key in keys]
-            return torch.stack([torch.stack(row) for row in rows], dim=1)
+            single = [partial(self.perturbation.loss, batch_loss, key, offset) for key in keys for offset in offsets]
+            return torch.stack(batch_loss.together(single)).view(len(keys), len(offsets)).T
         steps = tuple(map(_float32, offsets))
-        groups = [self.points.losses(batch_loss, group, steps) for group in in_groups(keys, self.probes_per_batch)]
-        return torch.cat([group.view(len(offsets), -1) for group in groups], dim=1)
+        groups = [
+            partial(self.points.losses, batch_loss, group, steps) for group in in_groups(keys, self.probes_per_batch)
+        ]
+        return torch.cat([group.view(len(offsets), -1) for group in batch_loss.together(groups)], dim=1)
 
 
 class _Difference(Estimator):
@@ -129,6 +132,10 @@ class CentralDifference(_Difference):
         return 2 * probes
 
     @classmethod
+    def side_by_side(cls, probes: int, probes_per_batch: int) -> int:
+        return 2 * probes if probes_per_batch == 1 else math.ceil(probes / probes_per_batch)
+
+    @classmethod
     def largest_batch(cls, probes: int) -> int:
         return max(probes, 2)  # 2 batches both points of a single probe
 
@@ -149,11 +156,16 @@ class OneSidedDifference(_Difference):
     def passes(cls, probes: int, probes_per_batch: int) -> int:
         return 1 + probes
 
+    @classmethod
+    def side_by_side(cls, probes: int, probes_per_batch: int) -> int:
+        return 1 + math.ceil(probes / probes_per_batch)
+
     def slopes(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey]) -> Slopes:
-        clean = batch_loss.clean()
         radius = self._radius.at(self.perturbation.trainables, self.perturbation.distribution)
-        perturbed = self._losses.evaluate(batch_loss, keys, (radius,))[0]
-        losses = _to_host(torch.cat([clean.reshape(1), perturbed]))
+        perturbed = partial(self._losses.evaluate, batch_loss, keys, (radius,))
+        runs: list[Callable[[], torch.Tensor]] = [batch_loss.clean, perturbed]
+        clean, moved = batch_loss.together(runs)
+        losses = _to_host(torch.cat([clean.reshape(1), moved[0]]))
         values = (losses[1:] - losses[0]) / radius
         passes = self.passes(len(keys), self._losses.probes_per_batch)
         return Slopes(values.astype(np.float32), float(losses[0]), passes)

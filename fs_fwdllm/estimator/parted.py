@@ -38,11 +38,13 @@ class PartedEstimator:
     Args:
         parts: per part its source, ``None`` for one that is frozen.
         probes: per part, how many directions a step has.
+        side_by_side: runs of the model that may go side by side with other clients'; 0 where none may.
     """
 
-    def __init__(self, parts: Sequence[_Part | None], probes: tuple[int, ...]) -> None:
+    def __init__(self, parts: Sequence[_Part | None], probes: tuple[int, ...], side_by_side: int = 0) -> None:
         self._parts = parts
         self.probes = probes
+        self.side_by_side = side_by_side
         known = {id(part.estimator): part.estimator for part in parts if part is not None}
         # Whoever runs the model where it stands goes first, so that others need not.
         self._first = [index for index, part in enumerate(parts) if part is not None and part.estimator.exact]
@@ -108,7 +110,12 @@ def make_parted_estimator(
                 union = ConfinedDirections(distribution, ids)
                 exact[source.slopes] = source.estimator.of(model, trainables, union, config, full=full)
             parts.append(_Part(exact[source.slopes], own))
-    return PartedEstimator(parts, tuple(source.probes for source in sources))
+    runs = [
+        source.estimator.side_by_side(source.probes, config.probes_per_batch)
+        for source in sources
+        if source.estimator is not None
+    ]
+    return PartedEstimator(parts, tuple(source.probes for source in sources), max(runs) if all(runs) else 0)
 
 
 def _along(part: _Part, batch_loss: BatchLoss, keys: Sequence[DirectionKey], gradients: dict[int, Gradient]) -> Slopes:

@@ -23,6 +23,7 @@ from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import EstimatorError, ModelError
 from fs_fwdllm.estimator.base import stack_directions
+from fs_fwdllm.model.base.packed import meeting_of
 from fs_fwdllm.model.objective import BatchLoss
 from fs_fwdllm.model.trial import foreign_code
 
@@ -83,6 +84,7 @@ class LayerPoints(Points):
             else:
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
+        meeting_of(model).share(self)
 
     def losses(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: Sequence[float]) -> torch.Tensor:
         def at(point: torch.Tensor) -> torch.Tensor:
@@ -113,6 +115,22 @@ class LayerPoints(Points):
             self._active = None
             for own in self._owners.values():
                 self._put_back(own)
+
+    def take(self) -> Any:
+        """What stands moved in a pass that stops (:class:`~fs_fwdllm.model.base.meeting.Shared`)."""
+        tensors = self.trainables.tensors
+        places = [place for own in self._owners.values() for place in own]
+        moved = [(owner, name, owner[name]) for owner, name, index in places if owner[name] is not tensors[index]]
+        state, self._active = (self._active, moved), None
+        for own in self._owners.values():
+            self._put_back(own)
+        return state
+
+    def give(self, state: Any) -> None:
+        """It goes on."""
+        self._active, moved = state
+        for owner, name, standing in moved:
+            owner[name] = standing
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
         if self._active is not None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,12 +35,13 @@ from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 from fs_fwdllm.evaluation.answers import BestSpans, judge, judge_apart
 from fs_fwdllm.evaluation.generation import generate_answers
-from fs_fwdllm.model.objective import Objective
+from fs_fwdllm.model.objective import BatchLoss, Objective
 
 __all__ = [
     "METRICS", "METRICS_ON_REQUEST", "check_metrics", "evaluate", "majority_scores", "of_classes", "of_numbers"
 ]  # fmt: skip
 
+T = TypeVar("T")
 _OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
 
 _OF_NUMBERS = ("mse", "mae", "pearson", "spearman")
@@ -103,14 +106,12 @@ def evaluate(
     generates = objective.task == "causal_lm" and bool({*_OF_ANSWERS, *_OF_ANSWERS_APART} & set(metrics))
     total = len(batches) * (1 + generates)
     total_loss, predictions, targets, spans = 0.0, [], [], BestSpans()
-    for batch in _watched(batches, 0, total, progress):
-        batch_loss = objective.on(batch)
-        logits = batch_loss.logits()
-        total_loss += float(objective.readout.loss(logits, batch_loss.targets, reduction="sum"))
-        predictions.append((logits.squeeze(-1) if objective.task == "regression" else logits.argmax(-1)).cpu())
-        targets.append(batch_loss.targets.cpu())
-        if objective.task == "question_answering":
-            spans.add(logits, batch.references)
+    for batch, seen in zip(batches, _watched(_seen(objective, batches), 0, total, progress), strict=True):
+        total_loss += seen.loss
+        predictions.append(seen.predictions)
+        targets.append(seen.targets)
+        if seen.logits is not None:
+            spans.add(seen.logits, batch.references)
     predicted, actual = torch.cat(predictions).numpy(), torch.cat(targets).numpy()
     counted = len(actual) if objective.task == "regression" else int((actual != IGNORED_LABEL).sum())
     known: dict[str, Any] = {"loss": total_loss / counted if counted else math.nan}
@@ -141,13 +142,41 @@ def majority_scores(batches: Sequence[Batch], metrics: Sequence[str]) -> dict[st
     return {f"majority_{name}": found[name] for name in named}
 
 
+@dataclass
+class _Seen:
+    """What a model says of a batch: the sum of its losses, and a prediction and a target a label."""
+
+    loss: float
+    predictions: torch.Tensor
+    targets: torch.Tensor
+    logits: torch.Tensor | None
+
+
+def _seen(objective: Objective, batches: Sequence[Batch]) -> Iterator[_Seen]:
+    """Batch by batch; over a base on the disk several go side by side, and share what is read."""
+    size = objective.meeting.largest
+    for first in range(0, len(batches), size):
+        group = [objective.on(batch) for batch in batches[first : first + size]]
+        yield from objective.meeting.together([partial(_look_at, objective, batch_loss) for batch_loss in group])
+
+
+def _look_at(objective: Objective, batch_loss: BatchLoss) -> _Seen:
+    logits, targets = batch_loss.logits(), batch_loss.targets
+    return _Seen(
+        loss=float(objective.readout.loss(logits, targets, reduction="sum")),
+        predictions=(logits.squeeze(-1) if objective.task == "regression" else logits.argmax(-1)).cpu(),
+        targets=targets.cpu(),
+        logits=logits if objective.task == "question_answering" else None,
+    )
+
+
 def _watched(
-    batches: Sequence[Batch], before: int, total: int, progress: Callable[[int, int], None]
-) -> Iterator[Batch]:
-    for number, batch in enumerate(batches):
-        if not before + number:
-            progress(0, total)
-        yield batch
+    items: Iterable[T], before: int, total: int, progress: Callable[[int, int], None]
+) -> Iterator[T]:  # fmt: skip
+    if not before:
+        progress(0, total)
+    for number, item in enumerate(items):
+        yield item
         progress(before + number + 1, total)
 
 

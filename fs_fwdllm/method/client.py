@@ -103,6 +103,11 @@ class ClientWorker(ABC):
     def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:
         """The method's own work, from the parameters of ``assignment`` on. Leaves the trainables bitwise as found."""
 
+    def side_by_side(self, clients: Sequence[int]) -> int:
+        """How many of ``clients`` may be at work at a time: more than one where all stand at one point, and share what
+        is read of a base on the disk."""
+        return 1
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What simulated clients keep between rounds, for a checkpoint; most methods' clients keep nothing."""
         return {}

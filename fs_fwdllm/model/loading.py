@@ -27,7 +27,7 @@ from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.base.loading import packed_base
-from fs_fwdllm.model.base.packed import reader_of
+from fs_fwdllm.model.base.packed import packed_layers, reader_of
 from fs_fwdllm.model.base.streaming import StreamedEmbedding
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
@@ -41,7 +41,15 @@ from fs_fwdllm.model.sentence_layout import SentenceLayout
 from fs_fwdllm.model.source import ModelSource, model_source, reading
 from fs_fwdllm.model.structure import head_modules, position_limit, positions_skip_padding, vocabulary_size
 from fs_fwdllm.model.trainable_parts import Request, adapter_request, attach
-from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, drop_unknown_mask, foreign_code, trial_rows, try_out
+from fs_fwdllm.model.trial import (
+    PADDED_RIGHT,
+    Conduct,
+    drop_unknown_mask,
+    first_results,
+    foreign_code,
+    trial_rows,
+    try_out,
+)
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -127,6 +135,8 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     if not blocks:  # a block has its masters only while it is visited
         make_float32_masters(model, _places_of_head(model, head))
     start_from(initial_folder(config), model, method, arguments)
+    if packed_layers(model):
+        _refuse_readers_of_weights(model, rows, method, arguments)
     facts = SavedFacts.of_run(
         config,
         source,
@@ -145,6 +155,27 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh),
         base_dtype=dtype, conduct=conduct, trial=rows, remarks=remarks,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _refuse_readers_of_weights(
+    model: nn.Module, rows: Sequence[Sequence[int]], method: str, arguments: dict[str, Any]
+) -> None:
+    """An adapter that looks into the base's weights (for DoRA's norms) finds no numbers there.
+
+    Raises:
+        ConfigError: what it starts from, or what comes out, is not a number.
+    """
+    started = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with private_torch_rng(0), foreign_code(f"a first forward pass with adapter_method {method!r} failed"):
+        found = first_results(model, rows[0])
+    if not all(bool(values.isfinite().all()) for values in [*started, *found]):
+        told = ", ".join(f"{name}: {value}" for name, value in arguments.items() if value not in (None, False, ""))
+        raise ConfigError(
+            f"llm.adapter.args: adapter_method {method!r} ({told}) reads the numbers of the base's weights, which are "
+            "packed or on the disk; leave out what reads them (use_dora), or give the float model, resident "
+            "(fwdllm.base.quantise none, fwdllm.base.stream false)"
+        )
 
 
 def _trial_rows(config: Config, model: nn.Module, tokenizer: Any, source: ModelSource) -> tuple[tuple[int, ...], ...]:

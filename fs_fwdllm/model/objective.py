@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,15 @@ from torch.func import vmap
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import DataError, EstimatorError, ModelError
+from fs_fwdllm.model.base.packed import meeting_of
 from fs_fwdllm.model.inputs import Group, batch_on, groups_of
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
 from fs_fwdllm.model.readout import Readout, make_readout
 from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, foreign_code
 
 __all__ = ["BatchLoss", "Objective"]
+
+T = TypeVar("T")
 
 
 class Objective:
@@ -66,6 +69,9 @@ class Objective:
         self.cache = PrefixCache(model, prefix_cache_bytes)
         self._positions: torch.Tensor | None = None
         self._selected = False
+        self._standing: Sequence[torch.Tensor] | None = None
+        self.meeting = meeting_of(model)
+        self.meeting.share(self)
         if self.readout.reads_tokens:
             head = _vocabulary_projection(model)
             if head is not None:
@@ -84,12 +90,30 @@ class Objective:
         own ``functional_call`` leaves such a tensor behind where two modules share a container of parameters.
         """
         try:
-            for owner, key, index in self._places:
-                owner[key] = values[index]
+            self._stand_at(values)
             yield
         finally:
-            for owner, key, index in self._places:
-                owner[key] = self.trainables.tensors[index]
+            self._stand_at(None)
+
+    def _stand_at(self, values: Sequence[torch.Tensor] | None) -> None:
+        self._standing = values
+        standing = self.trainables.tensors if values is None else values
+        for owner, key, index in self._places:
+            owner[key] = standing[index]
+
+    def take(self) -> Any:
+        """What a pass that stops has changed (:class:`~fs_fwdllm.model.base.meeting.Shared`)."""
+        state = self._positions, self._selected, self._standing
+        self._positions, self._selected = None, False
+        if self._standing is not None:
+            self._stand_at(None)
+        return state
+
+    def give(self, state: Any) -> None:
+        """It goes on."""
+        self._positions, self._selected, standing = state
+        if standing is not None:
+            self._stand_at(standing)
 
     def places_of(self, tensor: torch.Tensor) -> int:
         """In how many places of the model a trainable stands: more than one where modules share it."""
@@ -148,6 +172,10 @@ class BatchLoss:
         """The loss at the model's current parameters; differentiable if gradients are enabled."""
         with self._replayed():
             return self._plain_loss()
+
+    def together(self, passes: Sequence[Callable[[], T]]) -> list[T]:
+        """What passes over this batch return, side by side where they share what is read from the disk."""
+        return self._objective.meeting.together(passes)
 
     @contextmanager
     def at_one_point(self) -> Iterator[None]:

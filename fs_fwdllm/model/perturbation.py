@@ -23,6 +23,7 @@ from torch import nn
 from fs_fwdllm.core.direction import DirectionKey, Distribution
 from fs_fwdllm.core.replay import perturb
 from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.model.base.packed import meeting_of, reader_of
 from fs_fwdllm.model.objective import BatchLoss
 
 __all__ = ["Perturbation", "ResidentPerturbation", "StreamedPerturbation", "make_perturbation"]
@@ -69,9 +70,9 @@ class _Moved(NamedTuple):
 class StreamedPerturbation(Perturbation):
     """One module's tensors at a time, around its forward pass.
 
-    Tensors that no module's own forward pass reads (their owner is only a container) are found in a first pass and
-    perturbed for the whole pass instead. Leaving a pass puts every tensor back however the pass ended, by an interrupt
-    from the keyboard too.
+    Tensors that no module's own forward pass reads (their owner is only a container) are found in the first pass, which
+    is then run again, and stand perturbed for the whole pass from there on. Leaving a pass puts every tensor back
+    however the pass ended, by an interrupt from the keyboard too.
 
     Attributes:
         scratch: where perturbed tensors stand, one flat buffer for each depth of modules that call one another.
@@ -82,22 +83,45 @@ class StreamedPerturbation(Perturbation):
         self._ids = {id(tensor): tensor_id for tensor_id, tensor in enumerate(trainables.tensors)}
         self._active: tuple[DirectionKey, float] | None = None
         self._reached: set[int] = set()
-        self._held: list[torch.Tensor] | None = None
+        self._held: frozenset[int] = frozenset()
         self.scratch: list[torch.Tensor] = []
         self._open: list[_Moved] = []
         for module in model.modules():
             if any(id(parameter) in self._ids for parameter in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
+        meeting_of(model).share(self)
 
     @torch.no_grad()
     def loss(self, batch_loss: BatchLoss, key: DirectionKey, coefficient: float) -> torch.Tensor:
-        if self._held is None:
-            with self._streaming(key, 0.0, []):
-                batch_loss.here()
-            self._held = [t for tensor_id, t in enumerate(self.trainables.tensors) if tensor_id not in self._reached]
-        with self._streaming(key, coefficient, self._held):
-            return batch_loss.here()
+        while True:
+            held = self._held
+            with self._streaming(key, coefficient, [self.trainables.tensors[index] for index in sorted(held)]):
+                loss = batch_loss.here()
+            missed = {index for index in self._ids.values() if self.distribution.covers(index)} - self._reached - held
+            if not missed:
+                return loss
+            self._held = held | missed
+
+    def take(self) -> Any:
+        """What stands perturbed in a pass that stops (:class:`~fs_fwdllm.model.base.meeting.Shared`)."""
+        moved = [
+            (parameter, parameter.data, original) for level in self._open for parameter, original in level.originals
+        ]
+        state = self._active, self._open, self.scratch[: len(self._open)], moved
+        for parameter, _, original in reversed(moved):
+            parameter.data = original
+        nothing = torch.empty(0, device=self.trainables.device)
+        self.scratch[: len(self._open)] = [nothing] * len(self._open)
+        self._active, self._open = None, []
+        return state
+
+    def give(self, state: Any) -> None:
+        """It goes on."""
+        self._active, self._open, scratch, moved = state
+        self.scratch[: len(scratch)] = scratch
+        for parameter, standing in moved:
+            parameter.data = standing
 
     @contextmanager
     def _streaming(self, key: DirectionKey, coefficient: float, held: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -133,7 +157,8 @@ class StreamedPerturbation(Perturbation):
         self._open.append(_Moved(module, originals))
         for parameter, target in zip(due, scratch.split([p.numel() for p in due]), strict=True):
             tensor_id = self._ids[id(parameter)]
-            self._reached.add(tensor_id)
+            if module is not None:
+                self._reached.add(tensor_id)
             perturb(parameter.data, target, coefficient, key, tensor_id, self.distribution)
             originals.append((parameter, parameter.data))
             parameter.data = target.view(parameter.shape)
@@ -155,7 +180,7 @@ class StreamedPerturbation(Perturbation):
 def make_perturbation(
     model: nn.Module, trainables: Trainables, distribution: Distribution, *, streamed: bool
 ) -> Perturbation:
-    """The way that fits: streamed for full-parameter tuning, resident for adapters."""
-    if streamed:
+    """The way that fits: streamed for full-parameter tuning and over a base on the disk, resident for adapters."""
+    if streamed or reader_of(model) is not None:
         return StreamedPerturbation(model, trainables, distribution)
     return ResidentPerturbation(trainables, distribution)

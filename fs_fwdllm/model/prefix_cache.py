@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.model.base.packed import packed_layers
+from fs_fwdllm.model.base.packed import meeting_of, packed_layers
 
 __all__ = ["Prefix", "PrefixCache"]
 
@@ -59,35 +59,83 @@ class _Call:
         return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves if _occupies_memory(leaf))
 
 
+class _Stage:
+    """Where recorded calls are played back: the prefix whose turn it is, and how far it has come.
+
+    Sites are replaced once however many passes play there, so that passes may end in any order.
+    """
+
+    def __init__(self) -> None:
+        self._playing: tuple[Prefix | None, int] = (None, 0)
+        self._players: dict[int, tuple[nn.Module, Any, int]] = {}
+
+    @property
+    def position(self) -> int:
+        """Of the call that is played next."""
+        return self._playing[1]
+
+    @contextmanager
+    def playing(self, prefix: Prefix, start: int) -> Iterator[None]:
+        """Let the sites of ``prefix`` return what they returned, from call ``start`` on."""
+        before, sites = self._playing, list({id(call.site): call.site for call in prefix.calls}.values())
+        self._playing = (prefix, start)
+        try:
+            for site in sites:
+                self._replace(site)
+            yield
+        finally:
+            self._playing = before
+            for site in sites:
+                self._restore(site)
+
+    def take(self) -> Any:
+        """The playback of a pass that stops (:class:`~fs_fwdllm.model.base.meeting.Shared`)."""
+        state, self._playing = self._playing, (None, 0)
+        return state
+
+    def give(self, state: Any) -> None:
+        """It goes on."""
+        self._playing = state
+
+    def _replace(self, site: nn.Module) -> None:
+        _, previous, players = self._players.get(id(site), (site, site.__dict__.get("forward"), 0))
+        self._players[id(site)] = (site, previous, players + 1)
+        if not players:
+            site.forward = self._player(site, site.forward)
+
+    def _restore(self, site: nn.Module) -> None:
+        _, previous, players = self._players.pop(id(site))
+        if players > 1:
+            self._players[id(site)] = (site, previous, players - 1)
+        else:
+            _put_back(site, previous)
+
+    def _player(self, site: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            prefix, position = self._playing
+            if prefix is not None and position < len(prefix.calls) and prefix.calls[position].site is site:
+                self._playing = (prefix, position + 1)
+                return prefix.calls[position].output()
+            return original(*args, **kwargs)
+
+        return forward
+
+
 class Prefix:
     """The recorded calls of one batch. Inside :meth:`replayed` the model starts where the recording ended."""
 
-    def __init__(self, calls: list[_Call]) -> None:
+    def __init__(self, calls: list[_Call], stage: _Stage) -> None:
         self.calls = calls
         self.bytes = sum(call.nbytes() for call in calls)
-        self._position = 0
+        self._stage = stage
 
-    @contextmanager
-    def replayed(self, start: int = 0) -> Iterator[None]:
+    def replayed(self, start: int = 0) -> AbstractContextManager[None]:
         """Play the outputs from number ``start`` on back to the model for the duration of one forward pass."""
-        self._position = start
-
-        def play(site: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                position = self._position
-                if position < len(self.calls) and self.calls[position].site is site:
-                    self._position += 1
-                    return self.calls[position].output()
-                return original(*args, **kwargs)
-
-            return forward
-
-        with _patched({id(call.site): call.site for call in self.calls}.values(), play):
-            yield
+        return self._stage.playing(self, start)
 
     def resumed(self) -> AbstractContextManager[None]:
         """Playback from where it stands now, for a part of the model that will be run again later."""
-        return self.replayed(self._position)
+        return self.replayed(self._stage.position)
 
 
 class _Shelf:
@@ -132,9 +180,12 @@ class PrefixCache:
         self._model = model
         self._sites, self._boundaries = _partition(model)
         self._kept: dict[Hashable, Prefix] = {}
+        self._stage = _Stage()
         self._shelf = _Shelf()
         self._read: list[list[bool]] | None = None
         self._enabled = budget_bytes > 0 and bool(self._sites)
+        self._meeting = meeting_of(model)
+        self._meeting.share(self._stage)
 
     def prefix(self, key: Hashable | None, run: Callable[[], torch.Tensor]) -> Prefix | None:
         """The prefix of a batch, recorded now if it is not kept.
@@ -152,7 +203,8 @@ class PrefixCache:
             self.hits += 1
             return self._kept[key]
         self.misses += 1
-        prefix = self._record(run)
+        with self._meeting.alone():
+            prefix = self._record(run)
         if prefix is not None and key is not None and self.used_bytes + prefix.bytes <= self.budget_bytes:
             for call in prefix.calls:
                 call.leaves = [self._shelf.keep(leaf) for leaf in call.leaves]
@@ -189,10 +241,10 @@ class PrefixCache:
             self._enabled = False
             return None
         if self._read is None:
-            self._read = _leaves_that_are_read(calls, run)
+            self._read = _leaves_that_are_read(calls, run, self._stage)
             for index, call in enumerate(calls):
                 call.leaves = self._prune(index, call.leaves)
-        return Prefix(calls)
+        return Prefix(calls, self._stage)
 
     def _prune(self, index: int, leaves: list[Any]) -> list[Any]:
         if self._read is None:
@@ -247,12 +299,12 @@ def _owns_trainable(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _leaves_that_are_read(calls: list[_Call], run: Callable[[], torch.Tensor]) -> list[list[bool]]:
+def _leaves_that_are_read(calls: list[_Call], run: Callable[[], torch.Tensor], stage: _Stage) -> list[list[bool]]:
     """Which recorded tensors the rest of the model reads: those whose replacement by NaN reaches the loss.
 
     A tensor that cannot be replaced (glue code writes into it, the loss is not finite to begin with) counts as read.
     """
-    prefix = Prefix(calls)
+    prefix = Prefix(calls, stage)
 
     def loss_is_finite() -> bool:
         with prefix.replayed():
@@ -311,7 +363,12 @@ def _patched(modules: Any, wrap: Callable[[nn.Module, Callable[..., Any]], Calla
         yield
     finally:
         for module, previous in patched:
-            if previous is None:
-                del module.forward
-            else:
-                module.forward = previous
+            _put_back(module, previous)
+
+
+def _put_back(module: nn.Module, previous: Any) -> None:
+    """The ``forward`` that an instance had, or its class's."""
+    if previous is None:
+        del module.forward
+    else:
+        module.forward = previous

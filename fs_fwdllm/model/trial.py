@@ -29,7 +29,16 @@ from fs_fwdllm.errors import FwdLLMError, ModelError
 from fs_fwdllm.model.half_precision import HALF_DTYPES
 from fs_fwdllm.model.initialisation import private_torch_rng
 
-__all__ = ["PADDED_RIGHT", "Conduct", "drop_unknown_mask", "foreign_code", "trial_examples", "trial_rows", "try_out"]
+__all__ = [
+    "PADDED_RIGHT",
+    "Conduct",
+    "drop_unknown_mask",
+    "first_results",
+    "foreign_code",
+    "trial_examples",
+    "trial_rows",
+    "try_out",
+]
 
 #: Largest difference that is rounding, as a share of the largest logit.
 _ROUNDING, _HALF_ROUNDING = 1e-4, 0.05
@@ -176,14 +185,14 @@ class _Runner:
         return next((place for place, (one, other) in enumerate(pairs) if one != other), len(self.rows[0]))
 
     def alone(self) -> torch.Tensor:
-        return self._results([list(self.rows[0])], [[1] * len(self.rows[0])])[0]
+        return first_results(self.model, self.rows[0])[0]
 
     def together(self, side: str) -> list[torch.Tensor]:
         width = len(self.rows[1])
         padding = [self.pad_token_id] * (width - len(self.rows[0])), [0] * (width - len(self.rows[0]))
         ids, mask = list(self.rows[0]), [1] * len(self.rows[0])
         ids, mask = (padding[0] + ids, padding[1] + mask) if side == "left" else (ids + padding[0], mask + padding[1])
-        results = self._results([ids, list(self.rows[1])], [mask, [1] * width])
+        results = _results(self.model, [ids, list(self.rows[1])], [mask, [1] * width])
         if results[0].dim() > 1:  # one result a token
             results = [results[0][: len(self.rows[0])], results[1]]
         return results
@@ -192,15 +201,19 @@ class _Runner:
         scale = max(float(one.abs().max()), float(other.abs().max()), 1e-30)
         return bool(float((one[:shared] - other[:shared]).abs().max()) <= self.rounding * scale)
 
-    def _results(self, ids: list[list[int]], mask: list[list[int]]) -> list[torch.Tensor]:
-        """Per row ``[classes]``, or ``[tokens, ...]`` where there is a result for every token; float32."""
-        device = next(self.model.parameters()).device
-        output = self.model(
-            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device)
-        )
-        if getattr(output, "logits", None) is not None:
-            return list(output.logits.float())
-        return list(torch.stack([output.start_logits, output.end_logits], dim=-1).float())
+
+def first_results(model: nn.Module, row: Sequence[int]) -> list[torch.Tensor]:
+    """What a model says of one sample by itself: ``[classes]``, or ``[tokens, ...]``; float32."""
+    return _results(model, [list(row)], [[1] * len(row)])
+
+
+def _results(model: nn.Module, ids: list[list[int]], mask: list[list[int]]) -> list[torch.Tensor]:
+    """Per row ``[classes]``, or ``[tokens, ...]`` where there is a result for every token; float32."""
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device))
+    if getattr(output, "logits", None) is not None:
+        return list(output.logits.float())
+    return list(torch.stack([output.start_logits, output.end_logits], dim=-1).float())
 
 
 def _require_finite(results: Sequence[torch.Tensor], name: str, half: bool) -> None:

@@ -11,9 +11,10 @@ Sampling, accounting, reporting, checkpoints and resumption are the same for all
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +39,7 @@ from fs_fwdllm.running.sampling import clients_per_round, sample_clients
 from fs_fwdllm.running.saved import check_saved
 from fs_fwdllm.running.session import Session
 
-__all__ = ["RunDriver", "answer", "choose_clients", "follow", "read_own_checkpoint"]
+__all__ = ["RunDriver", "answer", "answers", "choose_clients", "follow", "read_own_checkpoint"]
 
 
 def answer(worker: ClientWorker, frame: bytes, examples: Sequence[Example]) -> bytes:
@@ -49,6 +50,18 @@ def answer(worker: ClientWorker, frame: bytes, examples: Sequence[Example]) -> b
         DataError, DivergenceError: as :meth:`fs_fwdllm.method.ClientWorker.work` has them.
     """
     return encode(worker.work(_assignment(frame), examples))
+
+
+def answers(
+    worker: ClientWorker, frames: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+) -> Iterator[tuple[int, bytes]]:
+    """Every client's :func:`answer`, in order; several of them at a time where the worker says so."""
+    clients = list(frames)
+    size = worker.side_by_side(clients)
+    for first in range(0, len(clients), size):
+        group = clients[first : first + size]
+        work = [partial(answer, worker, frames[client], examples[client]) for client in group]
+        yield from zip(group, worker.objective.meeting.together(work), strict=True)
 
 
 def follow(worker: ClientWorker, frame: bytes) -> None:

@@ -14,7 +14,7 @@ from fs_fwdllm.config import Config, load_config
 from fs_fwdllm.method import assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.terminal import loading
-from fs_fwdllm.running.driver import RunDriver, answer, read_own_checkpoint
+from fs_fwdllm.running.driver import RunDriver, answers, read_own_checkpoint
 from fs_fwdllm.running.extension import give_rounds
 from fs_fwdllm.running.preflight import check_beforehand
 from fs_fwdllm.running.sampling import clients_per_round
@@ -68,6 +68,7 @@ def resume(path: str | Path, rounds: int | None = None) -> Path:
 
 def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -> Path:
     worker = assemble_worker(session.parts)
+    examples = {client: held.train for client, held in session.data.clients.items()}
     with RunDriver(session, folder, checkpoint, worker=worker) as driver:
         server = driver.server
         if checkpoint is None:
@@ -75,8 +76,8 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
         else:
             worker.replica.follow([server.dense_frame()], server.digest)
         while not driver.finished:
-            for client, frame in driver.open_round().items():
-                driver.receive(client, answer(worker, frame, session.data.clients[client].train))
+            for client, frame in answers(worker, driver.open_round(), examples):
+                driver.receive(client, frame)
             driver.close_round()
             driver.record(session.evaluate(server.trainables) if driver.evaluation_is_due else None)
         driver.finish()

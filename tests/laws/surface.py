@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fs_fwdllm.model.objective import BatchLoss
 
 __all__ = ["Surface", "estimates", "flat_directions", "quadratic"]
 
+T = TypeVar("T")
 #: One of the two tensors has two dimensions, so that a mix-up of tensor ids or of element order cannot cancel.
 SHAPES = ((3, 5), (7,))
 DIMENSIONS = 22
@@ -38,6 +39,9 @@ class Surface(BatchLoss):
 
     def here(self) -> torch.Tensor:
         return self.function()(self._trainables.tensors)
+
+    def together(self, passes: Sequence[Callable[[], T]]) -> list[T]:
+        return [one() for one in passes]
 
     def _replayed(self) -> Any:
         return nullcontext()

@@ -51,6 +51,12 @@ class LookingWorker(ProbingWorker):
         dense = self._dense_estimate(assignment, measured) if self._dense_upload else None
         return self.answer(assignment, batches, measured, dense)
 
+    def side_by_side(self, clients: Sequence[int]) -> int:
+        runs = [self._measuring(client).side_by_side for client in clients]
+        if self.directions is not None or not all(runs):  # directions are chosen for a client at a time
+            return 1
+        return max(1, self.objective.meeting.largest // max(runs))
+
     def measure(self, assignment: Assignment, batches: Sequence[Batch]) -> list[Slopes]:
         """The slopes of every batch, all at the same point."""
         self.aim(assignment)

@@ -45,6 +45,7 @@ class PackedBase:
         settings: what the folder says of how they are packed; empty where they are floats.
         form: how they are packed as they are read; ``None`` where they are not.
         stream: whether they stay on the disk.
+        passes_per_read: how many passes share what is read from there.
         keep_head: whether a language model's head is in memory all the same.
     """
 
@@ -52,6 +53,7 @@ class PackedBase:
     settings: dict[str, Any]
     form: Form | None = None
     stream: bool = False
+    passes_per_read: int = 8
     keep_head: bool = False
 
     def read(self, from_config: Callable[..., nn.Module], options: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -71,7 +73,7 @@ class PackedBase:
             self.settings,
             options["dtype"],
             self.form,
-            Reader() if self.stream else None,
+            Reader(self.passes_per_read) if self.stream else None,
             self.keep_head,
         )
         if self.form is not None:
@@ -105,7 +107,9 @@ def packed_base(config: Config, source: ModelSource, safely: dict[str, Any]) -> 
     if form is not None and wanted.folder:
         folder, form = _kept(Path(wanted.folder).expanduser().absolute(), Path(source.location), folder, form), None
         found = quantisation(folder)
-    return PackedBase(folder, found, form, stream=wanted.stream, keep_head=_looks_into_head(config))
+    return PackedBase(
+        folder, found, form, wanted.stream, wanted.passes_per_read, keep_head=_looks_into_head(config)
+    )  # fmt: skip
 
 
 def _folder(config: Config, source: ModelSource, safely: dict[str, Any]) -> Path | None:

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fs_fwdllm.model.base.codecs import Codec
+from fs_fwdllm.model.base.meeting import Meeting
 from fs_fwdllm.model.base.streaming import Reader, StreamedEmbedding, StreamedLayer
 
-__all__ = ["PackedLinear", "elements_of", "packed_layers", "reader_of", "unpack"]
+__all__ = ["PackedLinear", "elements_of", "meeting_of", "packed_layers", "reader_of", "unpack"]
 
 #: Bytes of floats that exist at once: they should stay in the cache between being made and being used.
 _BLOCK_BYTES = 4 << 20
@@ -89,8 +90,8 @@ class PackedLinear(nn.Linear):
     def blocks(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
         """``(first, last, rows)`` over the matrix; ``rows`` ``[last - first, in]`` last until the next are wanted."""
         step = self._rows_of_block(dtype)
-        with _scratch(step * self.in_features, dtype, device) as scratch:
-            for start, stop, parts in self._held(device):
+        for start, stop, parts in self._held(device):
+            with _scratch(step * self.in_features, dtype, device) as scratch:
                 for first in range(start, stop, step):
                     last = min(first + step, stop)
                     yield first, last, self.codec.rows(parts, first - start, last - start, scratch)
@@ -191,6 +192,12 @@ def reader_of(model: nn.Module) -> Reader | None:
     return next(readers, None)
 
 
+def meeting_of(model: nn.Module) -> Meeting:
+    """Where passes over a model share what is read; over one in memory they come one after the other."""
+    reader = reader_of(model)
+    return Meeting(1) if reader is None else reader.meeting
+
+
 def elements_of(model: nn.Module) -> int:
     """Numbers in a model's parameters, the packed ones counted as what they stand for."""
     held = sum(parameter.numel() for parameter in model.parameters())
@@ -206,26 +213,22 @@ def elements_of(model: nn.Module) -> int:
     return held + sum(layer.in_features * layer.out_features for layer in own)
 
 
-class _Buffers(threading.local):
-    """Buffers that nobody has borrowed, of this thread; layers do not call one another, so that there is mostly one."""
-
-    def __init__(self) -> None:
-        self.free: list[torch.Tensor] = []
-
-
-_BUFFERS = _Buffers()
+#: Buffers that nobody has borrowed, and who may look for one; layers do not call one another, so there is mostly one.
+_FREE: list[torch.Tensor] = []
+_LOOKING = threading.Lock()
 
 
 @contextmanager
 def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[torch.Tensor]:
     """A flat buffer of at least ``elements``, given back at the end."""
-    fits = [buffer for buffer in _BUFFERS.free if buffer.dtype == dtype and buffer.device == device]
-    buffer = max(fits, key=len, default=None)
-    if buffer is not None:
-        _BUFFERS.free = [other for other in _BUFFERS.free if other is not buffer]
+    with _LOOKING:
+        fits = [buffer for buffer in _FREE if buffer.dtype == dtype and buffer.device == device]
+        buffer = max(fits, key=len, default=None)
+        if buffer is not None:
+            _FREE[:] = [other for other in _FREE if other is not buffer]
     if buffer is None or len(buffer) < elements:
         buffer = torch.empty(elements, dtype=dtype, device=device)
     try:
         yield buffer
     finally:
-        _BUFFERS.free.append(buffer)
+        _FREE.append(buffer)

@@ -32,12 +32,14 @@ from torch import nn
 
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.base.checkpoint import Entry
+from fs_fwdllm.model.base.meeting import Meeting
 
 __all__ = ["Reader", "StreamedEmbedding", "StreamedLayer"]
 
 _ALIGNMENT_BYTES = 64
-#: glibc's name for the size from which a block is a mapping of its own, and that size.
+#: glibc's names for the size from which a block is a mapping of its own, and for the number of heaps; and that size.
 _MMAP_THRESHOLD, _LARGE_BLOCK_BYTES = -3, 4 << 20
+_HEAPS = -8
 #: Of a table of the vocabulary that are read together.
 _LARGEST_PIECE_BYTES = 16 << 20
 
@@ -48,12 +50,17 @@ class Reader:
     Layers are announced by :meth:`add` and lent by :class:`StreamedLayer`. One layer is lent at a time; what a thread
     does not give back in time another one waits for.
 
+    Args:
+        passes_per_read: how many passes go side by side, so that they share what is read.
+
     Attributes:
+        meeting: where passes that go side by side wait for one another.
         bytes_read: from the disk, so far.
         waited_s: seconds that layers were waited for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes_per_read: int = 8) -> None:
+        self.meeting = Meeting(passes_per_read)
         self._files: dict[Path, _File] = {}
         self._layers: list[_Layer] = []
         self._slots: list[_Slot] = []
@@ -115,6 +122,7 @@ class Reader:
         Raises:
             ModelError: the file cannot be read, is shorter than it was, or was changed.
         """
+        self.meeting.arrive(index)
         with self._lock:
             slot = self._held(index)
             self._follow(index)
@@ -264,11 +272,14 @@ def _let_large_blocks_go() -> None:
     """Have the C library map large blocks on their own, so that the system has them back when they are freed.
 
     It otherwise raises the size from which it does so to the largest block it has seen, and keeps the holes between
-    activations of different sizes: a tenth of the peak. Other C libraries have no such call, and need none.
+    activations of different sizes: a tenth of the peak. It also gives threads heaps of their own, of which passes that
+    go side by side would each keep one. Other C libraries have no such call, and need none.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+            library = ctypes.CDLL(None)
+            library.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+            library.mallopt(_HEAPS, 1)
 
 
 class _File:

@@ -145,7 +145,7 @@ def test_slopes_over_packed_weights_are_those_over_their_numbers(
     assert np.abs(found[0]).max() > 1e-4
 
 
-def slopes(loaded: Any, settings: dict[str, Any]) -> np.ndarray:
+def slopes(loaded: Any, settings: dict[str, Any], classifier: bool = False) -> np.ndarray:
     config = tiny_config("unused", "lora", classifier=False, **settings).fwdllm
     with torch.no_grad():
         for name, parameter in loaded.model.named_parameters():
@@ -153,9 +153,10 @@ def slopes(loaded: Any, settings: dict[str, Any]) -> np.ndarray:
                 parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
     trainables = Trainables.of_model(loaded.model)
     estimator = make_estimator(loaded.model, trainables, make_distribution("rademacher"), config, full=False)
-    objective = Objective(loaded.model, trainables, "causal_lm")
+    task, cache_bytes = "classification" if classifier else "causal_lm", config.prefix_cache_mib << 20
+    objective = Objective(loaded.model, trainables, task, cache_bytes)  # type: ignore[arg-type]
     keys = [DirectionKey(3, seed) for seed in range(6)]
-    return estimator.slopes(objective.on(tiny_batch(classifier=False)), keys).values
+    return estimator.slopes(objective.on(tiny_batch(classifier=classifier)), keys).values
 
 
 @pytest.mark.parametrize(("architecture", "method", "arguments"), LATE[1:18], ids=LATE_IDS[1:18])
