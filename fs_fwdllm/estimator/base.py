@@ -80,6 +80,9 @@ class Estimator(ABC):
 
     #: Whether slopes are differences over ``fwdllm.radius``, so that a base's rounding can hide them.
     has_radius: ClassVar[bool] = True
+    #: The radius below which differences over a base that computes in bfloat16 mostly measure its rounding; infinite
+    #: where a larger one mostly measures curvature.
+    least_bfloat16_radius: ClassVar[float] = 0.0
     #: Whether slopes follow from a gradient of the batch, so that any number of them takes the same passes.
     exact: ClassVar[bool] = False
     #: Whether it runs the model where it stands, a pass that estimators of other parts need not repeat.

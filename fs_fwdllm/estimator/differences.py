@@ -123,6 +123,8 @@ class _Difference(Estimator):
 class CentralDifference(_Difference):
     """Two-sided difference; ``radius`` is the papers' epsilon, mu or h."""
 
+    least_bfloat16_radius = 5e-3
+
     @classmethod
     def points_of(cls, probes: int) -> int:
         return 2 * probes
@@ -151,6 +153,7 @@ class OneSidedDifference(_Difference):
     """Forward difference with one clean loss shared by all probes of a step."""
 
     runs_here = True
+    least_bfloat16_radius = math.inf
 
     @classmethod
     def passes(cls, probes: int, probes_per_batch: int) -> int:

@@ -6,15 +6,20 @@ follows from the facts of a method, whichever it is.
 
 from __future__ import annotations
 
+import math
+
 from fs_fwdllm.config.methods import MethodFacts, examples_of
 from fs_fwdllm.config.own_sections import FwdllmConfig
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.config.sources import estimators_of, groups_of_sources
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.parts import recipe_of
+from fs_fwdllm.model.trainable_parts import adapter_request
 
 __all__ = ["check_combination"]
 
+#: Trained behind all layers that compute in the base's dtype.
+_BEHIND_THE_BASE = ("head", "output_residual")
 _BASELINES = ("SGD", "AdamW")
 
 
@@ -61,6 +66,7 @@ def _check_sources(config: Config) -> None:
                 f"fwdllm.probes_per_batch {own.probes_per_batch}: full-parameter tuning would need that many copies of "
                 "the model; set it to 1 or use an adapter (llm.adapter.use: true)"
             )
+    _refuse_rounding(config)
     probing = [source for group in groups_of_sources(config) for source in group if source.slopes in used]
     most = max(source.estimator.largest_batch(source.probes) for source in probing)
     if own.probes_per_batch > most:
@@ -69,6 +75,23 @@ def _check_sources(config: Config) -> None:
         )
     if own.parts or own.fleet:
         _check_division(config)
+
+
+def _refuse_rounding(config: Config) -> None:
+    """Differences of losses that a bfloat16 base rounds to two digits are noise, whatever becomes of them."""
+    own, (trained, _) = config.fwdllm, adapter_request(config)
+    if own.base.compute_dtype != "bfloat16" or trained in ("full", *_BEHIND_THE_BASE):
+        return
+    for word, estimator in estimators_of(config).items():
+        least = estimator.least_bfloat16_radius
+        if (own.radius_scale == "relative" and math.isfinite(least)) or own.radius >= least:
+            continue
+        larger = f", fwdllm.radius {least:g} or more" if math.isfinite(least) else ""
+        raise ConfigError(
+            f"fwdllm.base.compute_dtype 'bfloat16': slopes {word!r} at fwdllm.radius {own.radius:g} would mostly be "
+            "the base's rounding (a correlation of -0.3 to 0.4 with the exact ones where it was measured); use "
+            f"fwdllm.estimator: forward_mode, which has no radius{larger}, or fwdllm.base.compute_dtype: float32"
+        )
 
 
 def _most_probes(config: Config) -> str:

@@ -194,10 +194,11 @@ def _remarks(config: Config, source: ModelSource, method: str, dtype: torch.dtyp
         ]
     saved = checkpoint_dtype(Path(source.transformer)) if source.is_local else ""
     if wanted == "auto" and used == "float32" and saved in ("bfloat16", "float16"):
-        everything = (
-            "; what is trained is float32" if method == "full" else f"; fwdllm.base.compute_dtype {saved} halves that"
-        )
-        return [f"the weights are saved in {saved} and loaded as float32, twice the memory{everything}"]
+        way_out = f"fwdllm.base.compute_dtype {saved} halves that"
+        if _has_radius(config) and saved == "bfloat16":
+            way_out += ", with fwdllm.estimator: forward_mode"
+        more = "what is trained is float32" if method == "full" else way_out
+        return [f"the weights are saved in {saved} and loaded as float32, twice the memory; {more}"]
     return []
 
 
@@ -271,13 +272,16 @@ def _use_plain_experts(config: Config, model: Any) -> None:
 def _check_radius(config: Config, method: str, dtype: torch.dtype) -> None:
     """IA3 multiplies activations by 1 +- radius: below half a unit in the last place, rounding undoes every probe."""
     smallest = torch.finfo(dtype).eps / 2
-    has_radius = config.method.measures_slopes and any(one.has_radius for one in estimators_of(config).values())
-    if method == "ia3" and has_radius and config.fwdllm.radius < smallest:
+    if method == "ia3" and _has_radius(config) and config.fwdllm.radius < smallest:
         raise ConfigError(
             f"fwdllm.radius: is {config.fwdllm.radius:g}, but ia3 over a {str(dtype).removeprefix('torch.')} base "
             f"rounds probes below {smallest:.2g} away; use a larger radius, fwdllm.base.compute_dtype float32, or "
             "forward_mode"
         )
+
+
+def _has_radius(config: Config) -> bool:
+    return config.method.measures_slopes and any(one.has_radius for one in estimators_of(config).values())
 
 
 def _numbered(labels: int) -> tuple[str, ...]:

@@ -1,14 +1,12 @@
 """Whether a configuration's slopes are slopes: measured beside backpropagation in float32 on the same batch.
 
-A digest proves that everybody rebuilt the same update; it says nothing of the numbers that went into it. A base in
-half precision, a radius that is too small for it or too large for the loss, an engine that rounds activations: each
-passes every digest and uploads noise. What tells is the correlation of what the configured source measures with
-``<gradient, z>`` along the same directions ``z``: the share of a step that is signal is its square.
+Why a digest does not tell is said in :mod:`fs_fwdllm.running.slope_check`. What tells is the correlation of what the
+configured source measures with ``<gradient, z>`` along the same directions ``z``: the share of a step that is signal is
+its square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +14,12 @@ import torch
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.own_sections import FROZEN, FwdllmConfig
-from fs_fwdllm.config.sources import Source, groups_of_sources
-from fs_fwdllm.core.direction import DirectionKey, make_distribution
-from fs_fwdllm.data import client_batches
+from fs_fwdllm.config.sources import groups_of_sources
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.parts import Parts
 from fs_fwdllm.running.session import Session
+from fs_fwdllm.running.slope_check import compared, first_batch, measured_slopes
 
 __all__ = ["ENOUGH", "SlopeCheck", "check_slopes"]
 
@@ -73,21 +70,21 @@ def check_slopes(config: Config, probes: int = 32) -> list[SlopeCheck]:
             f"federate.method {config.federate.method}: backpropagates and measures no slopes, so nothing is to check"
         )
     session = Session.open(config)
-    batch = _first_batch(session)
+    batch = first_batch(session)
     exact = _exact(session)
     found: dict[tuple[str, str], SlopeCheck] = {}
     for group, sources in enumerate(groups_of_sources(config)):
         client = _first_client(config, group)
-        measured = _measure(session.parts, batch, client, sources, probes)
-        expected = _measure(exact, batch, client, sources, probes)
+        measured = measured_slopes(session.parts, batch, client, probes)
+        expected = measured_slopes(exact, batch, client, probes)
         for part, source in enumerate(sources):
             match = config.fwdllm.parts[part].match if config.fwdllm.parts else ""
             if source.slopes == FROZEN or (source.slopes, match) in found:
                 continue
             radii: tuple[tuple[float, float], ...] = ()
-            correlation, error = _compared(measured[part], expected[part])
+            correlation, error = compared(measured[part], expected[part])
             if not correlation >= ENOUGH and source.estimator.has_radius:
-                radii = tuple(_at_other_radii(session.parts, batch, client, sources, probes, part, expected[part]))
+                radii = tuple(_at_other_radii(session.parts, batch, client, probes, part, expected[part]))
             found[source.slopes, match] = SlopeCheck(source.slopes, match, probes, correlation, error, radii)
     return list(found.values())
 
@@ -112,14 +109,6 @@ def _exact(session: Session) -> Parts:
     return Session.open(config).parts
 
 
-def _first_batch(session: Session) -> Batch:
-    client, batches = next(iter(session.client_samples)), session.parts.batches
-    return client_batches(
-        session.data.clients[client].train, client=client, round_index=0, steps=1, batch_size=batches.batch_size,
-        seed=batches.seed, pad_token_id=batches.pad_token_id,
-    )[0]  # fmt: skip
-
-
 def _first_client(config: Config, group: int) -> int:
     """A client of the group of a fleet; 0 for whoever is in none."""
     if group == 0:
@@ -131,31 +120,12 @@ def _first_client(config: Config, group: int) -> int:
     return 1 + sum(one for one in before if isinstance(one, int))
 
 
-def _measure(parts: Parts, batch: Batch, client: int, sources: Sequence[Source], probes: int) -> list[np.ndarray]:
-    """Per part the slopes along the same directions, whoever measures them; none for a part that is frozen."""
-    estimator = parts.measuring(make_distribution(parts.config.fwdllm.direction))(client)
-    counts = [0 if source.slopes == FROZEN else probes for source in sources]
-    keys = [[DirectionKey(parts.config.seed, probe) for probe in range(count)] for count in counts]
-    values = estimator.slopes(parts.objective.on(batch), keys).values.astype(np.float64)
-    return np.split(values, np.cumsum(counts)[:-1])
-
-
-def _compared(measured: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """Correlation about zero, and the relative root mean square error."""
-    scale = float(np.sqrt(np.square(expected).sum()))
-    if not scale or not np.isfinite(measured).all():
-        return float("nan"), float("nan")
-    size = float(np.sqrt(np.square(measured).sum()))
-    error = float(np.sqrt(np.square(measured - expected).sum())) / scale
-    return (float(measured @ expected) / (size * scale) if size else 0.0), error
-
-
 def _at_other_radii(
-    parts: Parts, batch: Batch, client: int, sources: Sequence[Source], probes: int, part: int, expected: np.ndarray
+    parts: Parts, batch: Batch, client: int, probes: int, part: int, expected: np.ndarray
 ) -> list[tuple[float, float]]:
     found = []
     for factor in _OTHER_RADII:
         own: FwdllmConfig = parts.config.fwdllm.model_copy(update={"radius": parts.config.fwdllm.radius * factor})
         there = parts.with_config(parts.config.model_copy(update={"fwdllm": own}))
-        found.append((own.radius, _compared(_measure(there, batch, client, sources, probes)[part], expected)[0]))
+        found.append((own.radius, compared(measured_slopes(there, batch, client, probes)[part], expected)[0]))
     return found

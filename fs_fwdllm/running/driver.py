@@ -38,6 +38,7 @@ from fs_fwdllm.running.keeping import Keeper, Kept
 from fs_fwdllm.running.sampling import clients_per_round, sample_clients
 from fs_fwdllm.running.saved import check_saved
 from fs_fwdllm.running.session import Session
+from fs_fwdllm.running.slope_check import remark_on_slopes
 
 __all__ = ["RunDriver", "answer", "answers", "choose_clients", "follow", "read_own_checkpoint"]
 
@@ -178,6 +179,8 @@ class RunDriver:
     def __enter__(self) -> RunDriver:
         self._reporter.__enter__()
         self.session.announce(self.say)
+        if not self.next_round and (remark := remark_on_slopes(self.session)):
+            self.say(remark)
         if self.total_rounds != self._rounds_before:
             self.say(describe_extension(self.session.config, self._rounds_before, self.next_round))
         return self

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
@@ -46,8 +45,6 @@ _EVALUATION_BATCH = 32
 _TOO_MANY_ZEROS = 0.5
 #: An evaluation loss of more than this times the first one is no noise of a start any more.
 _FAR_WORSE = 1.2
-#: Finite differences with a smaller radius than this mostly measure a bfloat16 base's rounding.
-_BFLOAT16_RADIUS = 5e-3
 
 
 @dataclass
@@ -142,18 +139,13 @@ class Session:
     def remarks(self) -> list[str]:
         """What a user should know of the configuration before the first round; a plan says the same."""
         found = data_remarks(self.data)
-        facts, own = self.config.method, self.config.fwdllm
+        own = self.config.fwdllm
         empty = len(self.data.clients) - len(self.client_samples)
         if empty:
             found.append(f"{empty} clients hold no training sample and are never asked")
         if self.config.use_gpu and self.device.type == "cpu":
             found.append("warning: use_gpu true, but no accelerator is found here: everything runs on the CPU")
         found += [*self.loaded.remarks, *self.parts.remarks]
-        has_radius = facts.measures_slopes and any(one.has_radius for one in estimators_of(self.config).values())
-        if has_radius and self.loaded.base_dtype == torch.bfloat16 and own.radius < _BFLOAT16_RADIUS:
-            found.append(
-                f"warning: fwdllm.radius {own.radius} over a bfloat16 base measures mostly rounding; use about 0.01"
-            )
         train = self.config.train
         if self.finds_rate:
             found.append(f"learning rate {train.optimizer.lr:.3g}, from the head's curvature (fwdllm.first_rate: safe)")

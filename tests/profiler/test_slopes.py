@@ -28,7 +28,7 @@ def test_slopes_in_float32_are_kept(world: World, estimator: str, base: dict[str
 
 
 def test_differences_in_bfloat16_are_noise_and_forward_mode_is_not(world: World) -> None:
-    half = {"fwdllm.base": {"compute_dtype": "bfloat16"}, "fwdllm.radius": 1e-4}
+    half = {"fwdllm.base": {"compute_dtype": "bfloat16"}, "fwdllm.radius": 1e-4, "fwdllm.radius_scale": "relative"}
     (noise,) = checks(world, True, **half, **{"fwdllm.estimator": "central"})
     assert not noise.is_enough and noise.relative_error > 0.2
     assert [round(radius / 1e-4, 3) for radius, _ in noise.other_radii] == [0.1, 10, 100]
