@@ -25,6 +25,7 @@ from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination,
 from fs_fwdllm.method.forward.cosine import add_cosine
 from fs_fwdllm.method.parts import select_device
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
+from fs_fwdllm.model.base.identity import base_digest
 from fs_fwdllm.model.base.packed import elements_of
 from fs_fwdllm.model.basis_file import basis_file, basis_fingerprint
 from fs_fwdllm.model.facts import SavedFacts
@@ -203,11 +204,17 @@ class Session:
             "the test rows": rows_fingerprint([*tested, self.data.test, self.data.val]),
             "the classes": _fingerprint("\0".join(self.data.label_names)),
             "the model's files": _fingerprint(self.loaded.source.files()),
+            "the model's weights": self.base_digest.hex(),
         }
         if basis := basis_file(self.loaded.arguments):
             known["the basis file"] = basis_fingerprint(basis)
         place = initial_folder(self.config)
         return known if place is None else {**known, "the initial adapter's files": _fingerprint(folder_files(place))}
+
+    @cached_property
+    def base_digest(self) -> bytes:
+        """What names the base's weights and settings on every machine; reads its files once."""
+        return base_digest(self.loaded.source, self.config.fwdllm.base)
 
     def evaluates_after(self, round_index: int) -> bool:
         """Whether to evaluate after this round (always after the last)."""

@@ -252,7 +252,19 @@ def _other_weights(world: World) -> None:
         path.write_bytes(path.read_bytes()[:-1] + b"\x07")
 
 
-CHANGES = {"the training rows": _a_row_more, "the classes": _another_class, "the model's files": _other_weights}
+def _a_bit_in_the_middle(world: World) -> None:
+    for path in (world.root / "model").glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+
+
+CHANGES = {
+    "the training rows": _a_row_more,
+    "the classes": _another_class,
+    "the model's files": _other_weights,
+    "the model's weights": _a_bit_in_the_middle,
+}
 
 
 @pytest.mark.parametrize("named", CHANGES)

@@ -69,6 +69,7 @@ class FwdLLMClient(Client):
             samples=len(self._examples),
             incarnation=self._incarnation,
             digest=self._process.worker.replica.digest,
+            base=self._process.session.base_digest if self.mode == "distributed" else b"",
             **(self.local_address or {}),
         )
         return self._send("join_in", hello.content())
@@ -159,12 +160,12 @@ class FwdLLMClient(Client):
         """The server says that it is over.
 
         Raises:
-            HostError: it is over because of an error.
+            HostError: it is over because of an error, or for this client alone.
         """
         self._process.is_over = self.mode == "distributed" or self._process.is_over
         self._monitor.finish_fl()
         if message.content:
-            raise HostError(f"client {self.ID}: the server has stopped: {message.content}")
+            raise HostError(f"client {self._asked_for if self.ID < 0 else self.ID}: {message.content}")
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""

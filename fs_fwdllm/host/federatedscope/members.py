@@ -49,6 +49,10 @@ class MemberServer(Server):
         """Whether the first round has been opened."""
 
     @abstractmethod
+    def _refusal(self, hello: Hello) -> str:
+        """Why a client is not taken in; empty if it is."""
+
+    @abstractmethod
     def _start(self) -> None:
         """Everybody is here."""
 
@@ -69,6 +73,11 @@ class MemberServer(Server):
             logger.warning(
                 "refused client %d: this run has clients 1 to %d (federate.client_num)", client, self.client_num
             )
+            return
+        if refusal := self._refusal(hello):
+            logger.warning("refused client %d: %s", client, refusal)
+            if self._sender is not None:
+                self._sender(f"{hello.host}:{hello.port}", self._message(client, "finish", refusal))
             return
         known, self._clients[client] = self._clients.get(client), hello
         self.comm_manager.add_neighbors(client, {"host": hello.host, "port": hello.port})

@@ -27,7 +27,7 @@ from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in, with_value_to_choose_by
 from fs_fwdllm.host.federatedscope.run_state import HostModel
-from fs_fwdllm.host.federatedscope.transport import dispatch, frame_in, next_message
+from fs_fwdllm.host.federatedscope.transport import Hello, dispatch, frame_in, next_message
 from fs_fwdllm.running.driver import RunDriver
 
 __all__ = ["FwdLLMServer"]
@@ -73,6 +73,16 @@ class FwdLLMServer(MemberServer):
         if self._driver is None:
             raise RuntimeError("the run has not started: clients are still joining")
         return self._driver
+
+    def _refusal(self, hello: Hello) -> str:
+        own = self._process.session.base_digest if hello.base else b""
+        if not own or own == hello.base:
+            return ""
+        return (
+            "the server does not take this client: its base model is another one than the server's "
+            f"({hello.base.hex()}, not {own.hex()}); give it a copy of the same folder (model.type) and the same "
+            "fwdllm.base, and start it again"
+        )
 
     def _catch_up(self, client: int) -> None:
         """Send a client what it missed, if the run is waiting for it."""
@@ -242,7 +252,9 @@ class FwdLLMServer(MemberServer):
 
     def _stop_for(self, error: Exception) -> None:
         self.is_finish = True
-        self._tell(dict.fromkeys(sorted(self._clients), f"{type(error).__name__}: {error}"), "finish")
+        self._tell(
+            dict.fromkeys(sorted(self._clients), f"the server has stopped: {type(error).__name__}: {error}"), "finish"
+        )
         if self._driver is not None:
             self._driver.__exit__(type(error), error, error.__traceback__)
 

@@ -42,6 +42,7 @@ class Hello:
         samples: training samples it holds.
         incarnation: a number drawn when its process started; another one means that it was restarted.
         digest: of the parameters it holds.
+        base: digest of its base; empty in a simulation, and where it is not known.
         host, port: where it listens; empty and 0 in a simulation.
     """
 
@@ -49,12 +50,13 @@ class Hello:
     samples: int
     incarnation: int
     digest: bytes
+    base: bytes = b""
     host: str = ""
     port: int = 0
 
     def content(self) -> dict[str, int | str]:
         """As the content of a host's message."""
-        return {**vars(self), "digest": self.digest.hex()}
+        return {**vars(self), "digest": self.digest.hex(), "base": self.base.hex()}
 
     @classmethod
     def read(cls, content: Any) -> Hello:
@@ -65,14 +67,14 @@ class Hello:
         """
         try:
             numbers = {name: content[name] for name in ("client", "samples", "incarnation", "port")}
-            host, digest = content["host"], bytes.fromhex(content["digest"])
+            host, digest, base = content["host"], bytes.fromhex(content["digest"]), bytes.fromhex(content["base"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise WireError(f"a join_in message lacks or garbles a field ({type(error).__name__}: {error})") from error
         if not isinstance(host, str) or any(type(number) is not int for number in numbers.values()):
             raise WireError("a join_in message has a field of the wrong type")
         if numbers["samples"] < 0 or not 0 <= numbers["port"] <= _LAST_PORT:
             raise WireError("a join_in message has a field that is out of range")
-        return cls(**numbers, host=host, digest=digest)
+        return cls(**numbers, host=host, digest=digest, base=base)
 
 
 def frame_in(message: Any) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -386,3 +388,28 @@ def test_an_address_that_cannot_be_is_named_before_anything_is_loaded(
     ):
         assert participant.wait(_BOUND_S) != 0
         assert said in participant.text and "Traceback" not in participant.text
+
+
+def test_a_client_with_another_base_is_told_and_the_others_go_on(
+    world: World, launcher: Starter, tmp_path: Path
+) -> None:
+    """One byte in the middle of its weights: nothing of the size, the names or either end of the file says so."""
+    federation = _federation(world, launcher, tmp_path, clients=2, federate__total_round_num=2, fwdllm__deadline_s=20.0)
+    folder = tmp_path / "other"
+    shutil.copytree(world.model("llama"), folder)
+    file = next(folder.glob("*.safetensors"))
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        (byte,) = opened.read(1)
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
+    server, client = federation.start_server(), federation.start_client(1)
+    other = federation.start_client(2, "model.type", f"{folder}@huggingface_llm")
+    assert other.wait(_BOUND_S) != 0
+    assert "error: HostError: client 2: the server does not take this client: its base model is another" in other.text
+    assert "give it a copy of the same folder" in other.text
+    again = federation.start_client(2, name="again")  # with the server's
+    for participant in (server, client, again):
+        participant.succeed(_BOUND_S)
+    assert "refused client 2" in server.text
+    assert outcome_of(federation.folder("server")).rejected == [{}, {}]

@@ -1,0 +1,77 @@
+"""Whether two machines hold the same base: one digest of its weights and settings, whatever files they lie in.
+
+Digests of a run are of what is trained. The frozen base is never sent, so that nothing would tell if a client had
+another one, or a damaged copy: its slopes would be slopes of another loss. The digest here is of every tensor's name,
+dtype, shape and bytes, in the order of their names, and of ``config.json``; how tensors are dealt to files does not
+matter, nor does the dtype they are computed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from fs_fwdllm.config.own_sections import BaseConfig
+from fs_fwdllm.errors import ModelError
+from fs_fwdllm.model.base.checkpoint import Checkpoint, Entry
+from fs_fwdllm.model.folder import read_settings
+from fs_fwdllm.model.source import ModelSource
+
+__all__ = ["base_digest"]
+
+_DIGEST_BYTES = 16
+_CHUNK_BYTES = 16 << 20
+#: What ``config.json`` says of who wrote it, where, and in which dtype it is read.
+_OF_NO_MATTER = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
+
+
+def base_digest(source: ModelSource, packing: BaseConfig) -> bytes:
+    """16 bytes that name a base; reads all of it once.
+
+    Args:
+        packing: how a float base is packed as it is read, which makes another one of it.
+
+    Returns:
+        Nothing (no bytes) for a name on the hub of which there is no copy here.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    folder = _folder(source)
+    if folder is None:
+        return b""
+    state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    settings = {key: value for key, value in read_settings(folder / "config.json").items() if key not in _OF_NO_MATTER}
+    state.update(json.dumps(settings, sort_keys=True).encode())
+    if packing.quantise != "none":
+        state.update(f"{packing.quantise} {packing.group} {packing.symmetric}".encode())
+    for name, entry in sorted(Checkpoint(folder).entries.items()):
+        state.update(f"\n{name} {entry.dtype} {entry.shape} ".encode())
+        _update(state, entry)
+    return state.digest()
+
+
+def _folder(source: ModelSource) -> Path | None:
+    if source.is_local:
+        return Path(source.transformer)
+    known = try_to_load_from_cache(source.location, "config.json")
+    return Path(known).parent if isinstance(known, str) else None
+
+
+def _update(state: Any, entry: Entry) -> None:
+    try:
+        with entry.file.open("rb") as opened:
+            opened.seek(entry.offset)
+            left = entry.bytes
+            while left:
+                chunk = opened.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise ModelError(f"{entry.file}: ends in the middle of a tensor; copy it anew")
+                state.update(chunk)
+                left -= len(chunk)
+    except OSError as error:
+        raise ModelError(f"{entry.file}: cannot be read ({error.strerror or error})") from error
