@@ -14,10 +14,12 @@ import pytest
 
 from fs_fwdllm.config import Config, dump_config, parse_config
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.forecast import dry_run
+from fs_fwdllm.forecast import dry_run, timing
 from fs_fwdllm.forecast.memory import MemoryEstimate
 from fs_fwdllm.forecast.plan import Cost, make_plan
+from fs_fwdllm.model.base.packed import reader_of
 from fs_fwdllm.running import local
+from fs_fwdllm.running.session import Session
 from tests.model.tiny import HIDDEN, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +158,9 @@ def test_what_a_run_refuses_a_plan_refuses(tmp_path: Path) -> None:
 MEASURE = """
 import json, sys
 from fs_fwdllm.config import load_config
+from fs_fwdllm.model.base.packed import reader_of
 from fs_fwdllm.running import local
+from fs_fwdllm.running.session import Session
 from fs_fwdllm.running.accounting import peak_rss_mib
 from fs_fwdllm.forecast.plan import make_plan
 config = load_config(sys.argv[2])
@@ -229,3 +233,33 @@ def test_frozen_parts_have_no_error_to_speak_of(tmp_path: Path) -> None:
     parts = [{"match": "classifier", "slopes": "closed_form"}, {"match": "*", "slopes": "frozen"}]
     plan = make_plan(configuration(tmp_path, "fedfwd", LORA, fwdllm={"parts": parts}))
     assert plan.parts[1].in_words().endswith("frozen") and not any("adds noise" in remark for remark in plan.advice)
+
+
+@pytest.mark.parametrize("method", ["fedfwd", "fedmezo", "fedavg"])
+@pytest.mark.parametrize("cache_mib", [0, 64])
+def test_a_plan_says_how_long_the_work_takes_here(tmp_path: Path, method: str, cache_mib: int) -> None:
+    config = configuration(tmp_path, method, LORA, fwdllm={"prefix_cache_mib": cache_mib})
+    plan = make_plan(config)
+    one, all_of_it = (plan.pace.seconds_of(cost, plan.batches) for cost in (plan.costliest_client, plan.run))
+    assert 0 < one < all_of_it < 600
+    assert plan.pace.read_bytes == 0 and "read from the disk" not in dict(plan.rows())
+    assert dict(plan.rows())["time here per client and round"].startswith("about ")
+    assert plan.batches == sum(-(-samples // 4) for samples in (11, 11, 11)) or plan.batches > 0
+
+
+@pytest.mark.parametrize("trial_s", [0.0, 2.0])
+def test_a_plan_over_a_base_on_the_disk_counts_what_is_read(
+    tmp_path: Path, trial_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the trial ends in the middle of a pass."""
+    monkeypatch.setattr(timing, "_TRIAL_S", trial_s)
+    own = {"probes": 12, "estimator": "one_sided", "base": {"stream": True, "passes_per_read": 4}}
+    config = configuration(tmp_path, "fedmezo", LORA, fwdllm=own)
+    session = Session.open(config)
+    reader = reader_of(session.loaded.model)
+    assert reader is not None
+    before = session.parts.trainables.digest()
+    pace = timing.find_pace(session)
+    assert session.parts.trainables.digest() == before
+    assert pace.read_bytes * 13 == pytest.approx(3 * reader.stored_bytes)  # 12 probes, 4 a read, beside a clean pass
+    assert 0 < pace.seconds < 60

@@ -4,7 +4,7 @@ from .closed_form import ClosedForm
 from .differences import CentralDifference, OneSidedDifference, Radius
 from .exact import ExactSlopes, Gradient, Projected
 from .forward_mode import ForwardMode
-from .parted import PartedEstimator, make_parted_estimator, passes_of_step
+from .parted import PartedEstimator, make_parted_estimator, passes_of_step, reads_of_step
 
 __all__ = [
     "Backprop",
@@ -24,4 +24,5 @@ __all__ = [
     "make_estimator",
     "make_parted_estimator",
     "passes_of_step",
+    "reads_of_step",
 ]

@@ -115,6 +115,11 @@ class Estimator(ABC):
         return Passes(cls.passes(probes, config.probes_per_batch))
 
     @classmethod
+    def reads(cls, config: FwdllmConfig, probes: int) -> int:
+        """How often a step with so many probes reads a base on the disk: once a pass, unless passes share."""
+        return sum(cls.passes_as(config, probes))
+
+    @classmethod
     def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
         """What is held while the model runs once."""
         return Footprint()

@@ -112,6 +112,12 @@ class _Difference(Estimator):
         return probes
 
     @classmethod
+    def reads(cls, config: FwdllmConfig, probes: int) -> int:
+        together = config.probes_per_batch
+        perturbed = cls.points_of(probes) if together == 1 else math.ceil(probes / together)
+        return math.ceil(perturbed / config.base.passes_per_read)  # where there is a clean pass, it goes beside these
+
+    @classmethod
     def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
         if probes_per_batch == 1:
             return Footprint(by_layer=True)

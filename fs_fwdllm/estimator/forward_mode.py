@@ -59,6 +59,10 @@ class ForwardMode(Estimator):
         return math.ceil(probes / probes_per_batch) + probes
 
     @classmethod
+    def reads(cls, config: FwdllmConfig, probes: int) -> int:
+        return math.ceil(probes / config.probes_per_batch)
+
+    @classmethod
     def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:
         return Footprint(points=1 + probes_per_batch, copies=probes_per_batch)
 

@@ -21,7 +21,7 @@ from fs_fwdllm.estimator.base import Estimator, Passes, Slopes
 from fs_fwdllm.estimator.exact import ExactSlopes, Gradient, project
 from fs_fwdllm.model.objective import BatchLoss
 
-__all__ = ["PartedEstimator", "make_parted_estimator", "passes_of_step"]
+__all__ = ["PartedEstimator", "make_parted_estimator", "passes_of_step", "reads_of_step"]
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,21 @@ def _along(part: _Part, batch_loss: BatchLoss, keys: Sequence[DirectionKey], gra
 
 def passes_of_step(sources: Sequence[Source], config: FwdllmConfig) -> Passes:
     """Passes of a step over all parts, as :class:`PartedEstimator` shares them."""
-    exact = {source.slopes: source for source in sources if source.estimator is not None and source.estimator.exact}
-    others = [source for source in sources if source.estimator is not None and not source.estimator.exact]
-    taken = [*exact.values(), *others]
+    taken = _taken(sources)
     passes = [source.estimator.passes_as(config, source.probes) for source in taken]
     shared = max(0, sum(source.estimator.runs_here for source in taken) - 1)
     return Passes(sum(one.forward for one in passes) - shared, sum(one.backward for one in passes))
+
+
+def reads_of_step(sources: Sequence[Source], config: FwdllmConfig) -> int:
+    """How often a step over all parts reads a base that stays on the disk."""
+    return sum(source.estimator.reads(config, source.probes) for source in _taken(sources))
+
+
+def _taken(sources: Sequence[Source]) -> list[Source]:
+    """The sources that run the model: one for all parts whose slopes follow from one gradient, and the others."""
+    exact = {source.slopes: source for source in sources if source.estimator is not None and source.estimator.exact}
+    return [
+        *exact.values(),
+        *(source for source in sources if source.estimator is not None and not source.estimator.exact),
+    ]

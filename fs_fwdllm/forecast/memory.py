@@ -20,6 +20,8 @@ those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estima
 * work, slopes (of the costliest source): ``copies T`` (for full-parameter tuning one by one, the largest module; for
   points in one pass over a base on the disk, ``copies`` of the largest trainable), ``T``
   for the starting point where clients move, and ``points * (layer + logits)``; from backpropagation as below.
+* work, slopes over a base on the disk: passes go side by side (``fwdllm.base.passes_per_read``); one is inside a layer,
+  those that wait hold half of the outputs of a block's linear layers, or at the head a hidden state and their logits.
 * work, backpropagation: gradient ``T``, starting point and change ``2 T``, AdamW ``2 T`` or momentum ``T`` (these four
   where clients move), and the activations: ``1.5 layer`` per layer from the lowest trainable one on (norms and
   activations keep copies of their own), with checkpointing ``1.5 layer`` once and a hidden state per layer; and
@@ -185,6 +187,10 @@ class _Shape:
         scores = 2 * self.heads * work.tokens if self.eager else 0
         return self.element_bytes * work.rows * work.tokens * (self.width + scores)
 
+    def waiting(self, work: _Pass) -> int:
+        """Of a pass that waits before a matrix: at most the outputs of about half of its block."""
+        return self.element_bytes * work.rows * work.tokens * self.width // 2
+
     def logits(self, work: _Pass) -> int:
         return 8 * work.labels * self.classes
 
@@ -247,7 +253,22 @@ def _of_source(session: Session, source: Source, shape: _Shape, work: _Pass, ste
     moves = session.config.method.clients_step and (steps > 1 or own.upload == "dense")
     layer_points = held.points if shape.trained_layers else 1
     activations: int = layer_points * shape.layer(work) + held.points * shape.logits(work)
+    if reader_of(session.loaded.model) is not None:
+        activations = _side_by_side(session, source, shape, work)
     return copies_bytes + moves * trainable_bytes + activations
+
+
+def _side_by_side(session: Session, source: Source, shape: _Shape, work: _Pass) -> int:
+    """Activations of passes that go side by side: one of them is inside a layer, the others wait before a matrix."""
+    own = session.config.fwdllm
+    points: int = source.estimator.footprint(source.probes, own.probes_per_batch).points
+    wanted: int = source.estimator.side_by_side(source.probes, own.probes_per_batch)
+    runs = min(wanted, 1 + own.base.passes_per_read)
+    waiting = max(0, runs - 1) * points
+    hidden = shape.element_bytes * work.rows * work.tokens * shape.hidden
+    inside = points * shape.layer(work) + waiting * shape.waiting(work)
+    at_head = (waiting + points) * (hidden + shape.logits(work) // 2) + points * shape.logits(work) // 2
+    return max(inside, at_head)
 
 
 def _largest_module(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ checkpointing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.evaluation.linear_probe import LinearProbe
@@ -25,9 +25,10 @@ from fs_fwdllm.forecast.dry_run import Cost, dry_rounds
 from fs_fwdllm.forecast.memory import MemoryEstimate, Traffic, estimate_memory, resident_bytes
 from fs_fwdllm.forecast.noise import PartForecast, forecast_parts, noise_remarks
 from fs_fwdllm.forecast.reference import check_reference, reference_of
+from fs_fwdllm.forecast.timing import Pace, find_pace
 from fs_fwdllm.method.parts import work_plans
 from fs_fwdllm.model.base.packed import elements_of
-from fs_fwdllm.report.units import format_bytes, format_count
+from fs_fwdllm.report.units import format_bytes, format_count, format_seconds
 from fs_fwdllm.running.session import Session
 
 __all__ = ["Cost", "Plan", "make_plan"]
@@ -48,6 +49,8 @@ class Plan:
         rounds_per_step: fewest and most rounds of a server step, which the variance gate decides.
         run_of_longest_steps: as ``run``, if every step takes the most rounds.
         memory: predicted peak, part by part.
+        pace: what a pass takes on this machine.
+        batches: different ones that the run sees.
         remarks: what a run would say of the configuration before it starts.
         advice: what only a plan says: how slopes could be spread better.
         reference: what a linear classifier reaches on the same features; ``None`` unless asked for.
@@ -71,6 +74,8 @@ class Plan:
     rounds_per_step: tuple[int, int]
     run_of_longest_steps: Cost
     memory: MemoryEstimate
+    pace: Pace = field(compare=False)  # measured, so that no two are equal
+    batches: int
     remarks: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     reference: LinearProbe | None = None
@@ -94,6 +99,9 @@ class Plan:
             ("passes per client and round", _passes(client)),
             ("passes per round", _passes(self.first_round)),
             ("passes of the run", _passes(self.run)),
+            ("time here per client and round", f"about {format_seconds(self.pace.seconds_of(client, self.steps[1]))}"),
+            ("time here of all clients' work", f"about {format_seconds(self.pace.seconds_of(self.run, self.batches))}"),
+            *self._disk_rows(),
             ("upload per client and round", format_bytes(client.upload_bytes)),
             ("download per client, first round", format_bytes(client.download_bytes)),
             ("first round, all clients", _traffic(self.first_round)),
@@ -106,6 +114,14 @@ class Plan:
             ("  prefix cache", format_bytes(memory.prefix_cache_bytes)),
             ("  check of what was saved", format_bytes(memory.check_bytes)),
             *([("reference", str(self.reference))] if self.reference is not None else []),
+        ]
+
+    def _disk_rows(self) -> list[tuple[str, str]]:
+        if not self.pace.read_bytes:
+            return []
+        reads = self.pace.read_bytes_of(self.costliest_client), self.pace.read_bytes_of(self.run)
+        return [
+            ("read from the disk", f"{format_bytes(reads[0])} per client and round, {format_bytes(reads[1])} in all")
         ]
 
     def _gate_rows(self) -> list[tuple[str, str]]:
@@ -163,10 +179,19 @@ def make_plan(config: Config) -> Plan:
         rounds_per_step=(1, longest),
         run_of_longest_steps=run if longest == 1 else _whole_run(list(dry_rounds(session, gate_waits=True)), config),
         memory=estimate_memory(session, len(rounds[0]), steps[1], before_loading_bytes, traffic),
+        pace=find_pace(session),
+        batches=_batches(session, len(rounds[0]) * steps[1]),
         remarks=tuple(session.remarks()),
         advice=tuple(noise_remarks(session.parts, parts)),
         reference=reference_of(session) if config.fwdllm.report.linear_probe else None,
     )
+
+
+def _batches(session: Session, visits_of_round: int) -> int:
+    """Different batches that a run sees, at most."""
+    size = session.config.dataloader.batch_size
+    held = sum(-(-samples // size) for samples in session.client_samples.values())
+    return min(held, session.config.federate.total_round_num * visits_of_round)
 
 
 def _whole_run(played: Sequence[list[Cost]], config: Config) -> Cost:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model import load_model, load_saved, load_tokenizer, save_trained
@@ -100,6 +101,8 @@ def test_slopes_are_equal_to_the_bit_and_every_byte_is_read_once_a_pass(
     np.testing.assert_allclose(found, slopes(resident, settings), rtol=1e-3, atol=1e-6)
     # a layer may have been read ahead for the step that does not come
     largest = disk.buffer_bytes // 2
+    own_section = tiny_config("unused", "lora", classifier=False, **settings).fwdllm
+    assert ESTIMATORS[estimator].reads(own_section, 6) == passes
     assert read <= passes * disk.stored_bytes + 2 * largest
     if estimator != "projected":  # backpropagation needs neither what lies below the adapters nor the head twice
         assert read >= passes * disk.stored_bytes - 2 * largest
