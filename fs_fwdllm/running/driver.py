@@ -322,7 +322,7 @@ class RunDriver:
         kept = self.keeper.finish(last, lambda item: self._results(line, item))
         if self.session.config.fwdllm.check_saved:
             used = kept[0]  # the other is written by the same hands, and loading takes time
-            check_saved(self.session, used.path, used.trainables, used.evaluation, self.say)
+            check_saved(self.session, used.path, used.trainables, self.say)
         line |= self.keeper.columns(kept)
         if self.next_round < self.total_rounds:
             line["stopped_early"] = True

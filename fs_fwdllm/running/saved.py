@@ -2,14 +2,14 @@
 
 Whatever separates a saved folder from the model a run ends with (a value rounded to the base's precision, a padding
 token the architecture counts positions by, a tokenizer that splits otherwise, a name that was lost) shows in the loss
-on the very batches the run was evaluated on. The comparison costs one loading and one evaluation;
+of the batches the run was evaluated on, of which a few are compared. That costs one loading;
 ``fwdllm.check_saved: false`` leaves it out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,31 @@ __all__ = ["check_saved"]
 _TOLERANCE = 1e-5
 #: Texts whose tokens are compared.
 _TEXTS = 20
+#: Of the batches a run was evaluated on, shortest to longest.
+_BATCHES = 4
 #: Training samples that stand in where a run has nothing to evaluate on.
 _SAMPLES = 8
 
 
-def check_saved(
-    session: Session,
-    saved: Path,
-    trainables: Trainables,
-    evaluation: Mapping[str, Any] | None,
-    say: Callable[[str], None],
-) -> None:
-    """Load what was saved and compare it with the run.
+def check_saved(session: Session, saved: Path, trainables: Trainables, say: Callable[[str], None]) -> None:
+    """Load what was saved and compare it with the run, on a few of ``session.evaluation_batches``; without these, on a
+    few training samples.
 
     Args:
         saved: the saved folder.
         trainables: what was saved, as the run holds it.
-        evaluation: the run's own evaluation of that on ``session.evaluation_batches``; without one, or without these,
-            a few training samples are compared.
         say: where a process without any sample says that nothing was compared.
 
     Raises:
         ModelError: the folder cannot be loaded, or gives another loss or other tokens than the run.
     """
-    is_known = evaluation is not None and bool(session.evaluation_batches)
-    batches = session.evaluation_batches if is_known else _training_batches(session)
+    batches = _spread(session.evaluation_batches) or _training_batches(session)
     if not batches:
         say(f"{saved.name}/ is not compared with the run: this process holds no sample")
         return
     trained = load(saved, str(session.device))
     _compare_tokens(session.loaded.tokenizer, trained, _some_examples(session), saved)
-    expected = evaluation["loss"] if evaluation and is_known else _loss_of_run(session, trainables, batches)
+    expected = _loss_of_run(session, trainables, batches)
     found = _loss(trained.objective, batches, session, trained.tokenizer)
     if not _agree(found, expected):
         raise ModelError(
@@ -66,6 +60,11 @@ def check_saved(
             "not what was trained. The checkpoint is intact; please report this with config.yaml. fwdllm.check_saved "
             "false ends runs without the comparison"
         )
+
+
+def _spread(batches: Sequence[Batch]) -> list[Batch]:
+    places = sorted({place * (len(batches) - 1) // (_BATCHES - 1) for place in range(_BATCHES)}) if batches else []
+    return [batches[place] for place in places]
 
 
 def _agree(found: float, expected: float) -> bool:

@@ -261,7 +261,7 @@ def test_a_tokenizer_that_splits_otherwise_is_noticed(world: World) -> None:
     file.write_text(json.dumps(tree))
     session = Session.open(config)
     with pytest.raises(ModelError, match="the saved tokenizer splits"):
-        check_saved(session, result.trained, session.parts.trainables, None, print)
+        check_saved(session, result.trained, session.parts.trainables, print)
 
 
 class TestCommands:
