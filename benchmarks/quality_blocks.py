@@ -51,6 +51,7 @@ _BLOCKS = {**_FULL, "federate.method": "fedcybgd", "fwdllm.blocks.learning_rate_
 #: name: (settings, clients in one round)
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "blocks": (_BLOCKS, 1),
+    "blocks, only the fresh head": ({**_BLOCKS, "fwdllm.blocks.head": "out"}, 1),
     "blocks, two layers": ({**_BLOCKS, "fwdllm.blocks.group_size": 2}, 1),
     "blocks, int8 both ways": (
         {**_BLOCKS, "fwdllm.blocks.upload": "int8", "fwdllm.blocks.download.inactive": "int8"},
