@@ -52,6 +52,8 @@ ROWS = [
         base={**_DISK, "compute_dtype": "bfloat16"}),
     Row("8 probes, 512 tokens", 512, _MEZO, base=_DISK),
     Row("8 probes one by one, 512 tokens", 512, {**_MEZO, "probes_per_batch": 1}, base=_DISK),
+    Row("8 probes one by one, 512 tokens, 4 a read", 512, {**_MEZO, "probes_per_batch": 1},
+        base={**_DISK, "passes_per_read": 4}),
     Row("backpropagation, 64 tokens", 64, {"estimator": "projected", "gradient_checkpointing": True}, base=_DISK),
     Row("backpropagation, 512 tokens", 512, {"estimator": "projected", "gradient_checkpointing": True}, base=_DISK),
     Row("accelerate disk offload, bfloat16, 8 probes one by one, 64 tokens", 64, {}, form="bfloat16"),

@@ -44,6 +44,12 @@ def test_step_compares_with_two_forward_passes_and_the_published_step() -> None:
     assert "MISSED" not in output  # a tiny model says nothing about the targets
 
 
+def test_sizes_sets_a_run_beside_a_plain_pass_and_its_plan(tmp_path: Path) -> None:
+    output = output_of("sizes.py", tmp_path / "models", "--rows", "DistilBERT")
+    cells = cells_of(output, "DistilBERT 67 M, forward gradient, LoRA  ")
+    assert all(float(cell.replace(",", "")) > 0 for cell in cells[1:])
+
+
 def test_replay_compares_with_randn() -> None:
     output = output_of("replay.py")
     assert float(cells_of(output, "torch.randn as published")[3]) == 1.0
