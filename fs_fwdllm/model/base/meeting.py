@@ -85,6 +85,7 @@ class Meeting:
         self._shared: weakref.WeakSet[Any] = weakref.WeakSet()
         self._passes: list[_Pass] = []
         self._mine = threading.local()
+        self._place = threading.Lock()
         self._held = -1
         self._alone = 0
 
@@ -122,12 +123,17 @@ class Meeting:
         own.wish = None
 
     def _side_by_side(self, passes: Sequence[Callable[[], T]]) -> list[T]:
+        mine: _Pass | None = getattr(self._mine, "own", None)
         if len(passes) == 1 or self._alone:
             return [one() for one in passes]
-        mine: _Pass | None = getattr(self._mine, "own", None)
-        starter = mine or _Pass()
-        if mine is None:
+        if mine is not None:
+            return self._under(mine, passes)
+        with self._place:  # a stranger's thread waits until this meeting is over
+            starter = _Pass()
             self._passes, self._held = [starter], -1
+            return self._under(starter, passes)
+
+    def _under(self, starter: _Pass, passes: Sequence[Callable[[], T]]) -> list[T]:
         started = [_Pass(starter) for _ in passes]
         starter.waits_for = len(started)
         place = self._passes.index(starter)

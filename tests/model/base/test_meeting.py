@@ -215,3 +215,19 @@ def test_nobody_else_has_a_turn_while_one_is_alone() -> None:
 
     disk.meeting.together([first, walk(disk, range(3), "second", said)])
     assert [name for name, _ in said] == ["first"] * 3 + ["second"] * 3
+
+
+def test_meetings_of_two_threads_do_not_mix() -> None:
+    disk, found = Disk(), {}  # type: ignore[var-annotated]
+
+    def meet(name: str) -> None:
+        for turn in range(20):
+            passes = [walk(disk, range(5), f"{name}{turn}-{one}") for one in range(3)]
+            found[name, turn] = disk.meeting.together(passes)
+
+    threads = [threading.Thread(target=meet, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {(name, turn): [f"{name}{turn}-{one}" for one in range(3)] for name in "abc" for turn in range(20)}
