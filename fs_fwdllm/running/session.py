@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,8 @@ __all__ = ["Session"]
 _EVALUATION_BATCH = 32
 #: Above this share of zero slopes the run learns little, and says so.
 _TOO_MANY_ZEROS = 0.5
+#: A training loss of more than this times the first one, and a nat, is not the mini-batches' noise.
+_EXPLODED = 2.0
 #: An evaluation loss of more than this times the first one is no noise of a start any more.
 _FAR_WORSE = 1.2
 
@@ -68,6 +71,7 @@ class Session:
     progress: Callable[[int, int], None] = lambda done, total: None
     _warned: bool = False
     _told_divergence: bool = False
+    _first_loss: float | None = None
 
     @classmethod
     def open(cls, config: Config) -> Session:
@@ -170,6 +174,7 @@ class Session:
 
     def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
         """Say, once, what a user should know about how the rounds go."""
+        self._watch_loss(report, say)
         if report.zero_share > _TOO_MANY_ZEROS and self.config.method.measures_slopes and not self._warned:
             self._warned = True
             say(
@@ -177,6 +182,20 @@ class Session:
                 f"{self.config.fwdllm.radius} is below what the losses resolve; raise it (about 0.01 over a bfloat16 "
                 "base), or use fwdllm.estimator: forward_mode"
             )
+
+    def _watch_loss(self, report: RoundReport, say: Callable[[str], None]) -> None:
+        loss = report.train_loss
+        if not report.losses or self._told_divergence:
+            return
+        if self._first_loss is None:
+            self._first_loss = loss
+        if math.isfinite(loss) and loss <= _EXPLODED * self._first_loss + 1:
+            return
+        self._told_divergence, rate = True, self.config.train.optimizer.lr
+        say(
+            f"warning: round {report.round_index + 1}: the training loss is {loss:.4g}, and was {self._first_loss:.4g} "
+            f"in the first round: training diverges; lower train.optimizer.lr (it is {rate:g})"
+        )
 
     def watch_evaluation(self, round_number: int, loss: float, start: float, say: Callable[[str], None]) -> None:
         """Say, once, that evaluation has come out far worse than before the first round."""

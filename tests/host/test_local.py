@@ -272,6 +272,20 @@ def test_divergence_is_told_once_in_the_round_it_happens_with_the_key_to_change(
     assert said.count("training diverges; lower train.optimizer.lr") == told
 
 
+@pytest.mark.parametrize("method", ["fedavg", "mezo", "forward_gradient"])
+def test_divergence_is_told_between_evaluations_too(
+    method: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = {**METHODS[method], "eval.freq": -1, "fwdllm.saved_round": "last", "federate.total_round_num": 12}
+    rates = {"fedavg": 30.0, "mezo": 3.0, "forward_gradient": 100.0}
+    path = run(world.config({**quiet, "train.optimizer.lr": rates[method]}))
+    losses = [line["train_loss"] for line in lines_of(path) if "train_loss" in line]
+    far = [number for number, loss in enumerate(losses, start=1) if loss is None or loss > 2 * losses[0] + 1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert far and f"warning: round {far[0]}: the training loss is" in said
+    assert said.count("training diverges; lower train.optimizer.lr") == 1
+
+
 def test_a_resumed_run_reports_the_most_memory_of_all_its_processes() -> None:
     earlier = Accounting(torch.device("cpu")).counters() | {"peak_rss_mib": 1e6, "peak_device_mib": 5e5}
     later = Accounting(torch.device("cpu"))
