@@ -252,7 +252,7 @@ def test_a_plan_over_a_base_on_the_disk_counts_what_is_read(
     tmp_path: Path, trial_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the trial ends in the middle of a pass."""
-    monkeypatch.setattr(timing, "_TRIAL_S", trial_s)
+    monkeypatch.setattr(timing, "TRIAL_S", trial_s)
     own = {"probes": 12, "estimator": "one_sided", "base": {"stream": True, "passes_per_read": 4}}
     config = configuration(tmp_path, "fedmezo", LORA, fwdllm=own)
     session = Session.open(config)

@@ -35,6 +35,7 @@ from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Task
 from fs_fwdllm.errors import ConfigError, DataError, nearest
 from fs_fwdllm.evaluation.answers import BestSpans, judge, judge_apart
 from fs_fwdllm.evaluation.generation import generate_answers
+from fs_fwdllm.evaluation.names import METRICS, METRICS_ON_REQUEST, OF_ANSWERS, OF_ANSWERS_APART
 from fs_fwdllm.model.objective import BatchLoss, Objective
 
 __all__ = [
@@ -42,28 +43,6 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
-_OF_CLASSES = ("accuracy", "majority_accuracy", "macro_f1", "mcc")
-
-_OF_NUMBERS = ("mse", "mae", "pearson", "spearman")
-_OF_ANSWERS = ("exact_match", "f1")
-_OF_ANSWERS_APART = ("has_answer_exact_match", "has_answer_f1", "no_answer_exact_match")
-
-METRICS: dict[Task, tuple[str, ...]] = {
-    "classification": _OF_CLASSES,
-    "label_words": _OF_CLASSES,
-    "causal_lm": ("token_accuracy", "perplexity"),
-    "question_answering": _OF_ANSWERS,
-    "regression": _OF_NUMBERS,
-}
-#: What is reported only where ``eval.metrics`` names it. ``binary_f1`` is the F1 of the second class: GLUE's for MRPC
-#: and QQP.
-METRICS_ON_REQUEST: dict[Task, tuple[str, ...]] = {
-    "classification": ("per_class", "binary_f1"),
-    "label_words": ("per_class", "binary_f1"),
-    "causal_lm": (*_OF_ANSWERS, *_OF_ANSWERS_APART),
-    "question_answering": _OF_ANSWERS_APART,
-    "regression": ("r2",),
-}
 #: FederatedScope's names for the same things.
 _ALIASES = {"acc": "accuracy", "f1": "macro_f1", **dict.fromkeys(LOSS_WORDS, "loss")}
 
@@ -103,7 +82,7 @@ def evaluate(
     Raises:
         DataError: exact match is asked for, but the data has no reference answers.
     """
-    generates = objective.task == "causal_lm" and bool({*_OF_ANSWERS, *_OF_ANSWERS_APART} & set(metrics))
+    generates = objective.task == "causal_lm" and bool({*OF_ANSWERS, *OF_ANSWERS_APART} & set(metrics))
     total = len(batches) * (1 + generates)
     total_loss, predictions, targets, spans = 0.0, [], [], BestSpans()
     for batch, seen in zip(batches, _watched(_seen(objective, batches), 0, total, progress), strict=True):

@@ -22,9 +22,10 @@ from fs_fwdllm.model.base.streaming import Reader
 from fs_fwdllm.running.session import Session
 from fs_fwdllm.running.slope_check import first_batch
 
-__all__ = ["Pace", "find_pace"]
+__all__ = ["TRIAL_S", "Pace", "find_pace"]
 
-_TRIAL_S = 2.0
+#: After which a trial ends.
+TRIAL_S = 2.0
 _TRIALS = 3
 #: Of a base on the disk, of which a trial reads at least this.
 _LEAST_SHARE = 0.02
@@ -114,13 +115,13 @@ def _tried(session: Session, run: Any) -> float:
     for _ in range(_TRIALS):
         read, started, share = 0 if reader is None else reader.bytes_read, time.perf_counter(), 1.0
         try:
-            with _ending(session, reader, started + _TRIAL_S):
+            with _ending(session, reader, started + TRIAL_S):
                 run()
         except _Enough:
             assert reader is not None
             share = (reader.bytes_read - read) / reader.stored_bytes
         quickest = min(quickest, (time.perf_counter() - started) / share)
-        if time.perf_counter() - began > _TRIAL_S:
+        if time.perf_counter() - began > TRIAL_S:
             break
     return quickest
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.evaluation.names import LOWER_IS_BETTER
 from fs_fwdllm.report.compare import common_curve, load_runs
 from fs_fwdllm.report.device_model import DeviceModel, PassCost, modelled_seconds, pass_cost
 from fs_fwdllm.report.figure import (
@@ -29,7 +30,7 @@ from fs_fwdllm.report.figure import (
     shortened,
 )
 from fs_fwdllm.report.groups import run_names
-from fs_fwdllm.report.record import LOWER_IS_BETTER, RunRecord
+from fs_fwdllm.report.record import RunRecord
 from fs_fwdllm.report.terminal import compact_table
 from fs_fwdllm.report.traffic import read_traffic
 from fs_fwdllm.report.units import byte_unit, format_bytes, format_metric, format_seconds, short_count

@@ -11,11 +11,12 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.config.host_sections import EvalConfig
 from fs_fwdllm.config.sources import describe_sources, groups_of_sources
 from fs_fwdllm.errors import CheckpointError, ConfigError
+from fs_fwdllm.evaluation.names import LOWER_IS_BETTER
 from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.sinks import read_lines
 
 __all__ = [
-    "LOWER_IS_BETTER", "RunRecord", "RunSummary", "evaluation_metric", "method_name", "metric_title", "short_name"
+    "RunRecord", "RunSummary", "evaluation_metric", "method_name", "metric_title", "short_name"
 ]  # fmt: skip
 
 #: Names of what an evaluation may report, for axes and tables; where no metric was asked for, the first one present is
@@ -36,7 +37,6 @@ _TITLES = {
     "mae": "mean absolute error",
     "loss": "evaluation loss",
 }
-LOWER_IS_BETTER = frozenset({"perplexity", "loss", "mae", "mse", "rmse"})
 
 
 def metric_title(name: str) -> str:

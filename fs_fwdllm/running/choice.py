@@ -21,7 +21,7 @@ from fs_fwdllm.config.host_sections import EarlyStopConfig
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, nearest
 from fs_fwdllm.evaluation.metrics import check_metrics
-from fs_fwdllm.report.record import LOWER_IS_BETTER
+from fs_fwdllm.evaluation.names import LOWER_IS_BETTER
 
 __all__ = ["Choice", "choose", "is_time_to_stop"]
 

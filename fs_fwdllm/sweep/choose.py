@@ -18,9 +18,9 @@ import torch
 
 from fs_fwdllm.data.batches import collate
 from fs_fwdllm.errors import ConfigError, TrainingStalledError, nearest
+from fs_fwdllm.evaluation.names import LOWER_IS_BETTER
 from fs_fwdllm.method import assemble_server
 from fs_fwdllm.report import RunFolder
-from fs_fwdllm.report.record import LOWER_IS_BETTER
 from fs_fwdllm.running.driver import read_own_checkpoint
 from fs_fwdllm.running.session import Session
 from fs_fwdllm.sweep.run import Outcome, reasons

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "METRIC_NAMES", "NO_RESULTS"]
-
-#: Metrics of ours that FederatedScope has no function for.
-METRIC_NAMES = ("accuracy", "macro_f1", "majority_accuracy", "mcc", "perplexity", "token_accuracy")
+__all__ = ["MESSAGE_EVALUATE", "MESSAGE_UPDATE", "MESSAGE_WORK", "NO_RESULTS"]
 
 #: Types of our messages. None of them is one the host unpickles.
 MESSAGE_WORK = "fwdllm_work"

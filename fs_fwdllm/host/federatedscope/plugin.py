@@ -89,7 +89,7 @@ def _show_plainly() -> None:
 
 
 def _register() -> None:
-    from fs_fwdllm.host.federatedscope.names import METRIC_NAMES
+    from fs_fwdllm.evaluation.names import numbers
 
     host.register_config(_NAME, _extend_config)
     host.register_data(_NAME, _load_data)
@@ -97,7 +97,7 @@ def _register() -> None:
     host.register_trainer(_NAME, _trainer_class)
     host.register_worker(_NAME, _worker_classes)
     host.register_splitter(_NAME, _splitter)
-    for name in METRIC_NAMES:
+    for name in numbers():
         host.register_metric(f"{_NAME}.{name}", _metric(name))
 
 

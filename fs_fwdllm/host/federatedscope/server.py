@@ -27,6 +27,7 @@ from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in, with_value_to_choose_by
 from fs_fwdllm.host.federatedscope.run_state import HostModel
+from fs_fwdllm.host.federatedscope.trainer import let_monitor_know
 from fs_fwdllm.host.federatedscope.transport import Hello, dispatch, frame_in, next_message
 from fs_fwdllm.running.driver import RunDriver
 
@@ -53,6 +54,7 @@ class FwdLLMServer(MemberServer):
         if config is None or model is None:  # the host asks an unconfigured worker for its handlers
             return
         self._process = model.process
+        let_monitor_know(self._monitor)
         self.aggregator = TrainedParameters(self)
         self.aggregators = [self.aggregator]
         self._driver: RunDriver | None = None

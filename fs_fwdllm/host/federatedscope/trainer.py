@@ -17,13 +17,11 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.batches import evaluation_batches
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.evaluation.metrics import check_metrics, evaluate
-from fs_fwdllm.host.federatedscope.names import METRIC_NAMES
+from fs_fwdllm.evaluation.names import LOWER_IS_BETTER, METRICS, METRICS_ON_REQUEST, numbers
 from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.model.objective import Objective
 
-__all__ = ["EvaluationTrainer", "host_metric"]
-
-_LOWER_IS_BETTER = frozenset({"perplexity"})
+__all__ = ["EvaluationTrainer", "host_metric", "let_monitor_know"]
 
 
 class EvaluationTrainer(BaseTrainer):
@@ -56,14 +54,22 @@ class EvaluationTrainer(BaseTrainer):
         total = sum(len(batch) for batch in batches)
         if objective.task == "causal_lm":
             loss = sum(_mean_loss(objective, batch) * len(batch) for batch in batches)
-            wanted = [name for name in self._process.config.eval.metrics if name in METRIC_NAMES]
-            others = evaluate(objective, batches, check_metrics(wanted, objective.task)) if wanted else {}
+            known = (*METRICS[objective.task], *METRICS_ON_REQUEST[objective.task])
+            wanted = [name for name in self._process.config.eval.metrics if name in known]
+            others = self._others(objective, batches, wanted) if wanted else {}
         else:
-            others = evaluate(objective, batches, check_metrics(self._process.config.eval.metrics, objective.task))
+            others = self._others(objective, batches, self._process.config.eval.metrics)
             loss = others["loss"] * total
             others["acc"] = others.get("accuracy", float("nan"))
         others.pop("loss", None)
         return {"loss": loss, "total": total, "avg_loss": loss / total, **others}
+
+    def _others(self, objective: Objective, batches: Sequence[Batch], wanted: Sequence[str]) -> dict[str, float]:
+        """Our own evaluation, of which the host merges what is a number."""
+        session = self._process.session
+        names, tokenizer = session.data.label_names, session.loaded.tokenizer
+        found = evaluate(objective, batches, check_metrics(wanted, objective.task), names, tokenizer)
+        return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
     def _cut(self, split: str) -> list[Batch]:
         if split not in self._batches:
@@ -98,10 +104,18 @@ def _mean_loss(objective: Objective, batch: Batch) -> float:
     return float(objective.readout.loss(batch_loss.logits(), batch_loss.targets))
 
 
+def let_monitor_know(monitor: Any) -> None:
+    """Tell a host's monitor of every name that a result of ours may have: it looks each up to learn how values
+    compare, also those that ``eval.metrics`` leaves to the task."""
+    known = monitor.metric_calculator.eval_metric
+    for name in ("acc", *numbers()):
+        known.setdefault(name, host_metric(name)[1:])
+
+
 def host_metric(name: str) -> tuple[str, Any, bool]:
     """What the host's registry wants to know of a metric of ours; its value is computed by the evaluation itself."""
 
     def not_used(ctx: Any, **_: Any) -> float:
         raise NotImplementedError(f"{name} is computed by EvaluationTrainer")
 
-    return name, not_used, name not in _LOWER_IS_BETTER
+    return name, not_used, name not in LOWER_IS_BETTER

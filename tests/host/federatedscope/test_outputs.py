@@ -180,3 +180,33 @@ def test_one_model_for_all_clients_and_never_a_pickle_of_it(world: World, launch
     settings = {**_MEZO, "data.type": presplit(world, 8), "federate.client_num": 8, "federate.total_round_num": 2}
     federation = Federation(write_config(world, settings), tmp_path, launcher)
     assert "models made: 1 pickled: 0" in federation.start_standalone(before=_SPY).succeed()
+
+
+@pytest.mark.parametrize("named", [[], ["loss"], ["macro_f1"], ["per_class", "binary_f1"]], ids=str)
+@pytest.mark.parametrize("label_words", [False, True])
+def test_results_of_classes_are_merged_whatever_metrics_are_named(
+    named: list[str], label_words: bool, world: World, launcher: Starter, tmp_path: Path
+) -> None:
+    """The host looks up how each value of a result compares, also of those that follow from the task."""
+    rows = world.texts(name="words.jsonl", classes=("w7", "w8"))
+    settings = {**_MEZO, "data.type": f"{rows}@text", "data.root": str(world.root), "federate.total_round_num": 2,
+                "eval.metrics": named}  # fmt: skip
+    if label_words:
+        settings |= {"model.type": f"{world.model('llama')}@huggingface_llm", "model.task": ""}
+    federation = Federation(write_config(world, settings, language_model=False), tmp_path, launcher)
+    federation.standalone()
+    (line, *_) = [line for line in _results(federation, "standalone") if "Results_weighted_avg" in line]
+    merged = line["Results_weighted_avg"]
+    wanted = [name for name in named if name not in ("loss", "per_class")] or ["accuracy", "mcc"]
+    assert {f"test_{name}" for name in wanted} <= set(merged)
+
+
+@pytest.mark.parametrize("named", [[], ["mse", "r2"]], ids=str)
+def test_results_of_numbers_are_merged(named: list[str], world: World, launcher: Starter, tmp_path: Path) -> None:
+    rows = [{"text": f"w{3 + row} w{4 + row}", "label": row / 10} for row in range(36)]
+    settings = {**_MEZO, "data.type": f"{world.write_rows('numbers.jsonl', rows)}@text", "data.root": str(world.root),
+                "fwdllm.data.regression": True, "federate.total_round_num": 2, "eval.metrics": named}  # fmt: skip
+    federation = Federation(write_config(world, settings, language_model=False), tmp_path, launcher)
+    federation.standalone()
+    (line, *_) = [line for line in _results(federation, "standalone") if "Results_weighted_avg" in line]
+    assert {f"test_{name}" for name in named or ["mse", "pearson"]} <= set(line["Results_weighted_avg"])
