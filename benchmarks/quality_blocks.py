@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_machine, print_table
+from common import print_machine, print_table, tree_of
 
-from fs_fwdllm.config import Config, parse_config
+from fs_fwdllm.config import parse_config
 from fs_fwdllm.report.units import format_bytes, format_seconds
 from fs_fwdllm.running import local
 from fs_fwdllm.running.evaluating import evaluate_run
@@ -104,23 +104,14 @@ _TASKS: dict[str, dict[str, Any]] = {
 _METRICS = {"cola": ("mcc", "accuracy"), "mrpc": ("accuracy", "binary_f1"), "alpaca": ("loss", "token_accuracy")}
 
 
-def make_config(settings: dict[str, Any]) -> Config:
-    tree: dict[str, Any] = {}
-    for key, value in settings.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return parse_config(tree)
-
-
 def run_once(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """The closing counters of a run with its last evaluation, and where that is on validation rows the test's, too."""
     path = options.outdir / f"{options.task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
     final = finished(path)
     if not final:
-        final = finished(local.run(make_config(settings_of(name, seed, rate, options) | {"expname": path.name})))
+        final = finished(
+            local.run(parse_config(tree_of(settings_of(name, seed, rate, options) | {"expname": path.name})))
+        )
     return {**final, "test": evaluate_run(path) if options.validation else final["eval"]}
 
 

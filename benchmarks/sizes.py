@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import print_machine, print_table
+from common import print_machine, print_table, tree_of
 
 _TOKENS, _ROWS = 64, 8
 _LORA = [{"adapter_method": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}]
@@ -122,14 +122,7 @@ def configuration(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if not keys["llm.adapter.use"]:
         keys["llm.adapter.args"] = [{}]
-    tree: dict[str, Any] = {}
-    for key, value in keys.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree
+    return tree_of(keys)
 
 
 def run(tree: dict[str, Any]) -> dict[str, float]:
