@@ -139,7 +139,10 @@ class Meeting:
         place = self._passes.index(starter)
         self._passes[place:place] = started
         for one, run in zip(started, passes, strict=True):
-            self._start(one, run)
+            try:
+                self._start(one, run)
+            except RuntimeError as error:  # the system has no thread left
+                self._end(one, error)
         try:
             self._give_way(starter)
         finally:
@@ -160,16 +163,19 @@ class Meeting:
                     with torch.set_grad_enabled(gradients):
                         own.result = context.run(run)
             except BaseException as error:
-                own.error = error
-                assert own.starter is not None
-                own.starter.fails = True
-            finally:
-                assert own.starter is not None
-                self._passes.remove(own)
-                own.starter.waits_for -= 1
-                self._next().turn.set()
+                self._end(own, error)
+            else:
+                self._end(own)
+            self._next().turn.set()
 
         threading.Thread(target=work, name="fs-fwdllm pass", daemon=True).start()
+
+    def _end(self, own: _Pass, error: BaseException | None = None) -> None:
+        assert own.starter is not None
+        own.error = error
+        own.starter.fails |= error is not None
+        own.starter.waits_for -= 1
+        self._passes.remove(own)
 
     def _give_way(self, own: _Pass) -> None:
         """Let others have their turn, until it is this pass's again."""

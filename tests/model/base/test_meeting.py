@@ -231,3 +231,22 @@ def test_meetings_of_two_threads_do_not_mix() -> None:
     for thread in threads:
         thread.join(60)
     assert found == {(name, turn): [f"{name}{turn}-{one}" for one in range(3)] for name in "abc" for turn in range(20)}
+
+
+def test_a_system_without_threads_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, start, started = Disk(), threading.Thread.start, []  # type: ignore[var-annotated]
+
+    def runs_out(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", runs_out)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            disk.meeting.together([walk(disk, range(5), one) for one in range(4)])
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert disk.meeting.together([walk(disk, range(5), one) for one in range(4)]) == [0, 1, 2, 3]
