@@ -213,8 +213,8 @@ class BaseConfig(Section):
         said = [name for name, value in others.items() if value != type(self).model_fields[name].default]
         if not self.stream and self.passes_per_read != type(self).model_fields["passes_per_read"].default:
             raise ValueError(
-                f"base.passes_per_read {self.passes_per_read} is about a base on the disk; set base.stream true, or leave "
-                "it out"
+                f"base.passes_per_read {self.passes_per_read} is about a base on the disk; set base.stream true, or "
+                "leave it out"
             )
         if self.quantise == "none" and said:
             raise ValueError(
