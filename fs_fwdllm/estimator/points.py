@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +55,15 @@ class ResidentPoints(Points):
         return batch_loss.at_stack([_moved(tensor, direction, offsets) for tensor, direction in pairs])
 
 
+class _Pass(NamedTuple):
+    """A pass over several points; ``held`` are the trainables that stand moved for all of it."""
+
+    keys: Sequence[DirectionKey]
+    offsets: Sequence[float]
+    point: torch.Tensor
+    held: frozenset[int]
+
+
 class LayerPoints(Points):
     """One module's points at a time, around its forward pass.
 
@@ -67,7 +76,7 @@ class LayerPoints(Points):
         super().__init__(trainables, distribution)
         self._ids = {id(tensor): tensor_id for tensor_id, tensor in enumerate(trainables.tensors)}
         self._owners: dict[int, list[tuple[dict[str, Any], str, int]]] = {}
-        self._active: tuple[Sequence[DirectionKey], Sequence[float], torch.Tensor] | None = None
+        self._active: _Pass | None = None
         self._reached: set[int] = set()
         self._held: frozenset[int] = frozenset()
         for module in model.modules():
@@ -87,29 +96,30 @@ class LayerPoints(Points):
         meeting_of(model).share(self)
 
     def losses(self, batch_loss: BatchLoss, keys: Sequence[DirectionKey], offsets: Sequence[float]) -> torch.Tensor:
-        def at(point: torch.Tensor) -> torch.Tensor:
-            with self._standing(keys, offsets, point):
-                return batch_loss.here()
-
         places = torch.arange(len(offsets) * len(keys), device=self.trainables.device)
         try:
             with foreign_code("in one pass over several points"):
-                losses: torch.Tensor = vmap(at)(places)
-                missed = frozenset(self._ids.values()) - self._reached
-                if missed <= self._held:
-                    return losses
-                self._held |= missed
-                again: torch.Tensor = vmap(at)(places)
-                return again
+                while True:
+                    held = self._held
+
+                    def at(point: torch.Tensor, held: frozenset[int] = held) -> torch.Tensor:
+                        with self._standing(_Pass(keys, offsets, point, held)):
+                            return batch_loss.here()
+
+                    losses: torch.Tensor = vmap(at)(places)
+                    missed = frozenset(self._ids.values()) - self._reached - held
+                    if not missed:
+                        return losses
+                    self._held = held | missed
         except ModelError as error:
             raise EstimatorError(f"fwdllm.probes_per_batch: set it to 1, since {error}") from error
 
     @contextmanager
-    def _standing(self, keys: Sequence[DirectionKey], offsets: Sequence[float], point: torch.Tensor) -> Iterator[None]:
-        self._active = (keys, offsets, point)
+    def _standing(self, active: _Pass) -> Iterator[None]:
+        self._active = active
         try:
             for own in self._owners.values():
-                self._move([place for place in own if place[2] in self._held])
+                self._move([place for place in own if place[2] in active.held])
             yield
         finally:
             self._active = None
@@ -133,18 +143,18 @@ class LayerPoints(Points):
             owner[name] = standing
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        if self._active is not None:
+        if (active := self._active) is not None:
             own = self._owners[id(module)]
             self._reached.update(tensor_id for _, _, tensor_id in own)
-            self._move([place for place in own if place[2] not in self._held])
+            self._move([place for place in own if place[2] not in active.held])
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if self._active is not None:
-            self._put_back([place for place in self._owners[id(module)] if place[2] not in self._held])
+        if (active := self._active) is not None:
+            self._put_back([place for place in self._owners[id(module)] if place[2] not in active.held])
 
     def _move(self, places: Sequence[tuple[dict[str, Any], str, int]]) -> None:
         assert self._active is not None
-        keys, offsets, point = self._active
+        keys, offsets, point, _ = self._active
         for owner, name, tensor_id in places:
             if not self.distribution.covers(tensor_id):
                 continue

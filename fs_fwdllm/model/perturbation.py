@@ -105,11 +105,10 @@ class StreamedPerturbation(Perturbation):
 
     def take(self) -> Any:
         """What stands perturbed in a pass that stops (:class:`~fs_fwdllm.model.base.meeting.Shared`)."""
-        moved = [
-            (parameter, parameter.data, original) for level in self._open for parameter, original in level.originals
-        ]
+        standing = [pair for level in self._open for pair in level.originals]
+        moved = [(parameter, parameter.data) for parameter, _ in standing]
         state = self._active, self._open, self.scratch[: len(self._open)], moved
-        for parameter, _, original in reversed(moved):
+        for parameter, original in reversed(standing):
             parameter.data = original
         nothing = torch.empty(0, device=self.trainables.device)
         self.scratch[: len(self._open)] = [nothing] * len(self._open)

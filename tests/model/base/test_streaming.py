@@ -126,8 +126,8 @@ def test_passes_side_by_side_are_passes_one_by_one(
     own: dict[str, Any] = {}
     if cache_mib and method == "lora" and architecture != "albert":
         own["layers_to_transform"] = [LAYERS - 1]  # with something below it to play back
-    for estimator in ("central", "one_sided"):
-        settings["fwdllm.estimator"] = estimator
+    for estimator, together in (("central", 1), ("one_sided", 1), ("central", 2), ("one_sided", 3)):
+        settings |= {"fwdllm.estimator": estimator, "fwdllm.probes_per_batch": together}
         resident = load(folder, method, classifier, **own, **settings)
         streamed = load(folder, method, classifier, base={**STREAM, "passes_per_read": 5}, **own, **settings)
         expected = slopes(resident, settings, classifier)
