@@ -188,9 +188,10 @@ class Bomb:
         return open, ({trace!r}, "w")
 
 bomb = base64.b64encode(pickle.dumps(Bomb())).decode()
-hello = dict(client=1, samples=3, incarnation=5, digest="00", host="127.0.0.1", port=1)
+hello = dict(client=1, samples=3, incarnation=5, digest="00", base="", host="127.0.0.1", port=1)
 contents = [bomb, [5, {{"w": bomb}}], {{"w": bomb}}, 3, 0.5, "@", "", {{1: 2}}, [], {{**hello, "client": 99}},
-            {{**hello, "digest": "zz"}}, {{**hello, "client": bomb}}, {{**hello, "port": 70000}}, {{"client": 1}}]
+            {{**hello, "digest": "zz"}}, {{**hello, "base": 3}}, {{**hello, "client": bomb}},
+            {{**hello, "port": 70000}}, {{"client": 1}}]
 kinds = ["model_para", "ss_model_para", "evaluate", "join_in", "join_in_info", "address", "ask_for_join_in_info",
          "metrics", "assign_client_id", "fwdllm_work", "fwdllm_update", "fwdllm_evaluate", "no such type", ""]
 for port in {ports!r}:
@@ -276,7 +277,7 @@ import socket, grpc
 from federatedscope.core.message import Message
 from federatedscope.core.proto import gRPC_comm_manager_pb2_grpc as services
 door = socket.create_server(("127.0.0.1", 0))
-hello = dict(client=99, samples=3, incarnation=5, digest="00", host="127.0.0.1", port=door.getsockname()[1])
+hello = dict(client=99, samples=3, incarnation=5, digest="00", base="", host="127.0.0.1", port=door.getsockname()[1])
 with grpc.insecure_channel("127.0.0.1:{port}") as channel:
     services.gRPCComServeFuncStub(channel).sendMessage(Message("join_in", 7, [0], 1, hello).transform(), timeout=20)
 door.settimeout(3)
