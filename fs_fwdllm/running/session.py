@@ -71,7 +71,7 @@ class Session:
     progress: Callable[[int, int], None] = lambda done, total: None
     _warned: bool = False
     _told_divergence: bool = False
-    _first_loss: float | None = None
+    _first_loss: tuple[int, float] | None = None
 
     @classmethod
     def open(cls, config: Config) -> Session:
@@ -188,13 +188,14 @@ class Session:
         if not report.losses or self._told_divergence:
             return
         if self._first_loss is None:
-            self._first_loss = loss
-        if math.isfinite(loss) and loss <= _EXPLODED * self._first_loss + 1:
+            self._first_loss = report.round_index + 1, loss
+        first_round, first_loss = self._first_loss
+        if math.isfinite(loss) and loss <= _EXPLODED * first_loss + 1:
             return
         self._told_divergence, rate = True, self.config.train.optimizer.lr
         say(
-            f"warning: round {report.round_index + 1}: the training loss is {loss:.4g}, and was {self._first_loss:.4g} "
-            f"in the first round: training diverges; lower train.optimizer.lr (it is {rate:g})"
+            f"warning: round {report.round_index + 1}: the training loss is {loss:.4g}, and was {first_loss:.4g} in "
+            f"round {first_round}: training diverges; lower train.optimizer.lr (it is {rate:g})"
         )
 
     def watch_evaluation(self, round_number: int, loss: float, start: float, say: Callable[[str], None]) -> None:

@@ -57,12 +57,13 @@ def remark_on_slopes(session: Session) -> str | None:
     except EstimatorError:
         return None
     measured = measured_slopes(parts, batch, client, _PROBES)
-    worst = max(
-        (compared(mine, theirs)[1], source.slopes)
+    errors = [
+        (compared(mine, theirs)[1] if np.isfinite(mine).all() else np.inf, source.slopes)
         for mine, theirs, source in zip(measured, expected, sources, strict=True)
-        if _has_radius(source)
-    )
-    if not worst[0] > _TOO_FAR_OFF:
+        if _has_radius(source) and theirs.any()  # LoRA's A has no slope while B is zero
+    ]
+    worst = max(errors, default=(0.0, ""))
+    if worst[0] <= _TOO_FAR_OFF:
         return None
     return (
         f"warning: two slopes of {worst[1]!r} are off by {worst[0]:.0%} where training starts (fwdllm.radius "

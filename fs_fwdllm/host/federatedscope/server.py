@@ -77,8 +77,10 @@ class FwdLLMServer(MemberServer):
         return self._driver
 
     def _refusal(self, hello: Hello) -> str:
-        own = self._process.session.base_digest if hello.base else b""
-        if not own or own == hello.base:
+        own = self._process.session.base_digest if self.mode == "distributed" else b""
+        if own and not hello.base:
+            logger.warning("client %d does not say which base it has, so that none is compared", hello.client)
+        if not own or hello.base in (b"", own):
             return ""
         return (
             "the server does not take this client: its base model is another one than the server's "

@@ -59,7 +59,8 @@ def _folder(source: ModelSource) -> Path | None:
     if source.is_local:
         return Path(source.transformer)
     known = try_to_load_from_cache(source.location, "config.json")
-    return Path(known).parent if isinstance(known, str) else None
+    folder = Path(known).parent if isinstance(known, str) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def _update(state: Any, entry: Entry) -> None:

@@ -54,7 +54,7 @@ class _Pass:
     Attributes:
         wish: the layer it stopped at; ``None`` where it needs none to go on.
         waits_for: passes of its own that have not ended.
-        starts: the passes it has started are to be abandoned, since one of them failed.
+        fails: one of the passes it has started failed, so that the others are to be abandoned.
         state: what was taken out of the model when it stopped.
     """
 
