@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,18 +71,6 @@ def arguments(description: str, repetitions: int, **more: Any) -> argparse.Names
         parsed.repetitions = 1
     torch.set_num_threads(parsed.threads)
     return parsed
-
-
-def tree_of(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's tree from dotted keys."""
-    tree: dict[str, Any] = {}
-    for key, value in keys.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree
 
 
 def print_machine(threads: int) -> None:

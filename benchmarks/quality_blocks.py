@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_machine, print_table, tree_of
+from common import print_machine, print_table
 
 from fs_fwdllm.config import parse_config
+from fs_fwdllm.config.load import tree_of
 from fs_fwdllm.report.units import format_bytes, format_seconds
 from fs_fwdllm.running import local
 from fs_fwdllm.running.evaluating import evaluate_run

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import print_machine, print_table, tree_of
+from common import print_machine, print_table
 
 _TOKENS, _ROWS = 64, 8
 _LORA = [{"adapter_method": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}]
@@ -103,6 +103,8 @@ def model_of(name: str, options: argparse.Namespace) -> Path:
 
 def configuration(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """The tree of a run; rows are texts of as many words as a sample may have, whatever the model is for."""
+    from fs_fwdllm.config.load import tree_of
+
     folder = model_of(row.model, options)
     data = options.folder / "rows.jsonl"
     if not data.exists():

@@ -38,6 +38,7 @@ def show_rows(file: Path | None, cfg: Path | None, text: str, label: str, tokeni
         ConfigError, DataError, ModelError: see their messages.
     """
     from fs_fwdllm.config import parse_config
+    from fs_fwdllm.config.load import tree_of
     from fs_fwdllm.data.files import read_table
     from fs_fwdllm.data.inspection import inspect_table
     from fs_fwdllm.data.sources import read_source
@@ -49,7 +50,7 @@ def show_rows(file: Path | None, cfg: Path | None, text: str, label: str, tokeni
     if cfg is None:
         if file is None:
             raise ConfigError("data show: name a file, or a configuration with --cfg FILE")
-        config, kind = parse_config(_tree(overrides)), ""
+        config, kind = parse_config(tree_of(overrides)), ""
         table = read_table(file)
     else:
         config = _configuration(file, cfg, overrides)
@@ -72,18 +73,6 @@ def _configuration(file: Path | None, cfg: Path, overrides: dict[str, Any]) -> C
         kind = config.data.type.rpartition("@")[2] or "text"
         config.data.root, config.data.type = str(file.parent), f"{file.name}@{kind}"
     return config
-
-
-def _tree(settings: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested sections."""
-    tree: dict[str, Any] = {}
-    for key, value in settings.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree
 
 
 def _show_facts(source: str, facts: FileFacts, tok_len: int) -> None:

@@ -5,7 +5,7 @@ The file is one of the user's or one that comes with the package and is known by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -18,7 +18,9 @@ from fs_fwdllm.config.section import is_host_only
 from fs_fwdllm.config.yaml_text import dump_yaml, parse_yaml
 from fs_fwdllm.errors import ConfigError, nearest, shown
 
-__all__ = ["CONFIGS", "apply_overrides", "dump_config", "find_config", "load_config", "parse_config", "read_tree"]
+__all__ = [
+    "CONFIGS", "apply_overrides", "dump_config", "find_config", "load_config", "parse_config", "read_tree", "tree_of"
+]  # fmt: skip
 
 #: The configurations that come with the package. The name of one is its path in here, without the ending: ``demo``,
 #: ``fwdllm/agnews_fwd``. Those below ``fedml/`` are in FedML's form and belong to its option ``--cf``.
@@ -111,6 +113,18 @@ def dump_config(config: Config) -> str:
     Host-only keys that nobody set are left out, so that :meth:`Config.ignored_keys` stays true after the round trip.
     """
     return dump_yaml(_without_unset_host_keys(config, config.model_dump(mode="json")))
+
+
+def tree_of(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested sections."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:

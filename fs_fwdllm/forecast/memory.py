@@ -50,7 +50,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.sources import Source, groups_of_sources
-from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.estimator import Footprint
 from fs_fwdllm.estimator.backprop import transformer_layers
@@ -59,6 +58,7 @@ from fs_fwdllm.method.cybgd.forecast import visit_bytes
 from fs_fwdllm.model.base.packed import reader_of
 from fs_fwdllm.model.source import model_task
 from fs_fwdllm.running.session import Session
+from fs_fwdllm.running.slope_check import first_batch
 
 __all__ = ["MemoryEstimate", "Traffic", "estimate_memory", "resident_bytes"]
 
@@ -297,13 +297,7 @@ def _backprop_activations(session: Session, shape: _Shape, work: _Pass) -> int:
 
 def _prefix_cache(session: Session, examples: list[Example]) -> int:
     """Run what is frozen on one batch of the first client, and see what is kept of it."""
-    cache, batches = session.parts.objective.cache, session.parts.batches
-    client = next(iter(session.client_samples))
-    held = session.data.clients[client].train
-    batch = client_batches(
-        held, client=client, round_index=0, steps=1, batch_size=batches.batch_size, seed=batches.seed,
-        pad_token_id=batches.pad_token_id,
-    )[0]  # fmt: skip
+    cache, batch = session.parts.objective.cache, first_batch(session)
     with torch.no_grad():
         session.parts.objective.on(batch)
     samples = len(examples) + sum(map(len, session.evaluation_batches))

@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from fs_fwdllm.config.own_sections import BaseConfig
+from fs_fwdllm.config.base_section import BaseConfig
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.base.checkpoint import Checkpoint, Entry
 from fs_fwdllm.model.folder import read_settings

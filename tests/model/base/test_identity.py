@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fs_fwdllm.config.own_sections import BaseConfig
+from fs_fwdllm.config.base_section import BaseConfig
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.base.identity import base_digest
 from fs_fwdllm.model.base.packing import Form
