@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +28,7 @@ from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.base.loading import packed_base
-from fs_fwdllm.model.base.packed import packed_layers, reader_of
+from fs_fwdllm.model.base.packed import PackedLinear, packed_layers, reader_of
 from fs_fwdllm.model.base.streaming import StreamedEmbedding
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
@@ -136,6 +137,7 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         make_float32_masters(model, _places_of_head(model, head))
     start_from(initial_folder(config), model, method, arguments)
     if packed_layers(model):
+        _refuse_to_train_packed(model, arguments)
         _refuse_readers_of_weights(model, rows, method, arguments)
     facts = SavedFacts.of_run(
         config,
@@ -155,6 +157,26 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         model.eval(), source.task, method, tokenizer, source, facts, arguments, frozenset(fresh),
         base_dtype=dtype, conduct=conduct, trial=rows, remarks=remarks,
     )  # fmt: skip
+
+
+def _refuse_to_train_packed(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """What PEFT is asked to train beside LoRA's matrices would be left out without a word where it has no numbers.
+
+    Raises:
+        ConfigError: a module to save is packed or on the disk, or single parameters are named.
+    """
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    without_numbers = (PackedLinear, StreamedEmbedding)
+    found = [name for name, module in wrapped if any(isinstance(one, without_numbers) for one in module.modules())]
+    keys = ("modules_to_save", "trainable_token_indices") if found else ("target_parameters",)
+    key = next((key for key in keys if arguments.get(key)), "")
+    if key:
+        place = f" ({found[0]})" if found else ""
+        raise ConfigError(
+            f"llm.adapter.args {key}: {arguments[key]!r} names weights that are packed or on the disk{place} and "
+            "cannot be trained; name target_modules, leave it out, or give the float model, resident (fwdllm.base.quantise "
+            "none, fwdllm.base.stream false)"
+        )
 
 
 @torch.no_grad()

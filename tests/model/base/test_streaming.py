@@ -206,6 +206,28 @@ def test_an_adapter_that_looks_into_the_weights_is_refused(tmp_path: Path, base:
     assert re.search(r"llm\.adapter\.args: .*use_dora.*reads the numbers.*float model, resident", said), said
 
 
+@pytest.mark.parametrize(
+    ("own", "base", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, STREAM, r"modules_to_save: \['lm_head'\].*lm_head\)"),
+        ({"modules_to_save": ["embed_tokens"]}, STREAM, "modules_to_save.*embed_tokens"),
+        ({"trainable_token_indices": [3, 4]}, STREAM, "trainable_token_indices.*embed_tokens"),
+        ({"modules_to_save": ["down_proj"]}, None, "modules_to_save.*down_proj"),
+        ({"target_parameters": ["q_proj.weight"]}, None, "target_parameters"),
+    ],
+)
+def test_what_has_no_numbers_is_not_left_untrained_in_silence(
+    tmp_path: Path, own: dict[str, Any], base: dict[str, Any] | None, named: str
+) -> None:
+    folder = model_folder(tmp_path, "llama", "int4")
+    assert re.search(rf"llm\.adapter\.args {named}.*cannot be trained.*resident", refusal(folder, base=base, **own))
+
+
+def test_a_head_in_memory_is_trained_beside_a_packed_base(tmp_path: Path) -> None:
+    loaded = load(model_folder(tmp_path, "llama", "int4"), modules_to_save=["lm_head"])
+    assert any("lm_head" in name for name in Trainables.of_model(loaded.model).names)
+
+
 def test_packing_and_streaming_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"name one in base\.folder"):
         tiny_config("m", "lora", **{"fwdllm.base": {"stream": True, "quantise": "int4"}})
