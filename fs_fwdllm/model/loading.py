@@ -174,8 +174,8 @@ def _refuse_to_train_packed(model: nn.Module, arguments: dict[str, Any]) -> None
         place = f" ({found[0]})" if found else ""
         raise ConfigError(
             f"llm.adapter.args {key}: {arguments[key]!r} names weights that are packed or on the disk{place} and "
-            "cannot be trained; name target_modules, leave it out, or give the float model, resident (fwdllm.base.quantise "
-            "none, fwdllm.base.stream false)"
+            "cannot be trained; name target_modules, leave it out, or give the float model, resident "
+            "(fwdllm.base.quantise none, fwdllm.base.stream false)"
         )
 
 
