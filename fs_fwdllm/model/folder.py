@@ -8,7 +8,7 @@ numbers, weights that are cut short or missing. Only ``config.json`` and the hea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "QUANTISATION_METHODS",
     "check_configuration",
     "check_folder",
+    "check_numbers",
     "checkpoint_dtype",
     "checkpoint_elements",
     "quantisation",
@@ -32,7 +33,7 @@ _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Weights in forms that are not read: a pattern, what it is, and what to do.
 _OTHER_WEIGHTS = (
-    ("*.gguf", "GGUF, a quantised form", "give the folder of the float model it was made from"),
+    ("*.gguf", "GGUF", "name the file itself in model.type"),
     ("pytorch_model*.bin", "pickled, and nothing is unpickled here", "{convert}"),
     ("*.pth", "pickled, and nothing is unpickled here", "convert them with the script transformers has for this model"),
     ("tf_model*.h5", "TensorFlow's", "save the model with PyTorch as safetensors"),
@@ -81,7 +82,7 @@ def check_folder(folder: Path) -> None:
     tensors = {name: entry for shard in shards for name, entry in _header(shard)}
     if not _quantisation(folder, settings):
         _refuse_integers(folder, tensors)
-    _check_numbers(folder, settings, tensors)
+    check_numbers(folder / _CONFIG, settings, sum(_count(shape) for _, shape in tensors.values()), len(tensors))
 
 
 def check_configuration(folder: Path) -> dict[str, Any]:
@@ -238,12 +239,20 @@ def _refuse_integers(folder: Path, tensors: dict[str, tuple[str, list[int]]]) ->
             )
 
 
-def _check_numbers(folder: Path, settings: dict[str, Any], tensors: dict[str, tuple[str, list[int]]]) -> None:
-    everything = sum(_count(shape) for _, shape in tensors.values())
+def check_numbers(file: Path, settings: Mapping[str, Any], elements: int, tensors: int) -> None:
+    """Refuse settings whose model would be larger than its weights by far: memory would be taken for it.
+
+    Args:
+        file: where they stand.
+        elements: of all weights.
+        tensors: how many there are.
+
+    Raises:
+        ModelError: names the file and the setting.
+    """
     limits = {
-        **dict.fromkeys(_WIDTHS, (everything, "more than all weights in the folder together")),
-        **dict.fromkeys(_LAYERS, (len(tensors), "more layers than the folder has tensors")),
-        **dict.fromkeys(_HEADS, (everything, "more than all weights in the folder together")),
+        **dict.fromkeys((*_WIDTHS, *_HEADS), (elements, "more than all weights together")),
+        **dict.fromkeys(_LAYERS, (tensors, "more layers than there are tensors")),
         **dict.fromkeys(_POSITIONS, (_MOST_POSITIONS, f"more than {_MOST_POSITIONS:,}")),
     }
     nested = settings.get("text_config")
@@ -252,9 +261,9 @@ def _check_numbers(folder: Path, settings: dict[str, Any], tensors: dict[str, tu
             continue
         most, reason = limits[key]
         if type(value) is not int or value < 1:
-            raise ModelError(f"{folder / _CONFIG}: {key} must be a whole number above 0, but is {shown(value, 40)}")
+            raise ModelError(f"{file}: {key} must be a whole number above 0, but is {shown(value, 40)}")
         if value > most:
-            raise ModelError(f"{folder / _CONFIG}: {key} is {value:,}, {reason}")
+            raise ModelError(f"{file}: {key} is {value:,}, {reason}")
 
 
 def _count(shape: list[int]) -> int:

@@ -151,7 +151,7 @@ def test_an_index_that_names_missing_or_foreign_files(folder: Path) -> None:
         ("hidden_size", -32, "hidden_size must be a whole number above 0"),
         ("vocab_size", 0, "vocab_size must be"),
         ("num_hidden_layers", "two", "num_hidden_layers must be"),
-        ("num_hidden_layers", 10**9, r"num_hidden_layers is 1,000,000,000, more layers than the folder has tensors"),
+        ("num_hidden_layers", 10**9, r"num_hidden_layers is 1,000,000,000, more layers than there are tensors"),
         ("vocab_size", 10**12, "more than all weights"),
         ("max_position_embeddings", 10**15, "max_position_embeddings is"),
     ],

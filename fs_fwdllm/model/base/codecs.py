@@ -36,14 +36,32 @@ from typing import Any, ClassVar
 
 import torch
 
-__all__ = ["Awq", "Codebook", "Codec", "Gptq", "PackedWords", "Plain", "RowBytes", "ScaledBytes", "state_of"]
+__all__ = [
+    "Awq",
+    "Codebook",
+    "Codec",
+    "Gptq",
+    "PackedWords",
+    "Plain",
+    "RowBytes",
+    "ScaledBytes",
+    "rows_at_a_time",
+    "state_of",
+]
 
 Parts = Mapping[str, torch.Tensor]
 
+#: Bytes of floats that exist at once: they should stay in the cache between being made and being used.
+_BLOCK_BYTES = 4 << 20
 #: Nibbles of a 32-bit word in the order in which AWQ's kernels read columns.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 #: 1 / 127 as LLM.int8's kernels have it, in float32.
 _ONE_OF_127 = 7.874015718698502e-3
+
+
+def rows_at_a_time(in_features: int, dtype: torch.dtype) -> int:
+    """Rows of a matrix that exist as floats at once; twice as many in half precision."""
+    return max(1, max(1, _BLOCK_BYTES // (4 * in_features)) * 4 // dtype.itemsize)
 
 
 @dataclass(frozen=True)
