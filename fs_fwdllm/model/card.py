@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -91,6 +92,8 @@ def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
     dtype = ", dtype=torch.float32" if rounded_by_others else ""
     if _pools(facts):
         lines += _use_of_sentence_classifier(saved_as, dtype)
+    elif saved_as == "peft" and Path(facts.base_location).is_file():
+        lines += _use_over_gguf(Path(facts.base_location).name)
     elif saved_as in ("peft", "model") and facts.task != "question_answering":
         library, prefix = ("peft", "AutoPeft") if saved_as == "peft" else ("transformers", "Auto")
         auto = f"{prefix}{_AUTO_CLASSES[facts.task]}"
@@ -103,6 +106,20 @@ def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
             "float32, or by fs_fwdllm.load.\n"
         )
     return "\n".join(lines)
+
+
+def _use_over_gguf(file: str) -> list[str]:
+    """PEFT's automatic loading knows folders only."""
+    return [
+        "Without fs-fwdllm, with all of the base as floats:\n",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("FOLDER_OF_THE_BASE", gguf_file={file!r})',
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        "```\n",
+    ]
 
 
 def _pools(facts: SavedFacts) -> bool:

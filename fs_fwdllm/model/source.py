@@ -2,8 +2,8 @@
 
 ``PATH_OR_NAME@huggingface_llm`` is a causal language model; ``PATH_OR_NAME@transformers`` a sequence classifier or,
 with ``model.task: QuestionAnswering``, an encoder that points at the first and the last token of an answer.
-``PATH_OR_NAME`` is a folder, ``package:MODULE/SUBFOLDER`` for a folder inside an installed Python package (which is
-found, not imported), or the name of a model on the hub.
+``PATH_OR_NAME`` is a folder, a GGUF file, ``package:MODULE/SUBFOLDER`` for a folder inside an installed Python package
+(which is found, not imported), or the name of a model on the hub.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, FwdLLMError, ModelError, nearest
 from fs_fwdllm.model.folder import check_folder
+from fs_fwdllm.model.gguf_file import gguf_files
+from fs_fwdllm.model.gguf_settings import check_gguf, files_beside
 from fs_fwdllm.model.hub import hub_options
 from fs_fwdllm.model.sentence_layout import layout_files, transformer_folder
 
@@ -40,7 +42,7 @@ class ModelSource:
 
     Attributes:
         name: what the configuration says before the ``@``.
-        location: a folder, or the hub name; what ``adapter_config.json`` records.
+        location: a folder, a GGUF file, or the hub name; what ``adapter_config.json`` records.
         task: what the model is loaded for.
     """
 
@@ -50,16 +52,24 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is a folder of this machine, not a name on the hub."""
-        return Path(self.location).is_dir()
+        """Whether the model is a folder or a file of this machine, not a name on the hub."""
+        return Path(self.location).is_dir() or self.gguf is not None
+
+    @property
+    def gguf(self) -> Path | None:
+        """The file, where the model is a GGUF file."""
+        return Path(self.location) if Path(self.location).is_file() else None
 
     @property
     def transformer(self) -> str:
         """What ``from_pretrained`` receives: :attr:`location`, or the folder inside that has the transformer."""
-        return str(transformer_folder(Path(self.location))) if self.is_local else self.location
+        is_folder = self.is_local and self.gguf is None
+        return str(transformer_folder(Path(self.location))) if is_folder else self.location
 
     def files(self) -> str:
         """What tells this model's files from changed ones, as :func:`folder_files`; empty for a name on the hub."""
+        if self.gguf is not None:
+            return _listed([self.gguf, *files_beside(self.gguf)], self.gguf.parent)
         return folder_files(Path(self.location)) if self.is_local else ""
 
 
@@ -68,7 +78,10 @@ def folder_files(folder: Path) -> str:
 
     The files of a sentence encoder's modules are among them, since they decide what a text's vector is.
     """
-    paths = sorted(path for path in folder.iterdir() if path.is_file()) + layout_files(folder)
+    return _listed(sorted(path for path in folder.iterdir() if path.is_file()) + layout_files(folder), folder)
+
+
+def _listed(paths: list[Path], folder: Path) -> str:
     return "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {_ends_of(path)}" for path in paths)
 
 
@@ -88,8 +101,14 @@ def reading(source: ModelSource, what: str) -> Iterator[dict[str, Any]]:
     except FwdLLMError:
         raise
     except Exception as error:  # transformers meets files of any kind, and fails in as many ways
-        place = "folder" if source.is_local else "hub name"
-        advice = "" if source.is_local else "; without the hub, give model.type a local folder"
+        place, advice = "hub name", "; without the hub, give model.type a local folder"
+        if source.gguf is not None:
+            place, advice = (
+                "file",
+                "; the model's own config.json and tokenizer, beside the file, say more than it does",
+            )
+        elif source.is_local:
+            place, advice = "folder", ""
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise ModelError(f"{source.name}: the {place} gives no {what}: {reason}{advice}") from error
 
@@ -107,14 +126,34 @@ def model_source(config: Config) -> ModelSource:
 
     Raises:
         ConfigError: the suffix or the task is missing or unknown.
-        ModelError: the folder or the package does not exist, or the folder holds no model that can be trained here.
+        ModelError: the folder, file or package does not exist, or holds no model that can be trained here.
     """
     task = model_task(config)
     name = config.model.type.rpartition("@")[0]
-    source = ModelSource(name, _resolve(name), task)
-    if source.is_local:
+    source = ModelSource(name, _only_gguf(Path(_resolve(name))) or _resolve(name), task)
+    if source.gguf is not None:
+        if task != "causal_lm":
+            raise ConfigError(
+                f"model.type: {name!r} is a GGUF file, which is read as a language model: {name}@huggingface_llm; give "
+                "the folder of the float model for another task"
+            )
+        check_gguf(source.gguf)
+    elif source.is_local:
         check_folder(Path(source.transformer))
     return source
+
+
+def _only_gguf(folder: Path) -> str:
+    """The GGUF file of a folder that has no other weights; empty where it has some, or none at all.
+
+    Raises:
+        ModelError: there are several.
+    """
+    files = gguf_files(folder) if folder.is_dir() and not any(folder.glob("*.safetensors")) else []
+    if len(files) > 1:
+        listed = ", ".join(file.name for file in files[:5])
+        raise ModelError(f"model.type: {str(folder)!r} holds {len(files)} GGUF files ({listed}); name one of them")
+    return str(files[0]) if files else ""
 
 
 def model_task(config: Config) -> Task:
@@ -139,8 +178,11 @@ def _resolve(name: str) -> str:
     if name.startswith("package:"):
         return str(_package_folder(name))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or folder.is_file():
         return str(folder.absolute())  # an adapter names its base, and is loaded from other folders than this one
+    if folder.suffix == ".gguf":
+        files = sorted(map(str, gguf_files(folder.parent)))
+        raise ModelError(f"model.type: the file {name!r} does not exist{nearest(folder, files)}")
     looks_like_a_path = folder.is_absolute() or name[0] in "./~\\" or name.count("/") > 1 or "\\" in name
     if looks_like_a_path:
         siblings = sorted(str(near) for near in folder.parent.glob("*/")) if folder.parent.is_dir() else []

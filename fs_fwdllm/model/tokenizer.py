@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers.processors import Sequence, TemplateProcessing
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.errors import ModelError
+from fs_fwdllm.model.base_folder import config_of_base
+from fs_fwdllm.model.gguf_settings import gguf_tokenizer
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.sentence_layout import transformer_folder
 from fs_fwdllm.model.source import ModelSource, model_source, reading
@@ -37,12 +39,13 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
     """
     source = model_source(config)
     place = source.transformer if folder is None else str(transformer_folder(folder))
-    with reading(source, "configuration") as safely, quiet_transformers():
-        settings = AutoConfig.from_pretrained(source.transformer, **safely)
+    settings = config_of_base(source)
     with reading(source, "tokenizer") as safely, quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, padding_side="right", model_max_length=config.llm.tok_len, **safely
-        )
+        options = {"padding_side": "right", "model_max_length": config.llm.tok_len, **safely}
+        if source.gguf is not None and folder is None:
+            tokenizer = gguf_tokenizer(source.gguf, settings, **options)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
     if tokenizer.pad_token_id is None:
         _give_padding(tokenizer, settings)
     if source.task == "classification" and getattr(settings, "is_encoder_decoder", False):

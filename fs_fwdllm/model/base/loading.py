@@ -1,4 +1,4 @@
-"""The base of a configuration, where it is packed: in its own folder, or by ``fwdllm.base.quantise``.
+"""The base of a configuration, where it is packed: in its own files, or by ``fwdllm.base.quantise``.
 
 :func:`packed_base` answers with what has to be read, or with ``None`` where the base is ordinary floats, which
 transformers' own loading reads.
@@ -18,13 +18,16 @@ from transformers import AutoConfig, GenerationConfig
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.errors import ConfigError, shown
-from fs_fwdllm.model.base.checkpoint import Checkpoint
+from fs_fwdllm.model.base.checkpoint import Checkpoint, SafetensorsCheckpoint
+from fs_fwdllm.model.base.gguf_checkpoint import GgufCheckpoint
 from fs_fwdllm.model.base.packed import packed_layers
 from fs_fwdllm.model.base.packing import Form
 from fs_fwdllm.model.base.quantising import is_quantised_from, quantise_folder
 from fs_fwdllm.model.base.reading import read_base
 from fs_fwdllm.model.base.streaming import Reader
 from fs_fwdllm.model.folder import quantisation
+from fs_fwdllm.model.gguf_file import read_gguf
+from fs_fwdllm.model.gguf_settings import gguf_config, has_own_config
 from fs_fwdllm.model.sentence_layout import transformer_folder
 from fs_fwdllm.model.source import ModelSource
 from fs_fwdllm.model.trainable_parts import PARTS, adapter_request
@@ -41,7 +44,7 @@ class PackedBase:
     """A base to be read packed.
 
     Attributes:
-        folder: of the configuration and the weights.
+        place: the folder of the configuration and the weights, or the GGUF file with both.
         settings: what the folder says of how they are packed; empty where they are floats.
         form: how they are packed as they are read; ``None`` where they are not.
         stream: whether they stay on the disk.
@@ -49,7 +52,7 @@ class PackedBase:
         keep_head: whether a language model's head is in memory all the same.
     """
 
-    folder: Path
+    place: Path
     settings: dict[str, Any]
     form: Form | None = None
     stream: bool = False
@@ -64,12 +67,12 @@ class PackedBase:
             options: as for ``from_pretrained``.
         """
         own = {name: options[name] for name in _OF_CONFIGURATION if name in options}
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True, **own)
+        config, checkpoint = self._opened(own)
         chosen = {name: options[name] for name in _OF_MODEL if name in options}
         model: Any
         model, missing = read_base(
             lambda: from_config(config, **chosen),
-            Checkpoint(self.folder),
+            checkpoint,
             self.settings,
             options["dtype"],
             self.form,
@@ -78,9 +81,18 @@ class PackedBase:
         )
         if self.form is not None:
             model.config.quantization_config = _settings_of(model, self.form)
-        if (self.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        folder = self.place if self.place.is_dir() else self.place.parent
+        if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval(), missing
+
+    def _opened(self, changes: dict[str, Any]) -> tuple[Any, Checkpoint]:
+        """The configuration, with other values for some of its settings, and the tensors."""
+        if self.place.is_file():
+            config = gguf_config(self.place, **changes)
+            return config, GgufCheckpoint(self.place, config, own_config=has_own_config(self.place))
+        config = AutoConfig.from_pretrained(self.place, trust_remote_code=False, local_files_only=True, **changes)
+        return config, SafetensorsCheckpoint(self.place)
 
 
 def packed_base(config: Config, source: ModelSource, safely: dict[str, Any]) -> PackedBase | None:
@@ -90,12 +102,12 @@ def packed_base(config: Config, source: ModelSource, safely: dict[str, Any]) -> 
         safely: options for reading ``source``.
 
     Raises:
-        ConfigError: all parameters are to be trained, or the base is packed already and should be packed.
+        ConfigError: all parameters are to be trained, or the base is packed already and should be packed, or it is a
+            GGUF file and its packed form should be kept.
         ModelError: it is packed in a way that is not read here.
     """
-    wanted, folder = config.fwdllm.base, _folder(config, source, safely)
-    found = quantisation(folder) if folder is not None else {}
-    if folder is None or not (found or wanted.stream or wanted.quantise != "none"):
+    wanted, (place, found) = config.fwdllm.base, _place(config, source, safely)
+    if place is None or not (source.gguf or found or wanted.stream or wanted.quantise != "none"):
         return None
     _refuse_to_train_it(config, source, found)
     if found and wanted.quantise != "none":
@@ -105,11 +117,25 @@ def packed_base(config: Config, source: ModelSource, safely: dict[str, Any]) -> 
         )
     form = None if wanted.quantise == "none" else Form(wanted.quantise, wanted.group, wanted.symmetric)
     if form is not None and wanted.folder:
-        folder, form = _kept(Path(wanted.folder).expanduser().absolute(), Path(source.location), folder, form), None
-        found = quantisation(folder)
+        if source.gguf is not None:
+            raise ConfigError(
+                f"fwdllm.base.folder: is {wanted.folder!r}, but {source.name} is a GGUF file, which is packed as it is "
+                "read and not written anew; leave the key out, or give the folder of the float model"
+            )
+        place, form = _kept(Path(wanted.folder).expanduser().absolute(), Path(source.location), place, form), None
+        found = quantisation(place)
     return PackedBase(
-        folder, found, form, wanted.stream, wanted.passes_per_read, keep_head=_looks_into_head(config)
+        place, found, form, wanted.stream, wanted.passes_per_read, keep_head=_looks_into_head(config)
     )  # fmt: skip
+
+
+def _place(config: Config, source: ModelSource, safely: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """Where the base is (``None`` as of :func:`_folder`), and what it says of how it is packed."""
+    if source.gguf is not None:
+        forms = read_gguf(source.gguf).packed_forms
+        return source.gguf, {"quant_method": f"GGUF {', '.join(forms)}"} if forms else {}
+    folder = _folder(config, source, safely)
+    return folder, {} if folder is None else quantisation(folder)
 
 
 def _folder(config: Config, source: ModelSource, safely: dict[str, Any]) -> Path | None:
@@ -144,12 +170,19 @@ def _refuse_to_train_it(config: Config, source: ModelSource, found: dict[str, An
     wanted = config.fwdllm.base
     how = f"{source.name} is packed ({found['quant_method']})" if found else (
         f"fwdllm.base.quantise {wanted.quantise} packs it" if wanted.quantise != "none" else
-        "fwdllm.base.stream leaves it on the disk"
+        "fwdllm.base.stream leaves it on the disk" if wanted.stream else f"{source.name} is a GGUF file"
     )  # fmt: skip
     if config.method.trains_blocks:
+        if start := config.initial_adapter:
+            raise ConfigError(
+                f"fwdllm.init_adapter {start!r}: a whole model over another on the disk is not read "
+                "(fwdllm.base.stream); give that folder as model.type, or set fwdllm.base.stream to false"
+            )
+        if not found and wanted.quantise == "none" and source.gguf is None:
+            return  # floats on the disk: a block is in memory while it is trained
         raise ConfigError(
             f"federate.method: is {shown(config.federate.method)}, which trains the base's own weights, but {how}; "
-            "give the float model, resident, or another method with an adapter"
+            "give the float model (fwdllm.base.stream true leaves it on the disk), or another method with an adapter"
         )
     method, _ = adapter_request(config)
     if method == "full":
@@ -157,10 +190,11 @@ def _refuse_to_train_it(config: Config, source: ModelSource, found: dict[str, An
             f"llm.adapter.use: is false, which trains every parameter, but {how} and its weights cannot be "
             "trained; use an adapter (lora), or the float model, resident"
         )
-    if wanted.stream and PARTS[method].saved_as == "model":
+    if (wanted.stream or source.gguf is not None) and PARTS[method].saved_as == "model":
+        otherwise = "the folder of the float model" if source.gguf is not None else "fwdllm.base.stream false"
         raise ConfigError(
             f"llm.adapter.args adapter_method: {method!r} is saved as a whole model, but {how}; use an adapter (lora, "
-            "bottleneck, output_residual), or fwdllm.base.stream false"
+            f"bottleneck, output_residual), or {otherwise}"
         )
 
 

@@ -21,14 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fs_fwdllm.model.base.codecs import Codec
+from fs_fwdllm.model.base.codecs import Codec, rows_at_a_time
 from fs_fwdllm.model.base.meeting import Meeting
-from fs_fwdllm.model.base.streaming import Reader, StreamedEmbedding, StreamedLayer
+from fs_fwdllm.model.base.streaming import Reader, StreamedLayer
+from fs_fwdllm.model.base.tables import StreamedEmbedding, Table
 
-__all__ = ["PackedLinear", "elements_of", "meeting_of", "packed_layers", "reader_of", "unpack"]
-
-#: Bytes of floats that exist at once: they should stay in the cache between being made and being used.
-_BLOCK_BYTES = 4 << 20
+__all__ = ["PackedLinear", "elements_of", "meeting_of", "packed_layers", "put", "reader_of", "unpack"]
 
 
 class PackedLinear(nn.Linear):
@@ -108,7 +106,7 @@ class PackedLinear(nn.Linear):
         return f"{super().extra_repr()}, codec={type(self.codec).__name__}"
 
     def _rows_of_block(self, dtype: torch.dtype) -> int:
-        rows = max(1, _BLOCK_BYTES // (dtype.itemsize * self.in_features))
+        rows = rows_at_a_time(self.in_features, dtype)
         return min(self.out_features, -(-rows // self.codec.row_multiple) * self.codec.row_multiple)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
@@ -137,9 +135,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(input: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-        output = input.new_empty(*input.shape[:-1], layer.out_features)
+        output = None  # made when the first rows are there: passes that wait for them side by side do without
         for first, last, rows in layer.blocks(input.dtype, input.device):
+            if output is None:
+                output = input.new_empty(*input.shape[:-1], layer.out_features)
             output[..., first:last] = F.linear(input, rows)
+        assert output is not None
         return output
 
     @staticmethod
@@ -171,19 +172,52 @@ def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:
 
 @torch.no_grad()
 def unpack(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Put ordinary linear layers in the place of packed ones, in the dtype of their weight: of ``names``, or of all."""
+    """Put ordinary linear layers in the place of packed ones, in the dtype of their weight: of ``names``, or of all.
+
+    Where all are meant, tables of embeddings become ordinary ones as well, and heads that are tied to them stay so.
+    """
     wanted = None if names is None else set(names)
+    tables = _unpack_tables(model) if wanted is None else {}
     for name, layer in packed_layers(model):
         if wanted is not None and name not in wanted:
             continue
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(layer.dequantised(layer.weight.dtype), requires_grad=False)
+        tied = tables.get(_place_of(layer))
+        numbers = layer.dequantised(layer.weight.dtype) if tied is None else tied
+        plain.weight = numbers if tied is not None else nn.Parameter(numbers, requires_grad=False)
         plain.register_parameter("bias", layer.bias)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain.train(layer.training))
+        put(model, name, plain.train(layer.training))
     if not packed_layers(model):
         for module in model.modules():  # what is saved does not say of itself any more that it is packed
             vars(getattr(module, "config", None) or module).pop("quantization_config", None)
+
+
+def _unpack_tables(model: nn.Module) -> dict[Any, nn.Parameter]:
+    """The numbers of all tables, by where they were."""
+    found = {}
+    for name, table in [(name, module) for name, module in model.named_modules() if isinstance(module, Table)]:
+        plain = nn.Embedding(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
+        plain.weight = nn.Parameter(table.dequantised(), requires_grad=False)
+        found[_place_of(table)] = plain.weight
+        put(model, name, plain.train(table.training))
+    return found
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let ``module`` stand in ``model`` under ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _place_of(module: PackedLinear | Table) -> Any:
+    """Where the bytes are that a module stands for, on the disk or in memory; a head may share a table's."""
+    if isinstance(module, StreamedEmbedding):
+        return module.entry.file, module.entry.offset
+    if isinstance(module, PackedLinear) and module.streamed is not None:
+        first = module.streamed.entries[0]
+        return first.file, first.offset
+    held = [*module.buffers()]
+    return held[0].data_ptr() if held else id(module)
 
 
 def reader_of(model: nn.Module) -> Reader | None:
@@ -201,16 +235,10 @@ def meeting_of(model: nn.Module) -> Meeting:
 def elements_of(model: nn.Module) -> int:
     """Numbers in a model's parameters, the packed ones counted as what they stand for."""
     held = sum(parameter.numel() for parameter in model.parameters())
-    tables = {id(module): module for module in model.modules() if isinstance(module, StreamedEmbedding)}
+    tables = {_place_of(module): module for module in model.modules() if isinstance(module, Table)}
     held += sum(table.num_embeddings * table.embedding_dim for table in tables.values())
-    shared = {id(table.entry) for table in tables.values()}  # a head that is tied to them
-    layers = {id(layer): layer for _, layer in packed_layers(model)}
-    own = [
-        layer
-        for layer in layers.values()
-        if layer.streamed is None or not shared & set(map(id, layer.streamed.entries))
-    ]
-    return held + sum(layer.in_features * layer.out_features for layer in own)
+    layers = {id(layer): layer for _, layer in packed_layers(model) if _place_of(layer) not in tables}  # tied ones
+    return held + sum(layer.in_features * layer.out_features for layer in layers.values())
 
 
 #: Buffers that nobody has borrowed, and who may look for one; layers do not call one another, so there is mostly one.

@@ -30,9 +30,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm._version import __version__
 from fs_fwdllm.errors import ConfigError, ModelError
-from fs_fwdllm.model.base.checkpoint import Checkpoint
+from fs_fwdllm.model.base.checkpoint import Checkpoint, SafetensorsCheckpoint
 from fs_fwdllm.model.base.packing import Form, group_of, pack
 from fs_fwdllm.model.base.reading import matrix_shape, saved_name
+from fs_fwdllm.model.base.shards import INDEX_FILE, shard_file, shard_index, split_into_shards
 from fs_fwdllm.model.folder import check_folder, quantisation, read_settings, weight_files
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.sentence_layout import transformer_folder
@@ -45,12 +46,10 @@ __all__ = ["Quantised", "is_quantised_from", "quantise_folder"]
 _UNFINISHED = "quantising.json"
 #: What says of a complete one what it was made from.
 _ORIGIN = "fs_fwdllm_base.json"
-#: Bytes of the float checkpoint that become one shard.
-SHARD_BYTES = 512 << 20
-_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+_CONFIG = "config.json"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pth", ".ot")
-_OWN_FILES = (_CONFIG, _INDEX, _ORIGIN, _UNFINISHED)
+_OWN_FILES = (_CONFIG, INDEX_FILE, _ORIGIN, _UNFINISHED)
 
 Progress = Callable[[int, int], None]
 
@@ -87,6 +86,11 @@ def quantise_folder(model: str | Path, target: str | Path, form: Form, progress:
         ConfigError: ``target`` holds something else.
     """
     root, place = Path(model).expanduser().absolute(), Path(target).expanduser().absolute()
+    if root.is_file():
+        raise ModelError(
+            f"{str(model)!r} is a file; a GGUF file is packed already, or is packed as it is read "
+            "(fwdllm.base.quantise); give the folder of a float model"
+        )
     if not root.is_dir():
         raise ModelError(f"{str(model)!r} is no folder; give the folder of a float model")
     inner = transformer_folder(root)
@@ -101,7 +105,7 @@ def quantise_folder(model: str | Path, target: str | Path, form: Form, progress:
         plan = _Plan.of(inner, form)
         sizes = _write_shards(plan, shards_at, progress)
         _copy_others(root, place, inner)
-        _write_json(shards_at / _INDEX, plan.index(sizes))
+        _write_json(shards_at / INDEX_FILE, plan.index(sizes))
         _write_json(place / _ORIGIN, job)
         _write_json(shards_at / _CONFIG, plan.settings())
         (place / _UNFINISHED).unlink()
@@ -143,7 +147,7 @@ class _Plan:
 
     @classmethod
     def of(cls, folder: Path, form: Form) -> _Plan:
-        checkpoint = Checkpoint(folder)
+        checkpoint = SafetensorsCheckpoint(folder)
         model = _empty_model(folder)
         packed, left = {}, []
         for name in linear_layers(model):
@@ -159,10 +163,16 @@ class _Plan:
                 packed[f"{layer}.weight"] = (layer, isinstance(module, Conv1D), group)
         if not packed:
             raise ModelError(f"{folder}: no linear layer of it can be packed as {form.name}")
-        return cls(checkpoint, form, packed, left, _split(checkpoint))
+        return cls(
+            checkpoint,
+            form,
+            packed,
+            left,
+            split_into_shards({name: entry.bytes for name, entry in checkpoint.entries.items()}),
+        )
 
     def file(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+        return shard_file(index, len(self.shards))
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
@@ -174,16 +184,13 @@ class _Plan:
             try:
                 _, parts = pack(tensor.T.contiguous() if transposed else tensor, self.form)
             except ValueError as error:
-                raise ModelError(f"{self.checkpoint.folder}: {name} {error}") from error
+                raise ModelError(f"{self.checkpoint.place}: {name} {error}") from error
             for part, values in parts.items():
                 yield f"{layer}.{part}", values
 
     def index(self, sizes: list[int]) -> dict[str, Any]:
-        places = {}
-        for number, names in enumerate(self.shards):
-            for name in names:
-                places.update(dict.fromkeys(self._names(name), self.file(number)))
-        return {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+        inside = [[part for name in names for part in self._names(name)] for names in self.shards]
+        return shard_index(inside, sum(sizes))
 
     def _names(self, name: str) -> list[str]:
         if name not in self.packed:
@@ -196,7 +203,7 @@ class _Plan:
         by_group: dict[int, list[str]] = {}
         for layer, _, group in self.packed.values():
             by_group.setdefault(group, []).append(layer)
-        settings = read_settings(self.checkpoint.folder / _CONFIG)
+        settings = read_settings(self.checkpoint.place / _CONFIG)
         inside = {layer for layer, _, _ in self.packed.values()}
         others = sorted(
             name.removesuffix(".weight")
@@ -213,18 +220,6 @@ def _empty_model(folder: Path) -> nn.Module:
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model: nn.Module = AutoModel.from_config(settings) if made is None else made._from_config(settings)
     return model
-
-
-def _split(checkpoint: Checkpoint) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, entry in checkpoint.entries.items():
-        if shards[-1] and held + entry.bytes > SHARD_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += entry.bytes
-    return shards
 
 
 def _claim(place: Path, job: dict[str, Any]) -> None:

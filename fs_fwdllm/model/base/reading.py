@@ -19,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.base.checkpoint import Checkpoint, Entry
-from fs_fwdllm.model.base.codecs import Plain
-from fs_fwdllm.model.base.packed import PackedLinear, packed_layers, unpack
+from fs_fwdllm.model.base.codecs import Codec, Plain, rows_at_a_time
+from fs_fwdllm.model.base.packed import PackedLinear, packed_layers, put, unpack
 from fs_fwdllm.model.base.packing import Form, group_of, pack
 from fs_fwdllm.model.base.recognise import codec_of
-from fs_fwdllm.model.base.streaming import Reader, StreamedEmbedding
+from fs_fwdllm.model.base.streaming import Reader
+from fs_fwdllm.model.base.tables import PackedEmbedding, StreamedEmbedding
 from fs_fwdllm.model.structure import linear_layers
 
 __all__ = ["matrix_shape", "read_base", "saved_name"]
@@ -60,31 +61,26 @@ def read_base(
     named = {name: saved_name(checkpoint, model, name) for name, _ in model.named_modules()}
     in_blocks = set(_in_blocks(model))
     for name, module in list(model.named_modules()):
-        if matrix_shape(module) is None:
-            continue
         inside = name in in_blocks
+        if matrix_shape(module) is None or (checkpoint.packs_tables and not inside):
+            continue
         if reader is not None and inside:
             packed = _streamed(checkpoint, named[name], module, settings, reader, dtype)
         else:
             packed = _packed(checkpoint, named[name], module, settings, form if inside else None, dtype)
         if packed is not None:
-            _put(model, name, packed)
+            put(model, name, packed)
     unpack(model, (name for name, _ in packed_layers(model) if name not in in_blocks))  # heads are looked into
-    if reader is not None:
-        _stream_tables(model, checkpoint, reader, dtype, keep_head)
+    if reader is not None or checkpoint.packs_tables:
+        _replace_tables(model, checkpoint, reader, dtype, keep_head)
     _fill(model, checkpoint, dtype)
     missing = _tie(model)
     if experts := sorted(name for name in missing if "expert" in name):
         raise ModelError(
-            f"{checkpoint.folder}: a mixture of experts ({experts[0]}) is saved under other names than the model has; "
+            f"{checkpoint.place}: a mixture of experts ({experts[0]}) is saved under other names than the model has; "
             "packed bases are not read from it; load it as floats (fwdllm.base.quantise none)"
         )
     return model, missing
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _streamed(
@@ -108,34 +104,66 @@ def _streamed(
     return PackedLinear(codec, reader.add(used, shape[0]), bias, dtype)
 
 
-def _plain(entry: Entry | None, shape: tuple[int, int], *, transposed: bool) -> Plain | None:
-    if entry is None or entry.shape != (shape[::-1] if transposed else shape):
+def _plain(entry: Entry | None, shape: tuple[int, int], *, transposed: bool) -> Codec | None:
+    """The codec of a matrix that is kept as floats; ``None`` where it is another matrix."""
+    if entry is None or entry.numbers != (shape[::-1] if transposed else shape):
         return None
-    return Plain(*shape, transposed=transposed, element_bits=8 * entry.dtype.itemsize)
+    return entry.codec or Plain(*shape, transposed=transposed, element_bits=8 * entry.dtype.itemsize)
 
 
-def _stream_tables(model: Any, checkpoint: Checkpoint, reader: Reader, dtype: torch.dtype, keep_head: bool) -> None:
-    """The table of input embeddings, by rows, and the head of a language model, tied to it or not."""
+def _replace_tables(
+    model: Any, checkpoint: Checkpoint, reader: Reader | None, dtype: torch.dtype, keep_head: bool
+) -> None:
+    """The table of input embeddings, by rows, and the head of a language model, tied to it or not.
+
+    Both stay on the disk, or without a reader in packed form in memory. Neither is replaced where the table is more
+    than one, nor a head whose numbers somebody looks into.
+    """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    entry = checkpoint.entries.get(f"{saved_name(checkpoint, model, names[id(table)])}.weight")
-    if type(table) is not nn.Embedding or entry is None or entry.shape != tuple(table.weight.shape):
-        return  # a table that is more than one is read as it is
-    _put(model, names[id(table)], StreamedEmbedding(reader, entry, dtype, table.padding_idx))
-    if not isinstance(head, nn.Linear):
+    weight = f"{saved_name(checkpoint, model, names[id(table)])}.weight"
+    entry = checkpoint.entries.get(weight)
+    if type(table) is not nn.Embedding or entry is None or entry.numbers != tuple(table.weight.shape):
         return
-    own = checkpoint.entries.get(f"{saved_name(checkpoint, model, names[id(head)])}.weight")
-    if own is None and not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return  # a head that the checkpoint lacks is not the table
-    entry = entry if own is None else own
-    plain = _plain(entry, (head.out_features, head.in_features), transposed=False)
-    if plain is None:
-        return
-    assert entry is not None
-    layer = PackedLinear(plain, reader.add_table(entry), head.bias, dtype)
-    _put(model, names[id(head)], layer)
-    if keep_head:
-        unpack(model, [names[id(head)]])
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    own = None
+    if isinstance(head, nn.Linear):
+        own = f"{saved_name(checkpoint, model, names[id(head)])}.weight"
+        own = (
+            own if own in checkpoint else weight if tied else None
+        )  # a head that the checkpoint lacks is not the table
+    kept = None if reader is not None or entry.is_float or entry.codec is None else checkpoint.read(weight)
+    if reader is not None:
+        put(model, names[id(table)], StreamedEmbedding(reader, entry, dtype, table.padding_idx))
+    elif kept is not None and entry.codec is not None:
+        put(model, names[id(table)], PackedEmbedding(entry.codec, kept, dtype, table.padding_idx))
+    if own is not None:
+        layer = _head(checkpoint, own, head, reader, dtype, kept if own == weight else None)
+        if layer is not None:
+            put(model, names[id(head)], layer)
+            if keep_head:
+                unpack(model, [names[id(head)]])
+
+
+def _head(
+    checkpoint: Checkpoint,
+    weight: str,
+    head: nn.Linear,
+    reader: Reader | None,
+    dtype: torch.dtype,
+    kept: torch.Tensor | None,
+) -> PackedLinear | None:
+    """The output layer over its bytes; ``None`` for one of floats in memory. ``kept`` are those of a tied table."""
+    entry = checkpoint.entries[weight]
+    codec = _plain(entry, (head.out_features, head.in_features), transposed=False)
+    if codec is None:
+        return None
+    if reader is not None:
+        streamed = reader.add_table(entry, rows_at_a_time(head.in_features, torch.bfloat16))
+        return PackedLinear(codec, streamed, head.bias, dtype)
+    if entry.is_float:
+        return None
+    return PackedLinear(codec, {"weight": checkpoint.read(weight) if kept is None else kept}, head.bias, dtype)
 
 
 def _in_blocks(model: nn.Module) -> list[str]:
@@ -192,7 +220,7 @@ def _packed(
         try:
             codec, parts = pack(matrix, form)
         except ValueError as error:
-            raise ModelError(f"{checkpoint.folder}: {weight} {error}; it cannot be packed as {form.name}") from error
+            raise ModelError(f"{checkpoint.place}: {weight} {error}; it cannot be packed as {form.name}") from error
     bias: Any = module.bias
     return PackedLinear(codec, parts, bias, dtype)
 
@@ -206,16 +234,24 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         start = f"{module_name}." if module_name else ""
         for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             name = saved_name(checkpoint, model, start + leaf)
-            if not parameter.is_meta or name not in checkpoint or checkpoint.entries[name].shape != parameter.shape:
+            if not parameter.is_meta or name not in checkpoint or checkpoint.entries[name].numbers != parameter.shape:
                 continue
             wanted = torch.float32 if any(word in name.split(".") for word in kept) else dtype
-            value = checkpoint.read(name)
+            value = _numbers(checkpoint, name)
             value = value.to(wanted) if value.is_floating_point() else value
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for leaf, buffer in module.named_buffers(recurse=False):
             name = saved_name(checkpoint, model, start + leaf)
             if name in checkpoint and checkpoint.entries[name].shape == buffer.shape:
                 buffer.copy_(checkpoint.read(name))
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor that is not kept packed, whether it was saved so or not."""
+    entry, value = checkpoint.entries[name], checkpoint.read(name)
+    if entry.codec is None or entry.is_float:
+        return value
+    return PackedLinear(entry.codec, {"weight": value}).dequantised()
 
 
 def _tie(model: Any) -> set[str]:

@@ -2,7 +2,7 @@
 
 A folder's ``quantization_config`` says which library wrote it, but what has to be known is in the tensors themselves:
 bits and group follow from their shapes. Two facts do not, and are read: whether GPTQ's zeros are kept less one, and
-which of AWQ's two layouts it is.
+which of AWQ's two layouts it is. A GGUF file says it of each tensor.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ def codec_of(checkpoint: Checkpoint, layer: str, shape: tuple[int, int], setting
             except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
                 listed = ", ".join(f"{name} {tuple(entry.shape)}" for name, entry in sorted(entries.items())[:5])
                 raise ModelError(
-                    f"{checkpoint.folder}: {layer} {shape} is packed in a way that is not read here ({listed}): {error}"
+                    f"{checkpoint.place}: {layer} {shape} is packed in a way that is not read here ({listed}): {error}"
                 ) from error
     weight = entries.get("weight")
+    if weight is not None and weight.codec is not None and not weight.is_float:
+        return weight.codec if weight.numbers == shape else None
     if weight is not None and not weight.is_float:
         raise ModelError(
-            f"{checkpoint.folder}: {layer}.weight is saved as {weight.dtype}, without the scales of any layout that is "
+            f"{checkpoint.place}: {layer}.weight is saved as {weight.dtype}, without the scales of any layout that is "
             f"read here ({', '.join(QUANTISATION_METHODS)}); give the float model it was made from"
         )
     return None

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from fs_fwdllm.config.base_section import BaseConfig
 from fs_fwdllm.errors import ModelError
-from fs_fwdllm.model.base.identity import base_digest
+from fs_fwdllm.model.base.identity import base_digest, refusal_of_base
 from fs_fwdllm.model.base.packing import Form
 from fs_fwdllm.model.base.quantising import quantise_folder
 from fs_fwdllm.model.source import ModelSource
-from tests.model.tiny import save_tiny_model
+from tests.model.tiny import flip_a_bit, save_tiny_model
 
 FLOATS = BaseConfig()
 
@@ -46,13 +46,6 @@ def settings(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def flip(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content))
-
-
 SAME: dict[str, Callable[[Path], None]] = {
     "copied": lambda folder: None,
     "resharded": reshard,
@@ -69,8 +62,8 @@ def test_the_same_weights_have_the_same_digest(folder: Path, tmp_path: Path, cha
     assert digest(other) == digest(folder) and len(digest(folder)) == 16
 
 
-OTHERS: dict[str, Callable[[Path], None]] = {
-    "one bit": flip,
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "one bit": flip_a_bit,
     "a setting": lambda folder: settings(folder, rope_theta=5.0),
     "a tensor less": lambda folder: save_file(
         dict(list(load_file(folder / "model.safetensors").items())[1:]), folder / "model.safetensors"
@@ -101,6 +94,18 @@ def test_packing_makes_another_base_of_it(folder: Path, tmp_path: Path) -> None:
 
 def test_a_name_on_the_hub_without_a_copy_here_has_none() -> None:
     assert base_digest(ModelSource("nobody/nothing", "nobody/nothing", "causal_lm"), FLOATS) == b""
+
+
+def test_a_refusal_names_both_digests_and_the_way_out(folder: Path, tmp_path: Path) -> None:
+    own, other = digest(folder), digest(flip_a_bit(shutil.copytree(folder, tmp_path / "other")))
+    said = refusal_of_base(own, other)
+    assert f"({other.hex()}, not {own.hex()})" in said
+    assert "give it a copy of the same folder (model.type) and the same fwdllm.base, and start it again" in said
+
+
+@pytest.mark.parametrize(("own", "other"), [(b"a", b"a"), (b"", b"a"), (b"a", b""), (b"", b"")])
+def test_the_same_and_the_unknown_are_not_refused(own: bytes, other: bytes) -> None:
+    assert refusal_of_base(own, other) == ""
 
 
 def test_a_file_that_ends_early_is_named(folder: Path) -> None:

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from fs_fwdllm.cli.main import app
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model import load_model, load_tokenizer
-from fs_fwdllm.model.base import quantising
-from fs_fwdllm.model.base.checkpoint import Checkpoint
+from fs_fwdllm.model.base import shards
+from fs_fwdllm.model.base.checkpoint import SafetensorsCheckpoint
 from fs_fwdllm.model.base.packing import Form
 from fs_fwdllm.model.base.quantising import quantise_folder
 from tests.model.sentence import save_tiny_encoder
@@ -86,14 +86,14 @@ def test_a_place_that_holds_something_else_is_left_alone(llama: Path, tmp_path: 
 
 
 def in_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantising, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
 
 
 def test_shards_hold_together_what_one_file_holds(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantise_folder(llama, tmp_path / "one", FORM)
     in_small_shards(monkeypatch)
     quantise_folder(llama, tmp_path / "many", FORM)
-    one, many = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "many")
+    one, many = SafetensorsCheckpoint(tmp_path / "one"), SafetensorsCheckpoint(tmp_path / "many")
     assert len({entry.file for entry in many.entries.values()}) > 3
     assert one.entries.keys() == many.entries.keys()
     assert all(torch.equal(one.read(name), many.read(name)) for name in one.entries)
@@ -128,9 +128,9 @@ def test_an_interrupted_one_goes_on_where_it_stopped(
 _SLOWLY = """
 import sys, time
 from fs_fwdllm.model import load_model, load_tokenizer
-from fs_fwdllm.model.base import quantising
+from fs_fwdllm.model.base import quantising, shards
 from fs_fwdllm.model.base.packing import Form
-quantising.SHARD_BYTES = 20_000
+shards.SHARD_BYTES = 20_000
 quantising.quantise_folder(sys.argv[1], sys.argv[2], Form("int4", 32), lambda done, count: time.sleep(0.05))
 """
 

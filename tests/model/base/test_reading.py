@@ -22,7 +22,7 @@ from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.estimator import make_estimator
 from fs_fwdllm.inference.merging import merge
 from fs_fwdllm.model import load_model, load_saved, load_tokenizer, save_trained
-from fs_fwdllm.model.base.checkpoint import Checkpoint
+from fs_fwdllm.model.base.checkpoint import SafetensorsCheckpoint
 from fs_fwdllm.model.base.packed import elements_of, packed_layers, unpack
 from fs_fwdllm.model.base.packing import Form, pack
 from fs_fwdllm.model.base.quantising import quantise_folder
@@ -74,7 +74,7 @@ def test_a_model_that_is_built_empty_and_filled_is_the_one_transformers_loads(
         expected, report = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
 
         def read() -> tuple[nn.Module, set[str]]:
-            return read_base(lambda: auto.from_config(settings), Checkpoint(folder), {}, torch.float32)
+            return read_base(lambda: auto.from_config(settings), SafetensorsCheckpoint(folder), {}, torch.float32)
 
         if row.name in _RENAMED:
             config = row.run_config(folder, "lora", base={"stream": True})
@@ -90,7 +90,7 @@ def test_a_model_that_is_built_empty_and_filled_is_the_one_transformers_loads(
     assert state.keys() == other.keys() and fresh == set(report["missing_keys"])
     drawn = {name for name in state if name in fresh}
     differing = [name for name in state if name not in drawn and not torch.equal(state[name], other[name])]
-    written = Checkpoint(folder)  # transformers draws Funnel's table anew, whatever the file says
+    written = SafetensorsCheckpoint(folder)  # transformers draws Funnel's table anew, whatever the file says
     assert all(torch.equal(other[name], written.read(name)) for name in differing) and len(differing) <= 1
     buffers = dict(found.named_buffers())
     assert not [name for name, buffer in expected.named_buffers() if not torch.equal(buffer, buffers[name])]
@@ -154,7 +154,7 @@ def slopes(loaded: Any, settings: dict[str, Any], classifier: bool = False) -> n
     trainables = Trainables.of_model(loaded.model)
     estimator = make_estimator(loaded.model, trainables, make_distribution("rademacher"), config, full=False)
     task, cache_bytes = "classification" if classifier else "causal_lm", config.prefix_cache_mib << 20
-    objective = Objective(loaded.model, trainables, task, cache_bytes)  # type: ignore[arg-type]
+    objective = Objective(loaded.model, trainables, task, cache_bytes, conduct=loaded.conduct)  # type: ignore[arg-type]
     keys = [DirectionKey(3, seed) for seed in range(6)]
     return estimator.slopes(objective.on(tiny_batch(classifier=classifier)), keys).values
 
