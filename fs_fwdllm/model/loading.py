@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,13 +27,15 @@ from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.data.types import Task
 from fs_fwdllm.errors import ConfigError, ModelError
 from fs_fwdllm.model.base.loading import packed_base
-from fs_fwdllm.model.base.packed import PackedLinear, packed_layers, reader_of
-from fs_fwdllm.model.base.streaming import StreamedEmbedding
+from fs_fwdllm.model.base.packed import packed_layers, reader_of
+from fs_fwdllm.model.base.tables import Table
+from fs_fwdllm.model.converting import reading_what_is_converted
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.folder import checkpoint_dtype, checkpoint_elements
 from fs_fwdllm.model.half_precision import make_float32_masters
 from fs_fwdllm.model.initial_adapter import initial_folder, start_from
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
+from fs_fwdllm.model.over_packed import refuse_readers_of_weights, refuse_to_train_packed
 from fs_fwdllm.model.pooling import chosen_layout, layout_remarks, resolved
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.sentence_classifier import empty_transformer, load_transformer, with_head
@@ -46,7 +47,6 @@ from fs_fwdllm.model.trial import (
     PADDED_RIGHT,
     Conduct,
     drop_unknown_mask,
-    first_results,
     foreign_code,
     trial_rows,
     try_out,
@@ -137,8 +137,8 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
         make_float32_masters(model, _places_of_head(model, head))
     start_from(initial_folder(config), model, method, arguments)
     if packed_layers(model):
-        _refuse_to_train_packed(model, arguments)
-        _refuse_readers_of_weights(model, rows, method, arguments)
+        refuse_to_train_packed(model, arguments)
+        refuse_readers_of_weights(model, rows, method, arguments)
     facts = SavedFacts.of_run(
         config,
         source,
@@ -159,47 +159,6 @@ def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0)
     )  # fmt: skip
 
 
-def _refuse_to_train_packed(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """What PEFT is asked to train beside LoRA's matrices would be left out without a word where it has no numbers.
-
-    Raises:
-        ConfigError: a module to save is packed or on the disk, or single parameters are named.
-    """
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    without_numbers = (PackedLinear, StreamedEmbedding)
-    found = [name for name, module in wrapped if any(isinstance(one, without_numbers) for one in module.modules())]
-    keys = ("modules_to_save", "trainable_token_indices") if found else ("target_parameters",)
-    key = next((key for key in keys if arguments.get(key)), "")
-    if key:
-        place = f" ({found[0]})" if found else ""
-        raise ConfigError(
-            f"llm.adapter.args {key}: {arguments[key]!r} names weights that are packed or on the disk{place} and "
-            "cannot be trained; name target_modules, leave it out, or give the float model, resident "
-            "(fwdllm.base.quantise none, fwdllm.base.stream false)"
-        )
-
-
-@torch.no_grad()
-def _refuse_readers_of_weights(
-    model: nn.Module, rows: Sequence[Sequence[int]], method: str, arguments: dict[str, Any]
-) -> None:
-    """An adapter that looks into the base's weights (for DoRA's norms) finds no numbers there.
-
-    Raises:
-        ConfigError: what it starts from, or what comes out, is not a number.
-    """
-    started = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with private_torch_rng(0), foreign_code(f"a first forward pass with adapter_method {method!r} failed"):
-        found = first_results(model, rows[0])
-    if not all(bool(values.isfinite().all()) for values in [*started, *found]):
-        told = ", ".join(f"{name}: {value}" for name, value in arguments.items() if value not in (None, False, ""))
-        raise ConfigError(
-            f"llm.adapter.args: adapter_method {method!r} ({told}) reads the numbers of the base's weights, which are "
-            "packed or on the disk; leave out what reads them (use_dora), or give the float model, resident "
-            "(fwdllm.base.quantise none, fwdllm.base.stream false)"
-        )
-
-
 def _trial_rows(config: Config, model: nn.Module, tokenizer: Any, source: ModelSource) -> tuple[tuple[int, ...], ...]:
     paired = source.task == "question_answering"
     rows = trial_rows(tokenizer, vocabulary_size(model), config.llm.tok_len, paired=paired)
@@ -214,7 +173,8 @@ def _remarks(config: Config, source: ModelSource, method: str, dtype: torch.dtyp
             f"warning: fwdllm.base.compute_dtype {wanted} has no effect: {method!r} trains all parameters, and what is "
             "trained is float32"
         ]
-    saved = checkpoint_dtype(Path(source.transformer)) if source.is_local else ""
+    is_folder = source.is_local and source.gguf is None
+    saved = checkpoint_dtype(Path(source.transformer)) if is_folder else ""
     if wanted == "auto" and used == "float32" and saved in ("bfloat16", "float16"):
         way_out = f"fwdllm.base.compute_dtype {saved} halves that"
         if _has_radius(config) and saved == "bfloat16":
@@ -330,7 +290,8 @@ def _load_base(
         else:
             _check_size(source, from_config, safely)
             from_pretrained = auto.from_pretrained if layout is None else load_transformer
-            model, fresh = _from_pretrained(from_pretrained, source, {**options, **safely})
+            with reading_what_is_converted(dtype):
+                model, fresh = _from_pretrained(from_pretrained, source, {**options, **safely})
         _use_plain_experts(config, model)
     if layout is not None:
         model, fresh = with_head(model, fresh, layout, len(classes), Path(source.location))
@@ -361,8 +322,8 @@ def _draw_fresh(model: nn.Module, fresh: set[str], head: tuple[str, ...], seed: 
     strangers = sorted(name for name in fresh if not any(name.startswith(f"{module}.") for module in head))
     if strangers:
         raise ModelError(
-            f"{source.name}: the checkpoint lacks {', '.join(strangers[:3])} ({len(strangers)} in all), "
-            f"so it is not a {source.task} model of this architecture"
+            f"{source.name}: the checkpoint lacks {', '.join(strangers[:3])}, or has them in another shape "
+            f"({len(strangers)} in all), so it is not a {source.task} model of this architecture and these settings"
         )
     spread = getattr(model.config, "initializer_range", None) or 0.02
     for name in sorted(fresh):
@@ -379,10 +340,11 @@ def _fit_embeddings(model: Any, tokenizer: Any, source: ModelSource) -> None:
     rows = vocabulary_size(model)
     if len(tokenizer) <= rows:
         return
-    if isinstance(model.get_input_embeddings(), StreamedEmbedding):
+    if isinstance(model.get_input_embeddings(), Table):
         raise ConfigError(
             f"fwdllm.base.stream: the tokenizer of {source.name} has {len(tokenizer)} tokens and its table {rows} "
-            "rows, and a table on the disk cannot grow; set it to false, or pad with a word the tokenizer has"
+            "rows, and a table that is packed or on the disk cannot grow; pad with a word the tokenizer has, or give "
+            "the float model, resident"
         )
     if len(tokenizer) > rows + len(set(tokenizer.all_special_ids)) or tokenizer.pad_token_id is None:
         raise ModelError(f"{source.name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")

@@ -96,6 +96,21 @@ def test_every_operation_rounds_alike_in_both_libraries(values, factor, seed):
     assert NUMPY.is_finite(ours) == TORCH.is_finite(theirs) is True
 
 
+@pytest.mark.parametrize("stranger", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 4, 8])
+def test_one_number_out_of_range_is_found_wherever_it_stands(stranger: float, place: int) -> None:
+    ours = np.linspace(-3e38, 3e38, 9, dtype=np.float32)  # whose sum is out of range on the way, and whose ends are not
+    assert NUMPY.is_finite(ours) and TORCH.is_finite(in_torch(ours))
+    ours[place] = stranger
+    assert not NUMPY.is_finite(ours) and not TORCH.is_finite(in_torch(ours))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not TORCH.is_finite(in_torch(ours).to(dtype))
+
+
+def test_nothing_is_finite() -> None:
+    assert NUMPY.is_finite(np.zeros(0, np.float32)) and TORCH.is_finite(torch.zeros(0))
+
+
 def test_each_operation_is_one_rounding_of_the_exact_result():
     """Against float64, which holds sums and products of these float32 numbers exactly (24 + 24 bits < 53).
 
