@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ import numpy as np
 from fs_fwdllm.core.arrays import Array, Arrays, arrays_of, count_of, flatten
 from fs_fwdllm.errors import DivergenceError, ModelError
 
-__all__ = ["DIGEST_BYTES", "Trainables", "digest_of", "flatten", "public_name"]
+__all__ = ["CHANGED_FILES", "DIGEST_BYTES", "Trainables", "digest_of", "flatten", "public_name"]
 
 DIGEST_BYTES = 16
+#: Under which name whatever is kept says where the files of changed parameters are.
+CHANGED_FILES = "changed_files"
 _SINGLE = ("float32", "torch.float32")
 _HALF = ("torch.bfloat16", "torch.float16")
 
@@ -74,12 +77,69 @@ class Trainables:
         """Where the tensors are: PyTorch's device, or ``"cpu"``."""
         return self.arrays.device
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors, in order."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        """Of the tensors, in order, in the terms of their library."""
+        return tuple(tensor.dtype for tensor in self.tensors)
+
+    @property
+    def in_memory(self) -> dict[int, Array]:
+        """The tensors that a model's modules hold, by id: all, unless some stay on the disk."""
+        return dict(enumerate(self.tensors))
+
+    def parameter(self, index: int) -> Array:
+        """The tensor as the model computes with it."""
+        return self.tensors[index]
+
+    @contextmanager
+    def resident(self, indices: Sequence[int]) -> Iterator[None]:
+        """Have the tensors with these ids in memory for a while, so that they can be trained. Here all always are."""
+        yield
+
+    def assign(self, indices: Sequence[int], values: Sequence[Array]) -> None:
+        """Overwrite the tensors with these ids in place."""
+        for index, value in zip(indices, values, strict=True):
+            self.arrays.assign(self.tensors[index], value)
+
+    def named(self) -> Mapping[str, Array]:
+        """The tensors by name; those that are not in memory are read when they are looked at."""
+        return dict(zip(self.names, self.tensors, strict=True))
+
+    def kept_by_value(self) -> Mapping[str, Array]:
+        """By name, what whoever keeps these values has to write: all, unless some are kept in files of their own."""
+        return self.named()
+
+    def kept_in_files(self) -> dict[str, list[object]]:
+        """By name, what was changed and is in a file of its own, as JSON; here nothing is."""
+        return {}
+
+    def restored(self, values: Mapping[str, Array], files: Mapping[str, Sequence[object]]) -> Trainables:
+        """Trainables of these names that stand where others were kept, by value and in files."""
+        return Trainables({name: values[name] for name in self.names})
+
+    def take_files(self, files: Mapping[str, Sequence[object]]) -> None:
+        """Stand where :meth:`kept_in_files` says. Here nothing ever does."""
+        if files:
+            raise ModelError(f"{len(files)} parameters were kept in files of their own, but this model is in memory")
+
+    def keep_only(self, names: set[str]) -> None:
+        """Remove files of changed parameters that are neither among ``names`` nor read here."""
+
     def decays(self) -> list[bool]:
         """Per tensor, whether weight decay applies: biases, norms and other vectors are exempt, as is customary."""
         return [tensor.ndim > 1 for tensor in self.tensors]
 
-    def clone(self, *, float32: bool = False) -> Trainables:
-        """An independent replica with the same names and bits, or with the same values in float32."""
+    def clone(self, *, float32: bool = False, folder: Path | None = None) -> Trainables:
+        """An independent replica with the same names and bits, or with the same values in float32.
+
+        Args:
+            folder: where a replica that does not fit in memory keeps what changes.
+        """
         values = self.copy_values()
         if float32:
             values = list(map(self.arrays.as_float32, values))
@@ -99,9 +159,7 @@ class Trainables:
 
     def load_values(self, values: Sequence[Array]) -> None:
         """Overwrite every tensor in place with ``values``: same order and shapes, numpy arrays or their own kind."""
-        arrays = self.arrays
-        for tensor, value in zip(self.tensors, values, strict=True):
-            arrays.assign(tensor, value)
+        self.assign(range(len(self.names)), values)
 
     def to_flat(self) -> np.ndarray:
         """All values as one little-endian float32 vector of length :attr:`count`."""

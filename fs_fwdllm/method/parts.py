@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,10 +108,8 @@ class Parts:
         Raises:
             EstimatorError: the model does not support the estimator at all.
         """
-        select, blocks = recipe_of(config).select, config.method.trains_blocks
-        if select is not None:
-            select(config, model, fresh)
-        trainables = Trainables.of_model(model, half=blocks)
+        blocks, select = config.method.trains_blocks, recipe_of(config).select
+        trainables = Trainables.of_model(model) if select is None else select(config, model, fresh)
         cache_mib = 0 if blocks else config.fwdllm.prefix_cache_mib
         parts = cls(
             config=config,
@@ -209,15 +208,15 @@ class Recipe:
         make_worker: assembles the clients' side from shared parts.
         make_server: assembles the server from shared parts and what hosts set.
         check: refuses settings of the method that are valid alone but not together.
-        select: marks the parameters that are ever trained, where ``llm.adapter`` does not; it gets the names of those
-            that start from random numbers.
+        select: the parameters that are ever trained, where ``llm.adapter`` does not say so; it gets the names of
+            those that start from random numbers.
         describe: what a user should be told about the parts before the first round.
     """
 
     make_worker: Callable[[Parts], ClientWorker]
     make_server: Callable[[Parts, ServerSettings], RoundServer]
     check: Callable[[Config], None] = _nothing_to_check
-    select: Callable[[Config, nn.Module, frozenset[str]], None] | None = None
+    select: Callable[[Config, nn.Module, frozenset[str]], Trainables] | None = None
     describe: Callable[[Parts], str] | None = None
 
 
@@ -251,12 +250,17 @@ def assemble_worker(parts: Parts) -> ClientWorker:
     return recipe_of(parts.config).make_worker(parts)
 
 
-def assemble_server(parts: Parts, client_samples: dict[int, int]) -> RoundServer:
-    """The server side of the configured method; ``client_samples`` counts each client's training samples."""
-    return recipe_of(parts.config).make_server(parts, server_settings(parts.config, client_samples))
+def assemble_server(parts: Parts, client_samples: dict[int, int], folder: Path | None = None) -> RoundServer:
+    """The server side of the configured method.
+
+    Args:
+        client_samples: each client's training samples, counted.
+        folder: of files for what does not fit in memory.
+    """
+    return recipe_of(parts.config).make_server(parts, server_settings(parts.config, client_samples, folder))
 
 
-def server_settings(config: Config, client_samples: dict[int, int]) -> ServerSettings:
+def server_settings(config: Config, client_samples: dict[int, int], folder: Path | None = None) -> ServerSettings:
     """What a configuration says to any server."""
     return ServerSettings(
         plans=work_plans(config, client_samples),
@@ -271,6 +275,7 @@ def server_settings(config: Config, client_samples: dict[int, int]) -> ServerSet
         max_failed_rounds=config.fwdllm.max_failed_rounds,
         strategy=StrategySettings(config.train.train_strategy, config.fwdllm.strategy_span, config.seed),
         weigh_by_precision=config.fwdllm.weigh_by == "precision",
+        folder=folder,
     )
 
 

@@ -49,8 +49,9 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
         raise ModelError(f"{place}: was trained as {facts.trained!r}; this version knows {', '.join(PARTS)}")
     saved_as = PARTS[facts.trained].saved_as
     own = OWN_FOLDERS.get(saved_as)
-    if saved_as == "model":  # as packed as it was, if it was
-        config = facts.without_packing().config(place)
+    if saved_as == "model":  # as packed as it was, if it was, and on the disk if its blocks were trained there
+        streams = bool(facts.tree.get("fwdllm", {}).get("base", {}).get("stream"))
+        config = facts.without_packing().with_base(stream=streams).config(place)
     else:
         config = facts.config(facts.base_location)
         config = _with_own_basis(config, place / (own.weights_file if own is not None else _PEFT_WEIGHTS_FILE))

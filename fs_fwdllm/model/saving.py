@@ -19,12 +19,14 @@ that layout finds no configuration there.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from torch import nn
 
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError, nearest
+from fs_fwdllm.model.base.packed import reader_of
+from fs_fwdllm.model.base.writing import Unread, unread_state, write_unread
 from fs_fwdllm.model.base_folder import config_as_used, config_of_base, config_to_keep, link_to, weights_of
 from fs_fwdllm.model.card import model_card
 from fs_fwdllm.model.facts import SavedFacts
@@ -42,7 +46,13 @@ from fs_fwdllm.model.loading import LoadedModel
 from fs_fwdllm.model.own_folder import OWN_FOLDERS
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier, SentenceFeatures
-from fs_fwdllm.model.sentence_layout import CLASSIFIER_FOLDER, TRANSFORMER_FOLDER, split_state, write_layout
+from fs_fwdllm.model.sentence_layout import (
+    CLASSIFIER_FOLDER,
+    TRANSFORMER_FOLDER,
+    split_names,
+    split_state,
+    write_layout,
+)
 from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["save_trained", "write_folder"]
@@ -79,10 +89,14 @@ def save_trained(
 def write_folder(loaded: LoadedModel, target: Path, values: Mapping[str, torch.Tensor], facts: SavedFacts) -> Path:
     """As :func:`save_trained`, to the folder ``target`` itself."""
     saved_as = PARTS[loaded.peft_method].saved_as
-    state = _state(loaded.model, values)
+    write: Callable[[Path], None]
+    if saved_as == "model" and reader_of(loaded.model) is not None:
+        write = partial(_write_streamed, loaded, unread_state(loaded.model, values))
+    else:
+        write = partial(_WRITERS[saved_as], loaded, _state(loaded.model, values))
     target.parent.mkdir(parents=True, exist_ok=True)
     with _staged(target) as staging:
-        _WRITERS[saved_as](loaded, state, staging)
+        write(staging)
         facts.write(staging)
         card = model_card(facts, saved_as, rounds_when_loaded_in_half(loaded.model))
         (staging / "README.md").write_text(card, encoding="utf-8", errors="replace")
@@ -175,6 +189,31 @@ def _write_model(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Pa
         model, folder = model.features.transformer, folder / TRANSFORMER_FOLDER
     with quiet_transformers():
         model.save_pretrained(str(folder), state_dict=state)
+    _write_beside_model(loaded, folder)
+
+
+def _write_streamed(loaded: LoadedModel, state: dict[str, Unread], folder: Path) -> None:
+    """A whole model of which most is on the disk."""
+    model: Any = loaded.model
+    if isinstance(model, SentenceClassifier):
+        _write_layout(loaded, model.features, folder, classes=model.classifier.out_features)
+        head, state = split_names(state)
+        tensors = {name: tensor.read().detach().cpu().contiguous() for name, tensor in head.items()}
+        save_file(tensors, folder / CLASSIFIER_FOLDER / "model.safetensors", metadata={"format": "pt"})
+        model, folder = model.features.transformer, folder / TRANSFORMER_FOLDER
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], loaded.base_dtype
+    with quiet_transformers():
+        config.save_pretrained(str(folder))
+        if model.can_generate():
+            model.generation_config.save_pretrained(str(folder))
+    write_unread(state, folder)
+    _write_beside_model(loaded, folder)
+
+
+def _write_beside_model(loaded: LoadedModel, folder: Path) -> None:
+    """The tokenizer, and in ``config.json`` what training has changed for its own sake."""
+    with quiet_transformers():
         loaded.tokenizer.save_pretrained(str(folder))
     own = config_of_base(loaded.source)
     changes: dict[str, Any] = {}

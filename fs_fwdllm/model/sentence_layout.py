@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -34,11 +34,13 @@ __all__ = [
     "layout_files",
     "read_layout",
     "saved_names",
+    "split_names",
     "split_state",
     "transformer_folder",
     "write_layout",
 ]
 
+_Tensor = TypeVar("_Tensor")
 MODULES_FILE = "modules.json"
 #: Where ours lie in a folder that is written.
 TRANSFORMER_FOLDER, CLASSIFIER_FOLDER = "0_Transformer", "3_Dense"
@@ -133,13 +135,14 @@ def layout_files(folder: Path) -> list[Path]:
 
 def split_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors of a classifier as the files of its head and of its transformer have them."""
-    parts: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+    return split_names({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def split_names(state: Mapping[str, _Tensor]) -> tuple[dict[str, _Tensor], dict[str, _Tensor]]:
+    """What stands for the tensors of a classifier, by the names they have in its head's and its transformer's files."""
+    parts: tuple[dict[str, _Tensor], ...] = ({}, {})
     for part, (ours, theirs) in zip(parts, (_OF_HEAD, _OF_TRANSFORMER), strict=True):
-        part.update(
-            (theirs + name.removeprefix(ours), tensor.detach().cpu().contiguous())
-            for name, tensor in state.items()
-            if name.startswith(ours)
-        )
+        part.update((theirs + name.removeprefix(ours), own) for name, own in state.items() if name.startswith(ours))
     return parts[0], parts[1]
 
 

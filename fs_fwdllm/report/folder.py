@@ -205,6 +205,11 @@ class RunFolder:
         return self.checkpoint_path / "best.safetensors"
 
     @property
+    def blocks_path(self) -> Path:
+        """Folder of trained blocks that a checkpoint and the best round speak of, where the base is on the disk."""
+        return self.checkpoint_path / "blocks"
+
+    @property
     def adapter_path(self) -> Path:
         """Folder of the trained adapter, in PEFT's format."""
         return self.path / "adapter"

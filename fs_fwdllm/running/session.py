@@ -28,6 +28,7 @@ from fs_fwdllm.method.parts import select_device
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
 from fs_fwdllm.model.base.identity import base_digest
 from fs_fwdllm.model.base.packed import elements_of
+from fs_fwdllm.model.base.trained_on_disk import StreamedTrainables
 from fs_fwdllm.model.basis_file import basis_file, basis_fingerprint
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
@@ -284,9 +285,13 @@ class Session:
     @contextmanager
     def at(self, trainables: Trainables) -> Iterator[None]:
         """Let the model stand at the server's parameters, in its own dtypes (a block server's are float32)."""
-        own = self.parts.trainables.tensors
-        values = [tensor.detach().to(mine.dtype) for tensor, mine in zip(trainables.tensors, own, strict=True)]
-        with self.parts.trainables.holding(values):
+        own = self.parts.trainables
+        if isinstance(own, StreamedTrainables) and isinstance(trainables, StreamedTrainables):
+            with own.showing(trainables):
+                yield
+            return
+        values = [tensor.detach().to(dtype) for tensor, dtype in zip(trainables.tensors, own.dtypes, strict=True)]
+        with own.holding(values):
             yield
 
     def save(
@@ -298,11 +303,11 @@ class Session:
             results: what the model card says of the run, by the names of ``metrics.jsonl``.
             suffix: of the folder's name: ``-last`` gives ``adapter-last``.
         """
-        return save_trained(self.loaded, folder, _named(trainables), self._facts(results), suffix)
+        return save_trained(self.loaded, folder, trainables.named(), self._facts(results), suffix)
 
     def save_as(self, target: Path, trainables: Trainables, results: Mapping[str, Any] | None = None) -> None:
         """As :meth:`save`, to the folder ``target`` itself."""
-        write_folder(self.loaded, target.absolute(), _named(trainables), self._facts(results))
+        write_folder(self.loaded, target.absolute(), trainables.named(), self._facts(results))
 
     def _facts(self, results: Mapping[str, Any] | None) -> SavedFacts:
         facts = replace(
@@ -336,10 +341,6 @@ class Session:
 def _asked(config: Config, available: int) -> int:
     """Clients of a round; 1 where this process knows of none with data, so that it has no say in a rate."""
     return clients_per_round(config, available) if available else 1
-
-
-def _named(trainables: Trainables) -> dict[str, torch.Tensor]:
-    return dict(zip(trainables.names, trainables.tensors, strict=True))
 
 
 def _splits_with_samples(data: FederatedData) -> set[str]:

@@ -28,7 +28,7 @@ from fs_fwdllm.method import ClientWorker, assemble_worker
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 from fs_fwdllm.running.checkpoint import Checkpoint, is_of, read_checkpoint
-from fs_fwdllm.running.keeping import take_over_best
+from fs_fwdllm.running.keeping import take_over
 from fs_fwdllm.running.sampling import clients_per_round
 from fs_fwdllm.running.session import Session
 
@@ -189,7 +189,7 @@ def open_folder(process: HostProcess, outdir: Path) -> tuple[RunFolder, Checkpoi
         )
     if checkpoint.next_round >= process.config.federate.total_round_num:
         raise CheckpointError(f"federate.restore_from {str(source)!r}: that run has finished; nothing is left to do")
-    take_over_best(before, folder)
+    take_over(before, folder)
     return folder, checkpoint
 
 

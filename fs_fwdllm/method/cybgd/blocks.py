@@ -23,6 +23,7 @@ from torch import nn
 
 from fs_fwdllm.config.own_sections import BlocksConfig
 from fs_fwdllm.errors import ConfigError, ModelError
+from fs_fwdllm.model.base.weights import named_weights
 from fs_fwdllm.model.structure import is_norm, transformer_blocks
 
 __all__ = ["Block", "BlockPlan", "block_plan"]
@@ -91,7 +92,7 @@ def block_plan(model: nn.Module, settings: BlocksConfig, fresh: Iterable[str] = 
         ConfigError: ``settings`` leave nothing to train, or do not go together.
     """
     layers = transformer_blocks(model)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: weight.numel() for name, weight in named_weights(model).items()}
     regions = _regions(model, [name for name, _ in layers])
     # A layer's norms are trained with it, so a fresh parameter can only be one outside the layers.
     always = [name for name in sizes if name in set(fresh)]
@@ -120,7 +121,7 @@ def block_plan(model: nn.Module, settings: BlocksConfig, fresh: Iterable[str] = 
 def _regions(model: nn.Module, layer_names: Sequence[str]) -> dict[str, list[str]]:
     """Names of the parameters outside the layers, by what they are."""
     modules = dict(model.named_modules())
-    names = [name for name, _ in model.named_parameters()]
+    names = list(named_weights(model))
     inside = [index for index, name in enumerate(names) if _owner_layer(name, layer_names) is not None]
     regions: dict[str, list[str]] = {"embeddings": [], "norm": [], "head": []}
     for index, name in enumerate(names):
@@ -157,7 +158,7 @@ def _layer_blocks(layers: Sequence[tuple[str, nn.Module]], settings: BlocksConfi
     if settings.granularity == "layer":
         for first in range(0, len(layers), settings.group_size):
             group = layers[first : first + settings.group_size]
-            names = [f"{name}.{own}" for name, layer in group for own, _ in layer.named_parameters()]
+            names = [f"{name}.{own}" for name, layer in group for own in named_weights(layer)]
             title = group[0][0] if len(group) == 1 else f"{group[0][0]} to {group[-1][0]}"
             blocks.append(Block(title, tuple(names), tuple(range(first, first + len(group)))))
         return blocks
@@ -170,8 +171,12 @@ def _layer_blocks(layers: Sequence[tuple[str, nn.Module]], settings: BlocksConfi
 
 def _attention_and_rest(layer: nn.Module) -> list[tuple[str, list[str]]]:
     """A layer's two halves. Norms that stand beside both belong, in their order, half to one and half to the other."""
-    parameters = dict(layer.named_parameters())
-    children = {name: child for name, child in layer.named_children() if any(p.dim() > 1 for p in child.parameters())}
+    parameters = named_weights(layer)
+    children = {
+        name: child
+        for name, child in layer.named_children()
+        if any(weight.dim() > 1 for weight in named_weights(child).values())
+    }
     attention = [name for name in children if "attn" in name.lower() or "attention" in name.lower()]
     first = [name for name in parameters if name.partition(".")[0] in attention]
     second = [name for name in parameters if name.partition(".")[0] in children and name not in first]
@@ -186,7 +191,7 @@ def _attention_and_rest(layer: nn.Module) -> list[tuple[str, list[str]]]:
 
 def _matrices(layer: nn.Module) -> list[tuple[str, list[str]]]:
     """Each matrix with the vectors of its own module; vectors of modules without one join the first matrix."""
-    parameters = dict(layer.named_parameters())
+    parameters = named_weights(layer)
     matrices = [name for name, parameter in parameters.items() if parameter.dim() > 1]
     home = {name.rpartition(".")[0]: name for name in reversed(matrices)}
     members: dict[str, list[str]] = {name: [] for name in matrices}

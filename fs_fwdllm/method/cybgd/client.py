@@ -105,7 +105,7 @@ class BlockWorker(ClientWorker):
         self.replica.check_held(assignment.held)
         parts = self._store.plan.active(assignment.block)
         try:
-            with self.skipper.skipping(assignment.dropped):
+            with self.skipper.skipping(assignment.dropped), self._store.resident(parts):
                 trained = self._visit(assignment, batches, parts)
             starts = {part: self.replica.start(part) for part in parts}
             return self._answer(assignment, batches, trained, starts)
@@ -116,7 +116,7 @@ class BlockWorker(ClientWorker):
     def _visit(self, assignment: BlockAssignment, batches: Sequence[Batch], parts: Sequence[int]) -> _Trained:
         """Train. Optimiser and gradients are gone when this returns."""
         client, policy = assignment.client, self._settings.optimizer_state
-        counts = {part: len(self._store.values(part)) for part in parts}
+        counts = {part: len(self._store.shapes(part)) for part in parts}
         before: list[TensorState] = []
         for part, count in counts.items():
             kept = {"reset": None, "server": self.replica.state(part), "client": self.states.get((client, part))}
@@ -206,7 +206,7 @@ class BlockWorker(ClientWorker):
         self.states.clear()
         for key, value in tensors.items():
             kind, client, part, index, *name = key.split(".", 4)
-            place, count = (int(client), int(part)), len(self._store.values(int(part)))
+            place, count = (int(client), int(part)), len(self._store.shapes(int(part)))
             if kind == "residual":
                 self.residuals.setdefault(place, [torch.zeros(0)] * count)[int(index)] = value
             else:

@@ -6,6 +6,7 @@ takes some 15 % off float32 deltas, 30 % off bfloat16 and 12 % off int8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ from fs_fwdllm.method.cybgd.server import BlockServer
 from fs_fwdllm.method.cybgd.state_bytes import pack_states
 from fs_fwdllm.method.parts import Parts
 
-__all__ = ["BlockAnswers", "active_parameters", "visit_bytes"]
+__all__ = ["BlockAnswers", "active_parameters", "server_bytes", "visit_bytes"]
 
 _CYCLES = 2
 
@@ -88,7 +89,9 @@ def _state_frame(part: int, values: list[torch.Tensor], config: Config) -> bytes
 def active_parameters(parts: Parts) -> int:
     """Parameters that the largest visit trains: ``P_b``."""
     plan = plan_of(parts)
-    sizes = {name: parameter.numel() for name, parameter in parts.model.named_parameters()}
+    sizes = {
+        name: math.prod(shape) for name, shape in zip(parts.trainables.names, parts.trainables.shapes, strict=True)
+    }
     return max(
         sum(sizes[name] for part in plan.active(block) for name in plan.parts[part].parameters)
         for block in range(len(plan.blocks))
@@ -98,9 +101,22 @@ def active_parameters(parts: Parts) -> int:
 def visit_bytes(parts: Parts) -> int:
     """Memory of the largest visit beside the model and its activations: start, gradient, two moments, and masters.
 
-    A start that was sent is kept as its frame's bytes, which are no more than its float32 values.
+    A start that was sent is kept as its frame's bytes, which are no more than its float32 values. Of a base on the disk
+    the block itself comes beside the model, too.
     """
-    half = any(tensor.dtype != torch.float32 for tensor in parts.trainables.tensors)
+    half = any(dtype != torch.float32 for dtype in parts.trainables.dtypes)
     moments = {"SGD": 4 * bool(parts.config.train.optimizer.momentum), "Adagrad": 4}
     state = moments.get(parts.config.train.optimizer.type, 8)
-    return active_parameters(parts) * (8 + state + (4 if half else 0))
+    own = max(dtype.itemsize for dtype in parts.trainables.dtypes) if _on_disk(parts) else 0
+    return active_parameters(parts) * int(8 + state + (4 if half else 0) + own)
+
+
+def server_bytes(parts: Parts, largest_download_bytes: int) -> int:
+    """What the server holds between rounds: float32 blocks, and the frames of their views, unless they are on disk."""
+    if _on_disk(parts):
+        return 4 * sum(int(tensor.numel()) for tensor in parts.trainables.in_memory.values())
+    return 4 * parts.trainables.count + min(parts.trainables.bytes, largest_download_bytes)
+
+
+def _on_disk(parts: Parts) -> bool:
+    return len(parts.trainables.in_memory) < len(parts.trainables.names)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
 from fs_fwdllm.config.schema import Config
 from fs_fwdllm.core.learning_rate import Schedule
+from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.client import ClientWorker
@@ -18,9 +20,11 @@ from fs_fwdllm.method.cybgd.codec import Encoding
 from fs_fwdllm.method.cybgd.optimiser import OptimizerSettings
 from fs_fwdllm.method.cybgd.schedule import CycleSchedule
 from fs_fwdllm.method.cybgd.server import BlockServer, BlockServerSettings
-from fs_fwdllm.method.cybgd.store import BlockReplica, BlockStore, model_dtypes, view_encoding
+from fs_fwdllm.method.cybgd.store import BlockReplica, BlockStore, view_encoding
 from fs_fwdllm.method.parts import Parts, Recipe
 from fs_fwdllm.method.server import RoundServer, ServerSettings
+from fs_fwdllm.model.base.packed import reader_of
+from fs_fwdllm.model.base.trained_on_disk import StreamedTrainables
 
 __all__ = ["RECIPE", "optimizer_settings", "plan_of"]
 
@@ -30,17 +34,20 @@ def plan_of(parts: Parts) -> BlockPlan:
     return block_plan(parts.model, parts.config.fwdllm.blocks, parts.fresh)
 
 
-def _select_blocks(config: Config, model: nn.Module, fresh: frozenset[str]) -> None:
-    """Let exactly the parameters that the plan ever trains require a gradient."""
+def _select_blocks(config: Config, model: nn.Module, fresh: frozenset[str]) -> Trainables:
+    """Exactly the parameters that the plan ever trains; those in memory require a gradient."""
     names = block_plan(model, config.fwdllm.blocks, fresh).names()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
+    if reader_of(model) is not None:
+        return StreamedTrainables.of_streamed(model, names, Path(config.outdir))
+    return Trainables.of_model(model, half=True)
 
 
 def _make_worker(parts: Parts) -> ClientWorker:
     """The client of a configuration."""
     config, own = parts.config, parts.config.fwdllm.blocks
-    store = BlockStore(parts.trainables, plan_of(parts), model_dtypes(parts.model, parts.trainables))
+    store = BlockStore(parts.trainables, plan_of(parts), parts.trainables.dtypes)
     download = own.download
     replica = BlockReplica(
         store,
@@ -71,7 +78,7 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
             f"{wanted} clients a round, but only {len(settings.plans)} hold training samples"
         )
     plan = plan_of(parts)
-    store = BlockStore(parts.trainables.clone(float32=True), plan, model_dtypes(parts.model, parts.trainables))
+    store = BlockStore(parts.trainables.clone(float32=True, folder=settings.folder), plan, parts.trainables.dtypes)
     schedule = CycleSchedule(
         order=own.schedule,
         blocks=len(plan.blocks),

@@ -258,7 +258,7 @@ class BlockServer(RoundServer):
     def state_numbers(self) -> dict[str, object]:
         return {
             "failed_rounds": self.failed_rounds,
-            "versions": self.versions,
+            **self.blocks.state_numbers(),
             "visits": self.visits,
             **self.queue.state_numbers(),
             **self._holdings.state_numbers(),
@@ -266,13 +266,13 @@ class BlockServer(RoundServer):
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
         """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
-        versions, visits = numbers["versions"], numbers["visits"]
-        assert isinstance(versions, list) and isinstance(visits, list)
+        visits = numbers["visits"]
+        assert isinstance(visits, list)
         self.failed_rounds = int(str(numbers["failed_rounds"]))
         self.visits = list(visits)
         self.queue.load_state(numbers)
         self._holdings.load_state(numbers)
-        self.blocks.load_state(tensors, versions)
+        self.blocks.load_state(tensors, numbers)
         self._digest = self.store.digest()
 
 

@@ -7,11 +7,13 @@ the base model's, which every client loaded and holds exactly: where it must be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from fs_fwdllm.core.trainables import CHANGED_FILES
 from fs_fwdllm.core.wire import encode
 from fs_fwdllm.method.cybgd.codec import Encoding, encode_tensors
 from fs_fwdllm.method.cybgd.records import BlockModel, BlockValues, OptimizerState
@@ -88,11 +90,14 @@ class ServerBlocks:
         return self.versions[part] == 0 or (self.store.is_float32(part) and self._view == FLOAT32)
 
     def _view_frame(self, part: int) -> bytes:
-        """The frame of an inactive part; kept until the part changes."""
-        if part not in self._frames:
+        """The frame of an inactive part; kept until the part changes, unless there is no memory for the part itself."""
+        frame = self._frames.get(part)
+        if frame is None:
             base = Encoding(self._view.exact, self._view.exact)
-            self._frames[part] = self._values_frame(part, self._view if self.versions[part] else base, active=False)
-        return self._frames[part]
+            frame = self._values_frame(part, self._view if self.versions[part] else base, active=False)
+            if len(self.store.in_memory(part)) == len(self.store.shapes(part)):
+                self._frames[part] = frame
+        return frame
 
     def _values_frame(self, part: int, encoding: Encoding, *, active: bool) -> bytes:
         data, compressed = encode_tensors(self.store.values(part), encoding, compress=self._compress)
@@ -108,24 +113,33 @@ class ServerBlocks:
         return encode(record)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The float32 blocks that have changed (the others are the base model's), and optimiser states."""
+        """The float32 blocks that have changed (the others are the base model's), and optimiser states.
+
+        Of a base on the disk, what is in memory of them; the rest is in files, which :meth:`state_numbers` names.
+        """
         tensors = {
             f"block.{part}.{index}": value
             for part, version in enumerate(self.versions)
             if version
-            for index, value in enumerate(self.store.values(part))
+            for index, value in self.store.in_memory(part).items()
         }
         for part, packed in self.states.items():
             tensors[f"optimizer.{part}"] = torch.frombuffer(bytearray(packed.tobytes()), dtype=torch.uint8)
         return tensors
 
-    def load_state(self, tensors: dict[str, torch.Tensor], versions: Sequence[int]) -> None:
-        """Inverse of :meth:`state_tensors`, with the :attr:`versions` of that time."""
-        self.versions = list(versions)
+    def state_numbers(self) -> dict[str, object]:
+        """The versions, and the files of changed blocks of a base on the disk."""
+        files = self.store.trainables.kept_in_files()
+        return {"versions": self.versions, **({CHANGED_FILES: files} if files else {})}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_tensors` and :meth:`state_numbers`."""
+        self.versions = list(numbers["versions"])
+        self.store.trainables.take_files(numbers.get(CHANGED_FILES, {}))
         for part, version in enumerate(self.versions):
-            if version:
-                count = len(self.store.values(part))
-                self.store.load(part, [tensors[f"block.{part}.{index}"] for index in range(count)])
+            for index, value in self.store.in_memory(part).items() if version else ():
+                value.copy_(tensors[f"block.{part}.{index}"])
+        self.store.forget_digests()
         packed = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
         self.states = {int(name.rpartition(".")[2]): value.numpy() for name, value in packed.items()}
         self._frames.clear()

@@ -15,11 +15,12 @@ trained; the server's answer to its upload is a new version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 
 from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables, digest_of
 from fs_fwdllm.core.wire import Record, decode
@@ -29,14 +30,14 @@ from fs_fwdllm.method.cybgd.codec import FORMS, Encoding, decode_tensors, encode
 from fs_fwdllm.method.cybgd.records import BlockModel, BlockValues, OptimizerState
 from fs_fwdllm.method.cybgd.state_bytes import TensorState, unpack_states
 
-__all__ = ["FLOAT32", "BlockReplica", "BlockStore", "model_dtypes", "view_encoding"]
+__all__ = ["FLOAT32", "BlockReplica", "BlockStore", "view_encoding"]
 
 FLOAT32 = Encoding("float32", "float32")
 
 
 def view_encoding(trainables: Trainables, inactive: str, keep_ratio: float) -> Encoding:
     """How inactive blocks of a model are written; ``inactive`` is ``exact``, ``int8`` or ``int4``."""
-    dtypes = {tensor.dtype for tensor in trainables.tensors}
+    dtypes = set(trainables.dtypes)
     exact = "float32" if len(dtypes) > 1 else str(dtypes.pop()).removeprefix("torch.")
     return Encoding(exact if inactive == "exact" else inactive, exact, keep_ratio)
 
@@ -55,23 +56,35 @@ class BlockStore:
         self.plan = plan
         place = {name: index for index, name in enumerate(trainables.names)}
         self._members = [[place[name] for name in part.parameters] for part in plan.parts]
+        self._shapes = trainables.shapes
         self._dtypes = tuple(dtypes)
         self._digests: dict[int, bytes] = {}
 
     def values(self, part: int) -> list[torch.Tensor]:
-        """The tensors of a part, in its order (detached; their storage is the store's)."""
+        """The tensors of a part, in its order (detached; their storage is the store's, or was read from its disk)."""
         return [self.trainables.tensors[index].detach() for index in self._members[part]]
 
     def parameters(self, part: int) -> list[torch.Tensor]:
-        """The tensors of a part as the model has them."""
-        return [self.trainables.tensors[index] for index in self._members[part]]
+        """The tensors of a part as the model has them; of a base on the disk, while the part is :meth:`resident`."""
+        return [self.trainables.parameter(index) for index in self._members[part]]
+
+    def in_memory(self, part: int) -> dict[int, torch.Tensor]:
+        """By their places in a part, the tensors that are in memory: all, but of a base on the disk."""
+        held = self.trainables.in_memory
+        return {place: held[index].detach() for place, index in enumerate(self._members[part]) if index in held}
+
+    @contextmanager
+    def resident(self, parts: Sequence[int]) -> Iterator[None]:
+        """Have ``parts`` in memory for as long as they are trained."""
+        with self.trainables.resident([index for part in parts for index in self._members[part]]):
+            yield
 
     def shapes(self, part: int) -> list[tuple[int, ...]]:
-        return [tuple(tensor.shape) for tensor in self.values(part)]
+        return [self._shapes[index] for index in self._members[part]]
 
     def count(self, part: int) -> int:
         """Parameters in a part."""
-        return sum(tensor.numel() for tensor in self.values(part))
+        return sum(map(math.prod, self.shapes(part)))
 
     def deployed(self, part: int) -> list[torch.Tensor]:
         """The values of a part in the model's dtype."""
@@ -86,8 +99,7 @@ class BlockStore:
     @torch.no_grad()
     def load(self, part: int, values: Sequence[torch.Tensor]) -> None:
         """Overwrite a part in place."""
-        for tensor, value in zip(self.values(part), values, strict=True):
-            tensor.copy_(value)
+        self.trainables.assign(self._members[part], values)
         self._digests.pop(part, None)
 
     def forget_digests(self) -> None:
@@ -128,7 +140,7 @@ class BlockReplica:
         self._view = view
         self._exact = exact
         self._received: dict[int, BlockValues] = {}
-        self._kept: dict[int, list[torch.Tensor]] = {}
+        self._kept: dict[int, dict[int, torch.Tensor]] = {}
         self._states: dict[int, list[TensorState]] = {}
 
     @property
@@ -182,14 +194,16 @@ class BlockReplica:
         """The exact float32 values a visit starts a part from; not to be written to.
 
         They are needed before and after a visit, but not in between, so that they are kept as they came: as the frame's
-        bytes, or as a copy of what the model holds. The server leaves out only blocks it knows to be exact there.
+        bytes, as a copy of what the model holds in memory, or where they are on the disk. The server leaves out only
+        blocks it knows to be exact there.
         """
         record = self._received.get(part)
         if record is not None:
             return [tensor.to(self.trainables.device) for tensor in self._decoded(record)]
         if part not in self._kept:
-            self._kept[part] = [value.clone() for value in self.store.values(part)]
-        return [value.float() for value in self._kept[part]]
+            self._kept[part] = {place: value.clone() for place, value in self.store.in_memory(part).items()}
+        kept = self._kept[part]
+        return [kept.get(place, value).float() for place, value in enumerate(self.store.values(part))]
 
     def state(self, part: int) -> list[TensorState] | None:
         """The optimiser state the server sent for a part."""
@@ -236,9 +250,3 @@ class BlockReplica:
     def _require_part(self, part: int) -> None:
         if part >= len(self.store.plan.parts):
             raise WireError(f"block {part} is sent, but the plan has {len(self.store.plan.parts)}")
-
-
-def model_dtypes(model: nn.Module, trainables: Trainables) -> list[torch.dtype]:
-    """The dtype of every trainable in the model."""
-    parameters = dict(model.named_parameters())
-    return [parameters[name].dtype for name in trainables.names]

@@ -4,7 +4,7 @@ A forward pass uses each matrix of a base once and in the same order as the last
 the one in use, and the next, which a thread reads meanwhile. A pass over a 7B model with 4-bit weights reads 3.5 GB and
 holds 45 MB; a step of several probes shares one pass (``fwdllm.probes_per_batch``), and with it the read.
 
-The bytes are those of the user's own safetensors files, at the places their headers give; nothing is rewritten. They
+The bytes are those of the user's own files, at the places their headers give; nothing is rewritten. They
 are read into buffers that exist from the start, under tensors that exist from the start: what happens between two
 layers is a copy by the system, no operation of PyTorch, so that it may happen inside any transformation. Pages that
 were read are given back to the system, which would otherwise fill its cache with a file larger than the memory.
@@ -19,22 +19,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import nn
 
 from fs_fwdllm.errors import ModelError
 from fs_fwdllm.model.base.checkpoint import Entry
 from fs_fwdllm.model.base.meeting import Meeting
 
-__all__ = ["Reader", "StreamedEmbedding", "StreamedLayer"]
+__all__ = ["Reader", "StreamedLayer"]
 
 _ALIGNMENT_BYTES = 64
 #: glibc's names for the size from which a block is a mapping of its own, and for the number of heaps; and that size.
@@ -77,11 +75,15 @@ class Reader:
         """A layer of these tensors, whose matrix has so many rows."""
         return StreamedLayer(self, (Piece(self._announce(entries), 0, rows),), tuple(entries.values()))
 
-    def add_table(self, entry: Entry) -> StreamedLayer:
-        """A layer of one matrix ``[rows, columns]`` of floats, in pieces that make no buffer larger than layers do."""
+    def add_table(self, entry: Entry, multiple: int) -> StreamedLayer:
+        """A layer of one matrix ``[rows, ...]``, in pieces that make no buffer larger than layers do.
+
+        Args:
+            multiple: of rows, which a piece has.
+        """
         rows = entry.shape[0]
         width = entry.bytes // rows
-        step = max(1, _LARGEST_PIECE_BYTES // width)
+        step = max(1, _LARGEST_PIECE_BYTES // (width * multiple)) * multiple
         pieces = []
         for first in range(0, rows, step):
             last = min(first + step, rows)
@@ -104,6 +106,22 @@ class Reader:
         if path not in self._files:
             self._files[path] = _File(path)
         return self._files[path]
+
+    def forget(self, path: Path) -> None:
+        """Close a file that no layer is in any more."""
+        self._files.pop(path, None)
+
+    def replace(self, changes: Mapping[StreamedLayer, Entry]) -> None:
+        """From now on, read the matrix of each of these layers, of one piece, from another place."""
+        with self._lock:
+            for slot in self._slots:
+                slot.ready.wait()
+            for layer, entry in changes.items():
+                (piece,) = layer.pieces
+                known = self._layers[piece.layer]
+                self._layers[piece.layer] = _Layer({name: entry for name in known.entries}, known.places, entry.bytes)
+            self._slots = []  # what was read ahead is of the old place, and the new one may be larger
+            self._last = (-1, -1)
 
     @property
     def buffer_bytes(self) -> int:
@@ -133,11 +151,15 @@ class Reader:
             size = max(layer.bytes for layer in self._layers)
             self._slots = [_Slot(self._layers, size) for _ in range(2)]
         slot = next((slot for slot in self._slots if slot.wanted == index), None)
+        ahead = slot is not None
         if slot is None:  # not what was expected: the one that was read ahead is given up
             slot = self._slots[0] if self._slots[1].wanted == self._last[1] else self._slots[1]
             self._order(slot, index)
         began = time.perf_counter()
         slot.ready.wait()
+        if slot.error is not None and ahead:  # of the time when it was ordered; the file may have been put back since
+            self._order(slot, index)
+            slot.ready.wait()
         self.waited_s += time.perf_counter() - began
         if slot.error is not None:
             error, slot.error, slot.wanted = slot.error, None, -1
@@ -211,61 +233,6 @@ class StreamedLayer:
 
     def __deepcopy__(self, memo: Any) -> StreamedLayer:
         return self
-
-
-class StreamedEmbedding(nn.Embedding):
-    """A table of which only the rows that are looked up are read.
-
-    Args:
-        reader: whose files it shares.
-        entry: where the table lies.
-        dtype: of the rows it returns.
-    """
-
-    def __init__(self, reader: Reader, entry: Entry, dtype: torch.dtype, padding_idx: int | None = None) -> None:
-        nn.Module.__init__(self)  # nn.Embedding's own would make room for the table
-        self.num_embeddings, self.embedding_dim = entry.shape
-        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
-        self.scale_grad_by_freq = self.sparse = False
-        self.entry = entry
-        self._table = _Table(reader, entry)
-        self._like = torch.full((), torch.nan, dtype=dtype)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The table's shape and dtype, with no numbers behind them."""
-        return self._like.expand(self.num_embeddings, self.embedding_dim)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[...]`` token ids to ``[..., embedding_dim]``."""
-        tokens, places = torch.unique(input, return_inverse=True)
-        rows = self._table.rows(tokens.tolist()).to(self._like.dtype).to(input.device)
-        return rows[places]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> StreamedEmbedding:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._like = fn(self._like)
-        return self
-
-
-@dataclass(frozen=True)
-class _Table:
-    reader: Reader
-    entry: Entry
-
-    def __deepcopy__(self, memo: Any) -> _Table:
-        return self
-
-    def rows(self, tokens: Sequence[int]) -> torch.Tensor:
-        width = self.entry.bytes // self.entry.shape[0]
-        memory = np.empty(len(tokens) * width, dtype=np.uint8)
-        file = self.reader.file(self.entry.file)
-        for place, token in enumerate(tokens):
-            if not 0 <= token < self.entry.shape[0]:
-                raise ModelError(f"token {token} is outside of the table of {self.entry.shape[0]:,} rows")
-            view = memoryview(memory[place * width : (place + 1) * width])  # type: ignore[arg-type]
-            file.read_into(view, self.entry.offset + token * width, keep=True)
-        return torch.from_numpy(memory).view(self.entry.dtype).view(len(tokens), -1)
 
 
 def _let_large_blocks_go() -> None:

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
         "fwdllm.blocks.upload": "int8", "fwdllm.blocks.download.inactive": "int8",
         "fwdllm.blocks.download.drop_ratio": 0.5,
     },
+    "base on the disk": {"fwdllm.base.stream": True, "fwdllm.blocks.norm": "in"},
     "state on the server": {"fwdllm.blocks.optimizer_state": "server", "fwdllm.blocks.schedule": "rotating"},
 }  # fmt: skip
 
@@ -114,9 +115,12 @@ def test_a_block_whose_client_is_killed_is_visited_by_another(world: World, laun
     assert min(lines[-1]["block_visits"]) >= 1
 
 
-def test_a_client_that_is_started_anew_goes_on_visiting(world: World, launcher: Starter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "on the disk"])
+def test_a_client_that_is_started_anew_goes_on_visiting(
+    stream: bool, world: World, launcher: Starter, tmp_path: Path
+) -> None:
     """It has lost what it held; the server learns that and sends it the visit it was asked for, in full."""
-    settings = {**CASES["state on the server"], "federate.total_round_num": 6}
+    settings = {**CASES["state on the server"], "federate.total_round_num": 6, "fwdllm.base.stream": stream}
     federation = _federation(world, launcher, tmp_path, settings)
     expected = federation.local()
     flag = tmp_path / "half trained"

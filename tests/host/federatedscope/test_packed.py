@@ -13,6 +13,7 @@ from tests.host.federatedscope.participants import Starter
 from tests.host.federatedscope.test_spellings import settings_of
 from tests.host.fixtures import models, world
 from tests.host.small import World
+from tests.model.tiny_gguf import save_tiny_gguf
 
 __all__ = ["models", "world"]
 
@@ -38,3 +39,16 @@ def test_a_packed_base_ends_with_one_digest(method: str, world: World, launcher:
     assert federation.standalone() == expected
     if method == "FedMeZO":
         assert federation.distributed() == expected
+
+
+def test_a_gguf_file_on_the_disk_ends_with_one_digest(world: World, launcher: Starter, tmp_path: Path) -> None:
+    file = save_tiny_gguf(tmp_path / "tiny.gguf", "Q4_K", settings={"llama.context_length": 512})
+    settings = {
+        "federate.method": "FedMeZO", "federate.total_round_num": 2, "model.type": f"{file}@huggingface_llm",
+        "llm.tok_len": 512, "fwdllm.probes": 4, "fwdllm.probes_per_batch": 4, "fwdllm.base.stream": True,
+        "data.root": str(world.root), "llm.adapter.args": [{"adapter_method": "lora", "r": 2}],
+    }  # fmt: skip
+    federation = Federation(write_config(world, settings), tmp_path, launcher)
+    expected = federation.local()
+    assert federation.standalone() == expected
+    assert federation.distributed() == expected

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
-from fs_fwdllm.report import RunFolder
+from fs_fwdllm.report import RunFolder, RunRecord
+from fs_fwdllm.report.caption import caption_of
 from fs_fwdllm.running import local
 from fs_fwdllm.running.checkpoint import read_checkpoint
 from fs_fwdllm.running.session import Session
@@ -145,6 +146,12 @@ def test_resets_keep_nothing_and_other_policies_differ(world: World) -> None:
         return read_jsonl(local.run(world.config({**settings, "eval.freq": -1})) / "metrics.jsonl")[-1]["digest"]
 
     assert len({digest(policy) for policy in ("reset", "server", "client")}) == 3
+
+
+def test_a_picture_says_how_many_clients_were_asked(world: World) -> None:
+    settings = {**blocks(parallel_blocks=2), "federate.client_num": 3}
+    path = local.run(world.config(settings, language_model=True))
+    assert "2 of 3 clients a round" in caption_of(RunRecord.load(path))
 
 
 def test_never_switching_trains_one_block(world: World) -> None:

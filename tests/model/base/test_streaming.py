@@ -18,11 +18,13 @@ import torch
 from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError, ModelError
+from fs_fwdllm.inference.merging import merge
 from fs_fwdllm.model import load_model, load_saved, load_tokenizer, save_trained
 from fs_fwdllm.model.base.packed import PackedLinear, elements_of, packed_layers, reader_of
 from fs_fwdllm.model.base.packing import Form
 from fs_fwdllm.model.base.quantising import quantise_folder
-from fs_fwdllm.model.base.streaming import Reader, StreamedEmbedding
+from fs_fwdllm.model.base.streaming import Reader
+from fs_fwdllm.model.base.tables import StreamedEmbedding
 from tests.model.base.test_reading import load, refusal, slopes
 from tests.model.test_prefix_cache import Twin
 from tests.model.tiny import LAYERS, save_tiny_model, tiny_batch, tiny_config
@@ -172,6 +174,22 @@ def test_an_adapter_over_the_disk_is_saved_and_loaded(tmp_path: Path, method: st
         assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["float", "int4"])
+def test_merging_brings_everything_into_memory(tmp_path: Path, form: str, tied: bool) -> None:
+    loaded = load(model_folder(tmp_path, "llama", form, tie_word_embeddings=tied), base=STREAM)
+    trainables = Trainables.of_model(loaded.model)
+    with torch.no_grad():
+        for tensor in trainables.tensors:
+            tensor.add_(0.03)
+    save_trained(loaded, tmp_path / "run", dict(zip(trainables.names, trainables.tensors, strict=True)))
+    again, _, _ = load_saved(merge(tmp_path / "run", tmp_path / "merged"))
+    ids = tiny_batch(classifier=False).input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(ids).logits, loaded.model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not packed_layers(again.model)
+
+
 @pytest.mark.parametrize("estimator", ["closed_form", "projected"])
 def test_whoever_looks_into_the_head_has_it_in_memory(tmp_path: Path, estimator: str) -> None:
     settings = {"fwdllm.estimator": estimator, "fwdllm.probes": 6, "rank": 4}
@@ -189,7 +207,6 @@ def test_whoever_looks_into_the_head_has_it_in_memory(tmp_path: Path, estimator:
     [
         ("full", {}, r"llm\.adapter\.use: is false.*leaves it on the disk"),
         ("bitfit", {}, r"adapter_method: 'bitfit' is saved as a whole model"),
-        ("lora", {"federate.method": "fedcybgd"}, r"federate\.method: is 'fedcybgd'.*on the disk"),
     ],
 )
 def test_what_would_have_to_be_in_memory_is_refused(
