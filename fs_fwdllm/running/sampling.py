@@ -8,7 +8,7 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.errors import ConfigError
 
-__all__ = ["clients_per_round", "sample_clients"]
+__all__ = ["clients_asked", "clients_per_round", "sample_clients"]
 
 
 def clients_per_round(config: Config, available: int) -> int:
@@ -21,16 +21,23 @@ def clients_per_round(config: Config, available: int) -> int:
         ConfigError: more clients than hold training data, or none.
     """
     rate, wanted = config.federate.sample_client_rate, config.federate.sample_client_num
-    if rate > 0:
-        return max(1, int(rate * available))
-    if wanted > available:
+    if rate <= 0 and wanted > available:
         raise ConfigError(
             f"federate.sample_client_num {wanted}: only {available} clients hold training samples; allowed are 1 to "
             f"{available}, or -1 for all"
         )
-    if wanted == 0:
+    if rate <= 0 and wanted == 0:
         raise ConfigError(f"federate.sample_client_num 0: allowed are 1 to {available}, or -1 for all")
-    return wanted if wanted > 0 else available
+    return clients_asked(config, available)
+
+
+def clients_asked(config: Config, available: int) -> int:
+    """As :func:`clients_per_round` in a run that has begun: all, where a host has refused so many that too few are
+    left."""
+    rate, wanted = config.federate.sample_client_rate, config.federate.sample_client_num
+    if rate > 0:
+        return max(1, int(rate * available))
+    return min(wanted, available) if wanted > 0 else available
 
 
 def sample_clients(seed: int, round_index: int, clients: Sequence[int], count: int) -> list[int]:

@@ -24,7 +24,7 @@ from fs_fwdllm.errors import EstimatorError
 from fs_fwdllm.estimator.parted import passes_of_step
 from fs_fwdllm.method import Parts
 from fs_fwdllm.method.parts import work_plans
-from fs_fwdllm.running.sampling import clients_per_round
+from fs_fwdllm.running.sampling import clients_asked
 from fs_fwdllm.running.session import Session
 
 __all__ = ["compared", "first_batch", "measured_slopes", "remark_on_slopes"]
@@ -81,7 +81,7 @@ def _passes_of_run(session: Session, client: int) -> int:
     config, held = session.config, session.client_samples
     steps = work_plans(config, held)[client].steps
     a_step = passes_of_step(sources_of(config, client), config.fwdllm).forward
-    return config.federate.total_round_num * clients_per_round(config, len(held)) * steps * a_step
+    return config.federate.total_round_num * clients_asked(config, len(held)) * steps * a_step
 
 
 def _in_forward_mode(config: Config, sources: Sequence[Source]) -> Config:

@@ -29,6 +29,7 @@ from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, r
 from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.trainer import let_monitor_know
 from fs_fwdllm.host.federatedscope.transport import Hello, dispatch, frame_in, next_message
+from fs_fwdllm.model.base.identity import UNTOLD_BASE, refusal_of_base
 from fs_fwdllm.running.driver import RunDriver
 
 __all__ = ["FwdLLMServer"]
@@ -79,14 +80,8 @@ class FwdLLMServer(MemberServer):
     def _refusal(self, hello: Hello) -> str:
         own = self._process.session.base_digest if self.mode == "distributed" else b""
         if own and not hello.base:
-            logger.warning("client %d does not say which base it has, so that none is compared", hello.client)
-        if not own or hello.base in (b"", own):
-            return ""
-        return (
-            "the server does not take this client: its base model is another one than the server's "
-            f"({hello.base.hex()}, not {own.hex()}); give it a copy of the same folder (model.type) and the same "
-            "fwdllm.base, and start it again"
-        )
+            logger.warning("client %d %s", hello.client, UNTOLD_BASE)
+        return refusal_of_base(own, hello.base)
 
     def _catch_up(self, client: int) -> None:
         """Send a client what it missed, if the run is waiting for it."""

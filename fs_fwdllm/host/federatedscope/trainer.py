@@ -100,8 +100,8 @@ class EvaluationTrainer(BaseTrainer):
 
 
 def _mean_loss(objective: Objective, batch: Batch) -> float:
-    batch_loss = objective.on(batch)
-    return float(objective.readout.loss(batch_loss.logits(), batch_loss.targets))
+    with torch.no_grad():
+        return float(objective.on(batch).here())
 
 
 def let_monitor_know(monitor: Any) -> None:

@@ -4,6 +4,7 @@
 :mod:`~.settings`, :mod:`~.translation` FedML's file and our section ``fwdllm_args``
 :mod:`~.trainer`, :mod:`~.aggregator`   a silo's and the server's half of a round, as FedML's classes
 :mod:`~.payload`, :mod:`~.dataset`      frames in what FedML sends; what each silo's clients hold
+:mod:`~.admission`                      which client processes get work: those with the server's base
 :mod:`~.program`                        arguments in, what ``FedMLRunner`` is given out
 :mod:`~.simulators`, :mod:`~.patches`   the simulators that use them, and what is changed inside FedML
 :mod:`~.process`, :mod:`~.identity`     one process: its part, who it is and how it ends

@@ -11,7 +11,8 @@ from typing import Any
 
 from fedml.core import ServerAggregator
 
-from fs_fwdllm.errors import HostError, WireError
+from fs_fwdllm.errors import FwdLLMError, HostError, WireError
+from fs_fwdllm.host.fedml.admission import Admission
 from fs_fwdllm.host.fedml.payload import Orders, pack_orders, unpack_answers
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.host.placement import Placement
@@ -46,6 +47,10 @@ class FwdLLMAggregator(ServerAggregator):
         start: the run folder and checkpoint.
         watchdog: armed while the server waits for the silos.
         patience_s: how long that may take in a round.
+
+    Attributes:
+        admission: told by FedML's manager who has joined.
+        trained_path: where what was trained is, once the run is over.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class FwdLLMAggregator(ServerAggregator):
         super().__init__(session.loaded.model, args)
         self._session = session
         self._placement = placement
+        self.admission = Admission(session, placement)
+        self._stopped_by: FwdLLMError | None = None
         self._start = start
         self._watchdog = watchdog
         self._patience_s = patience_s
@@ -85,12 +92,38 @@ class FwdLLMAggregator(ServerAggregator):
         self._unheard.discard(silo)
 
     def get_model_params(self) -> Payloads:
-        """The payloads of the first round, by silo. FedML asks several times; the run starts at the first."""
+        """The payloads of the first round, by silo. FedML asks several times; the run starts at the first.
+
+        Where other processes wait for it, an error of ours is told them first: see :meth:`require_start`.
+        """
         if not self._payloads:
-            with self._closing_on_error():
-                self._open()
-                self._prepare_payloads()
+            try:
+                with self._closing_on_error():
+                    self.admission.close()
+                    self._open()
+                    self._prepare_payloads()
+            except FwdLLMError as error:
+                if not self.admission.has_others:
+                    raise
+                self._stopped_by = type(error)("; ".join([str(error), *self.admission.remarks()]))
+                self._payloads = self._dismiss_all(self._stopped_by)
         return dict(self._payloads)
+
+    def require_start(self) -> None:
+        """To be called when the first payloads have been sent.
+
+        Raises:
+            FwdLLMError: the run cannot begin, and every process has been told so.
+        """
+        if self._stopped_by is not None:
+            raise self._stopped_by
+
+    def _dismiss_all(self, error: FwdLLMError) -> Payloads:
+        stopped = f"the server has stopped: {type(error).__name__}: {error}"
+        return {
+            silo: pack_orders(Orders(is_last=True, refusal=self.admission.refusals.get(silo, stopped)))
+            for silo in range(self._placement.processes)
+        }
 
     def set_model_params(self, model_parameters: Any) -> None:
         """The driver holds the parameters."""
@@ -151,13 +184,16 @@ class FwdLLMAggregator(ServerAggregator):
     def _open(self) -> None:
         self._driver = driver = RunDriver(self._session, self._start.folder, self._start.checkpoint)
         driver.__enter__()
+        for remark in self.admission.remarks():
+            driver.say(remark)
         if self._start.checkpoint is None:
             driver.record_start(self._session.evaluate(driver.server.trainables))
 
     def _prepare_payloads(self) -> None:
         """Open the next round, or finish; then every silo has a payload and the server waits, if FedML goes on."""
         driver = self._opened
-        first, fedml_ends = self._rounds_done == 0, self._rounds_done >= self.args.comm_round
+        starts_anew = self._rounds_done == 0 and self._start.checkpoint is not None
+        fedml_ends, refusals = self._rounds_done >= self.args.comm_round, self.admission.refusals
         frames = {} if driver.finished else driver.open_round()
         if driver.finished and self.trained_path is None:
             self.trained_path = driver.finish()
@@ -166,8 +202,9 @@ class FwdLLMAggregator(ServerAggregator):
             silo: pack_orders(
                 Orders(
                     frames=asked,
-                    state=driver.whole_state_for(silo + 1) if first and self._start.checkpoint else b"",
+                    state=driver.whole_state_for(silo + 1) if starts_anew and silo not in refusals else b"",
                     is_last=fedml_ends,
+                    refusal=refusals.get(silo, ""),
                 )
             )
             for silo, asked in self._asked.items()

@@ -13,7 +13,7 @@ from fs_fwdllm.host.fedml.guard import name_of
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import write_text_atomically
 
-__all__ = ["end_process", "introduce", "leave", "processes_folder"]
+__all__ = ["end_process", "introduce", "leave", "processes_folder", "say"]
 
 _EXIT_OF_ERROR = 2
 
@@ -45,6 +45,12 @@ def introduce(rank: int, folder: RunFolder | None) -> None:
     log = os.open(where / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 2)
     os.close(log)
+
+
+def say(text: str) -> None:
+    """Say something to whoever started this process, under its name."""
+    sys.stderr.write(f"{_me.name}: {text}\n")
+    sys.stderr.flush()
 
 
 def end_process(explanation: str) -> NoReturn:

@@ -27,27 +27,31 @@ class Orders:
         frames: ``{client: frame of its assignment}``; empty when the silo has nothing to do.
         state: a frame without work to follow first; empty unless a run was resumed.
         is_last: whether no further payload will ask for work.
+        refusal: why the silo gets no work in this run; empty if it is one of those who do.
     """
 
     frames: dict[int, bytes] = field(default_factory=dict)
     state: bytes = b""
     is_last: bool = False
+    refusal: str = ""
 
 
 def pack_orders(orders: Orders) -> OrderedDict[str, object]:
     """The payload of a silo on its way down."""
-    return OrderedDict({_KEY: (tuple(orders.frames.items()), orders.state, orders.is_last)})
+    return OrderedDict({_KEY: (tuple(orders.frames.items()), orders.state, orders.is_last, orders.refusal)})
 
 
 def unpack_orders(payload: object) -> Orders:
     """Inverse of :func:`pack_orders`. Raises :class:`~fs_fwdllm.errors.WireError` for anything else."""
     content = _content(payload, "server")
-    if not isinstance(content, tuple) or len(content) != 3:
-        raise WireError("the server's payload has not the three parts of ours")
-    frames, state, is_last = content
+    if not isinstance(content, tuple) or len(content) != 4:
+        raise WireError("the server's payload has not the four parts of ours")
+    frames, state, is_last, refusal = content
     if not isinstance(state, bytes) or not isinstance(is_last, bool):
         raise WireError("the server's payload carries a state that is not a frame")
-    return Orders(_frames(frames, "server"), state, is_last)
+    if not isinstance(refusal, str):
+        raise WireError(f"the server's payload carries a {type(refusal).__name__} instead of a refusal's text")
+    return Orders(_frames(frames, "server"), state, is_last, refusal)
 
 
 def pack_answers(frames: Mapping[int, bytes]) -> dict[str, object]:

@@ -114,7 +114,7 @@ def _run(settings: FedMLSettings, given: argparse.Namespace, rank: int, folder: 
         if rank != 0 and not wait_until(lambda: is_listening(server), time.monotonic() + settings.deadline_s):
             waited = f"no server answers at {joined(*server)} within {settings.deadline_s:g} s"
             raise HostError(f"{waited}; start rank 0 --role server first")
-    program = build(init(args), folder, resume=given.resume)
+    program = build(init(args), folder, overrides=given.overrides, resume=given.resume)
     try:
         program.run()
     except BaseException as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import fedml
 import torch
 from torch import nn
 
+from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.fedml.aggregator import FwdLLMAggregator, RunStart
 from fs_fwdllm.host.fedml.dataset import make_dataset
 from fs_fwdllm.host.fedml.identity import end_process
@@ -51,12 +52,19 @@ class Program:
     watchdog: Watchdog
 
     def run(self) -> None:
-        """Run FedML with all of it; returns when this process has done its part."""
+        """Run FedML with all of it; returns when this process has done its part.
+
+        Raises:
+            HostError: the server gave it none.
+            FwdLLMError: whatever stops a run.
+        """
         self.watchdog.ending_s = math.inf if self.args.backend == "sp" else _ENDING_S
         fedml.FedMLRunner(
             self.args, self.device, self.dataset, self.model, self.client_trainer, self.server_aggregator
         ).run()
         self.watchdog.disarm()
+        if self.client_trainer is not None and self.client_trainer.refusal:
+            raise HostError(self.client_trainer.refusal)
 
 
 def init(args: Any = None) -> Any:
@@ -73,6 +81,7 @@ def build(
     args: Any,
     folder: RunFolder | None = None,
     *,
+    overrides: Sequence[str] = (),
     resume: bool = False,
     on_expiry: Callable[[str], None] = end_process,
 ) -> Program:
@@ -81,6 +90,7 @@ def build(
     Args:
         args: FedML's arguments, after :func:`init`; their counts of clients are set to what FedML's managers need.
         folder: the run folder; the server makes a new one unless told.
+        overrides: ``key value`` pairs that go before ``args`` and the files they name.
         resume: continue from the checkpoint in ``folder``.
         on_expiry: what to do when other processes do not answer in time; ends this one unless told.
 
@@ -89,7 +99,7 @@ def build(
     """
     enable()
     path = Path(getattr(args, "yaml_config_file", "") or "fedml_config.yaml")
-    settings = resolve_settings(vars(args), path.parent)
+    settings = resolve_settings(vars(args), path.parent, overrides)
     if not settings.config.expname:
         settings.config.expname = path.stem
     session = Session.open(settings.config)
@@ -105,7 +115,8 @@ def build(
     patience_s = math.inf if alone else settings.deadline_s
     trainer = aggregator = None
     if alone or args.rank != 0:
-        trainer = FwdLLMTrainer(session, args, watchdog, _CLIENTS_PATIENCE * patience_s)
+        base = b"" if alone else session.base_digest  # read now: FedML swallows errors while it connects
+        trainer = FwdLLMTrainer(session, args, watchdog, _CLIENTS_PATIENCE * patience_s, base)
     if alone or args.rank == 0:
         start = _start(settings, folder, resume=resume)
         aggregator = FwdLLMAggregator(session, args, placement, start, watchdog, patience_s)

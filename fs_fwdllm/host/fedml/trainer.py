@@ -6,7 +6,8 @@ from typing import Any
 
 from fedml.core import ClientTrainer
 
-from fs_fwdllm.errors import WireError
+from fs_fwdllm.errors import HostError, WireError
+from fs_fwdllm.host.fedml.identity import say
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, unpack_orders
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.method import assemble_worker
@@ -24,10 +25,16 @@ class FwdLLMTrainer(ClientTrainer):
         args: FedML's arguments.
         watchdog: armed while the silo waits for the server.
         patience_s: how long that may take.
+        base: digest of this process's base, which the server compares with its own; empty if there is no other process.
+
+    Attributes:
+        refusal: why the server gives this process no work; empty if it does.
     """
 
-    def __init__(self, session: Session, args: Any, watchdog: Watchdog, patience_s: float) -> None:
+    def __init__(self, session: Session, args: Any, watchdog: Watchdog, patience_s: float, base: bytes = b"") -> None:
         super().__init__(session.loaded.model, args)
+        self.base = base
+        self.refusal = ""
         self._worker = assemble_worker(session.parts)
         self._watchdog = watchdog
         self._patience_s = patience_s
@@ -44,6 +51,7 @@ class FwdLLMTrainer(ClientTrainer):
 
         Raises:
             WireError: it is not a payload of ours.
+            HostError: it says that the run is over before it began.
         """
         self._watchdog.disarm()
         if type(model_parameters) is dict:
@@ -53,6 +61,15 @@ class FwdLLMTrainer(ClientTrainer):
         self._orders = unpack_orders(model_parameters)
         if self._orders.is_last:
             self._watchdog.wind_down()
+        if self._orders.refusal and not self.refusal:
+            self._be_refused(self._orders.refusal)
+
+    def _be_refused(self, why: str) -> None:
+        """Stay for FedML, whose server waits for every process in every round, so that the others can go on."""
+        self.refusal = why
+        if self._orders.is_last:
+            raise HostError(why)
+        say(f"{why}; until the run is over this process stays without work")
 
     def train(self, train_data: Any, device: Any = None, args: Any = None) -> None:
         """Answer every assignment on the data of its client.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -16,6 +15,8 @@ from tests.host.federatedscope.federation import Federation, outcome_of, prespli
 from tests.host.federatedscope.participants import Participant, Starter, wait_until
 from tests.host.fixtures import models, world
 from tests.host.small import World, read_jsonl
+from tests.method.cybgd.settings import blocks
+from tests.model.tiny import flip_a_bit
 
 __all__ = ["models", "world"]
 
@@ -131,11 +132,19 @@ def test_a_restarted_client_rejoins_and_catches_up(world: World, launcher: Start
     assert rejected[0] == rejected[3] == rejected[4] == {}, "it follows the server's bits, or it would be refused"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"federate.method": "fedfwd", "fwdllm.server_momentum": 0.5},
+        # two visits a round, so that each client is asked in every round; trained blocks are in files of the first run
+        {**blocks(parallel_blocks=2), "trainer.type": "cybgdtrainer", "fwdllm.base.stream": True},
+    ],
+    ids=["momentum", "blocks on the disk"],
+)
 def test_a_restarted_server_ends_where_the_uninterrupted_one_does(
-    world: World, launcher: Starter, tmp_path: Path, flag: Path
+    settings: dict[str, Any], world: World, launcher: Starter, tmp_path: Path, flag: Path
 ) -> None:
-    momentum = {"federate__method": "fedfwd", "fwdllm__server_momentum": 0.5}
-    federation = _federation(world, launcher, tmp_path, clients=2, **momentum)
+    federation = _federation(world, launcher, tmp_path, clients=2, **settings)
     expected = federation.local()
     server, clients = _start(federation, {1: _waits_for(flag, turn=3)})
     _reached(flag)
@@ -394,16 +403,9 @@ def test_an_address_that_cannot_be_is_named_before_anything_is_loaded(
 def test_a_client_with_another_base_is_told_and_the_others_go_on(
     world: World, launcher: Starter, tmp_path: Path
 ) -> None:
-    """One byte in the middle of its weights: nothing of the size, the names or either end of the file says so."""
+    """One bit in the middle of its weights: nothing of the size, the names or either end of the file says so."""
     federation = _federation(world, launcher, tmp_path, clients=2, federate__total_round_num=2, fwdllm__deadline_s=20.0)
-    folder = tmp_path / "other"
-    shutil.copytree(world.model("llama"), folder)
-    file = next(folder.glob("*.safetensors"))
-    with file.open("r+b") as opened:
-        opened.seek(file.stat().st_size // 2)
-        (byte,) = opened.read(1)
-        opened.seek(-1, os.SEEK_CUR)
-        opened.write(bytes([byte ^ 1]))
+    folder = flip_a_bit(shutil.copytree(world.model("llama"), tmp_path / "other"))
     server, client = federation.start_server(), federation.start_client(1)
     other = federation.start_client(2, "model.type", f"{folder}@huggingface_llm")
     assert other.wait(_BOUND_S) != 0

@@ -30,11 +30,14 @@ from tests.host.fedml.federation import FedMLWorld
 FRAMES = st.dictionaries(st.integers(1, 1000), st.binary(max_size=40), max_size=5)
 
 
-@given(FRAMES, st.binary(max_size=9), st.booleans())
-def test_payloads_survive_what_fedml_does_to_them(frames: dict[int, bytes], state: bytes, is_last: bool) -> None:
-    down, up = pack_orders(Orders(frames, state, is_last)), pack_answers(frames)
+@given(FRAMES, st.binary(max_size=9), st.booleans(), st.text(max_size=9))
+def test_payloads_survive_what_fedml_does_to_them(
+    frames: dict[int, bytes], state: bytes, is_last: bool, refusal: str
+) -> None:
+    orders = Orders(frames, state, is_last, refusal)
+    down, up = pack_orders(orders), pack_answers(frames)
     for change in (copy.deepcopy, lambda payload: pickle.loads(pickle.dumps(payload))):
-        assert unpack_orders(change(down)) == Orders(frames, state, is_last)
+        assert unpack_orders(change(down)) == orders
         assert unpack_answers(change(up)) == frames
     assert type(down) is OrderedDict and type(up) is dict  # the two types FedML lets through, each in its direction
 
@@ -45,6 +48,7 @@ def test_payloads_survive_what_fedml_does_to_them(frames: dict[int, bytes], stat
         b"random bytes", None, 3, {}, {"fs_fwdllm": None}, {"weight": 1.0}, {"fs_fwdllm": (), "more": 1},
         {"fs_fwdllm": ((1, "text"),)}, {"fs_fwdllm": ((True, b""),)}, {"fs_fwdllm": ((1, b"", b""),)},
         {"fs_fwdllm": [(1, b"")]}, {"fs_fwdllm": ((1, b""), 2)},
+        {"fs_fwdllm": ((), b"", False)}, {"fs_fwdllm": ((), b"", False, None)}, {"fs_fwdllm": ((), b"", False, b"no")},
     ],
 )  # fmt: skip
 def test_what_is_not_ours_is_refused(payload: Any) -> None:
