@@ -207,6 +207,25 @@ def test_the_peak_counts_the_larger_of_work_and_evaluation() -> None:
         estimate = MemoryEstimate(**parts, work_bytes=work, evaluation_bytes=evaluation, prefix_cache_bytes=7)
         assert estimate.peak_bytes == 1111 + 50_000 + 7
         assert dataclasses.replace(estimate, check_bytes=50_000).peak_bytes == 1111 + 50_000 + evaluation + 7
+        at_end = dataclasses.replace(estimate, check_bytes=40_000, best_bytes=10_000)
+        assert at_end.peak_bytes == 1111 + 50_000 + evaluation + 7
+
+
+def test_the_best_round_is_counted_where_a_run_reads_it_back(tmp_path: Path) -> None:
+    plan = make_plan(configuration(tmp_path, "fedmezo", FULL))
+    assert plan.memory.best_bytes == 4 * plan.trainable_parameters
+    assert make_plan(configuration(tmp_path, "fedmezo", FULL, fwdllm={"saved_round": "last"})).memory.best_bytes == 0
+    nothing_to_choose_by = configuration(tmp_path, "fedmezo", FULL, data={"splits": [1.0, 0.0, 0.0]})
+    assert make_plan(nothing_to_choose_by).memory.best_bytes == 0
+
+
+def test_rows_of_a_table_that_nobody_looks_up_take_no_memory(tmp_path: Path) -> None:
+    """A hundred words stand in the first 64 KiB of a table of 40,000; where it is trained, all of it is in memory."""
+    save_tiny_model(tmp_path / "model", "bert", vocab_size=40_000)
+    frozen, trained = (make_plan(configuration(tmp_path, "fedmezo", adapter)).memory for adapter in (HEAD, FULL))
+    table_bytes, read_bytes = 4 * 40_000 * HIDDEN, 64 << 10
+    assert trained.model_bytes - frozen.model_bytes == table_bytes - read_bytes
+    assert frozen.check_bytes == frozen.model_bytes
 
 
 def test_a_plan_says_how_well_a_round_knows_each_part(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class ForwardMode(Estimator):
 
     @classmethod
     def reads(cls, config: FwdllmConfig, probes: int) -> int:
-        return math.ceil(probes / config.probes_per_batch)  # of a language model's head twice: values, then tangents
+        return math.ceil(probes / config.probes_per_batch)
 
     @classmethod
     def footprint(cls, probes: int, probes_per_batch: int) -> Footprint:

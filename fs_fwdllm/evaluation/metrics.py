@@ -36,6 +36,7 @@ from fs_fwdllm.errors import ConfigError, DataError, nearest
 from fs_fwdllm.evaluation.answers import BestSpans, judge, judge_apart
 from fs_fwdllm.evaluation.generation import generate_answers
 from fs_fwdllm.evaluation.names import METRICS, METRICS_ON_REQUEST, OF_ANSWERS, OF_ANSWERS_APART
+from fs_fwdllm.model.base.vocabulary import Judged
 from fs_fwdllm.model.objective import BatchLoss, Objective
 
 __all__ = [
@@ -140,12 +141,17 @@ def _seen(objective: Objective, batches: Sequence[Batch]) -> Iterator[_Seen]:
 
 
 def _look_at(objective: Objective, batch_loss: BatchLoss) -> _Seen:
-    logits, targets = batch_loss.logits(), batch_loss.targets
+    targets = batch_loss.targets
+    if objective.task == "question_answering":  # the metrics are of whole windows, whose logits it takes
+        logits = batch_loss.logits()
+        judged = Judged(objective.readout.losses(logits, targets), objective.readout.predictions(logits))
+    else:
+        logits, judged = None, batch_loss.judged()
     return _Seen(
-        loss=float(objective.readout.loss(logits, targets, reduction="sum")),
-        predictions=(logits.squeeze(-1) if objective.task == "regression" else logits.argmax(-1)).cpu(),
+        loss=float(objective.readout.reduced(judged.losses, targets, reduction="sum")),
+        predictions=judged.predictions.cpu(),
         targets=targets.cpu(),
-        logits=logits if objective.task == "question_answering" else None,
+        logits=logits,
     )
 
 

@@ -2,13 +2,14 @@
 
 It is for the local host, where one process plays the server and all clients::
 
-    peak = process + model + replicas + messages + prefix cache + max(work, evaluation + check)
+    peak = process + model + replicas + messages + prefix cache + max(work, evaluation + check + best)
 
 ``T`` are the bytes of the trainables in float32; ``points`` are the parameter points in one forward pass and ``copies``
 those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estimator.Footprint`):
 
 * process: resident memory after loading, less the model (libraries, data). model: its parameters and buffers
-  (of a base on the disk, the two layers that are in memory).
+  (of a base on the disk, the two layers that are in memory), without the rows of a frozen embedding table that no
+  sample looks up, where the table is mapped from its file: the system brings in 64 KiB around every row that is read.
 * replicas: the server's ``T``; on scalars ``2 T`` for momentum (server and client) or ``5 T`` for Adam (both moments of
   either, and the gradient while one of them steps); ``T`` for momentum on dense gradients, ``2 T`` for AdamW on the
   server; on scalars the log for clients that missed rounds, as long as all uploads and at most ``T``.
@@ -27,14 +28,17 @@ those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estima
   activations keep copies of their own), with checkpointing ``1.5 layer`` once and a hidden state per layer; and
   ``1.5 logits``.
 * layer: the outputs of all linear layers of one block for one batch, and the scores where attention is eager.
-  logits: two float32 numbers per labelled position and class.
+  logits: two float32 numbers per labelled position and class; of a vocabulary only a slice of the classes, where losses
+  are taken without logits.
 * blocks: replicas are the server's float32 model and the frames of blocks that are kept for clients that lack them, at
   most the model and no more than the largest assignment; messages four times that assignment; work is 8 bytes (start,
   gradient), 8 (AdamW) and, for a half-precision model, 4 (master) per parameter of the largest block, and the
-  activations from the lowest layer on.
+  activations from the lowest layer on. Of a base on the disk the block itself is beside that, and of the server's model
+  and frames only what is in memory.
 * evaluation: ``layer + logits`` of the largest evaluation batch. check: the model once more, which a run loads at its
-  end to compare what it has saved (``fwdllm.check_saved``).
-* not counted: what checkpoints and the saved model copy for a moment (a few ``T``), and the heap's fragmentation.
+  end to compare what it has saved (``fwdllm.check_saved``), when the activations of the rounds have been given back.
+  best: ``T``, where the best round is read back from its file to be saved.
+* not counted: what a checkpoint copies of tensors that are not contiguous, and the heap's fragmentation in a round.
 * prefix cache: what one batch occupies, measured, for all samples; at most its budget.
 """
 
@@ -43,6 +47,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -54,13 +59,20 @@ from fs_fwdllm.data.types import IGNORED_LABEL, Batch, Example
 from fs_fwdllm.estimator import Footprint
 from fs_fwdllm.estimator.backprop import transformer_layers
 from fs_fwdllm.method import Parts
-from fs_fwdllm.method.cybgd.forecast import visit_bytes
+from fs_fwdllm.method.cybgd.forecast import server_bytes, visit_bytes
 from fs_fwdllm.model.base.packed import reader_of
+from fs_fwdllm.model.base.vocabulary import columns_at_once
+from fs_fwdllm.model.base.weights import named_weights
+from fs_fwdllm.model.converting import mapped_embedding
+from fs_fwdllm.model.objective import Objective
 from fs_fwdllm.model.source import model_task
 from fs_fwdllm.running.session import Session
 from fs_fwdllm.running.slope_check import first_batch
 
 __all__ = ["MemoryEstimate", "Traffic", "estimate_memory", "resident_bytes"]
+
+#: What Linux brings into memory around an address of a mapped file that is read (its ``fault_around_bytes``).
+_READ_AROUND_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,14 @@ class MemoryEstimate:
     evaluation_bytes: int
     prefix_cache_bytes: int
     check_bytes: int = 0
+    best_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The predicted peak."""
         held = self.process_bytes + self.model_bytes + self.replicas_bytes + self.messages_bytes
-        return held + self.prefix_cache_bytes + max(self.work_bytes, self.evaluation_bytes + self.check_bytes)
+        at_end = self.evaluation_bytes + self.check_bytes + self.best_bytes
+        return held + self.prefix_cache_bytes + max(self.work_bytes, at_end)
 
 
 @dataclass(frozen=True)
@@ -109,15 +123,15 @@ def estimate_memory(
         traffic: of played rounds; without it, messages carry all trainables.
     """
     model = session.loaded.model
-    model_bytes = _held_bytes(model)
-    on_device = session.device.type != "cpu"
-    process_bytes = max(before_loading_bytes, resident_bytes() - (0 if on_device else model_bytes))
-    shape = _Shape.of(session.config, model)
     examples = [example for held in session.data.clients.values() for example in held.train]
+    on_device = session.device.type != "cpu"
+    model_bytes = _held_bytes(model) - (0 if on_device else _unread_bytes(session, examples))
+    process_bytes = max(before_loading_bytes, resident_bytes() - (0 if on_device else model_bytes))
+    shape = _Shape.of(session.config, session.parts.objective)
     rows = min(session.config.dataloader.batch_size, max(session.client_samples.values()))
     work = _Pass(rows, max(len(example.input_ids) for example in examples), rows * max(map(_labels, examples)))
     measures = session.config.method.measures_slopes
-    trainable_bytes = session.parts.trainables.bytes
+    trainable_bytes, held = session.parts.trainables.bytes, session.parts.trainables.in_memory
     traffic = traffic or Traffic(trainable_bytes, trainable_bytes)
     return MemoryEstimate(
         process_bytes=process_bytes,
@@ -128,7 +142,14 @@ def estimate_memory(
         evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
         prefix_cache_bytes=_prefix_cache(session, examples),
         check_bytes=model_bytes if session.config.fwdllm.check_saved else 0,
+        best_bytes=sum(tensor.nbytes for tensor in held.values()) if _keeps_best(session) else 0,
     )
+
+
+def _keeps_best(session: Session) -> bool:
+    """Whether a run ends with a round that it has put on the disk: an evaluation must give a value to choose by."""
+    evaluates = session.choice is not None and bool(session.evaluation_batches)
+    return evaluates and session.config.fwdllm.saved_round == "best"
 
 
 def _held_bytes(model: nn.Module) -> int:
@@ -136,6 +157,19 @@ def _held_bytes(model: nn.Module) -> int:
     reader = reader_of(model)
     held = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     return held + (reader.buffer_bytes if reader is not None else 0)
+
+
+def _unread_bytes(session: Session, examples: list[Example]) -> int:
+    """Of a frozen embedding table that is mapped from its file, what no sample of this process looks up."""
+    weight = mapped_embedding(session.loaded.model, session.loaded.source)
+    if weight is None:
+        return 0
+    looked_up = [*(example.input_ids for example in examples), *(b.input_ids for b in session.evaluation_batches)]
+    ids = np.unique(np.concatenate([np.asarray(ids).reshape(-1) for ids in looked_up])).astype(np.int64)
+    row_bytes = weight.element_size() * weight.shape[1]
+    ends = np.concatenate([ids * row_bytes, (ids + 1) * row_bytes - 1])
+    read_bytes = _READ_AROUND_BYTES * len(np.unique(ends // _READ_AROUND_BYTES))
+    return max(0, weight.numel() * weight.element_size() - read_bytes)
 
 
 @dataclass(frozen=True)
@@ -161,12 +195,15 @@ class _Shape:
     eager: bool
 
     @classmethod
-    def of(cls, config: Config, model: nn.Module) -> _Shape:
+    def of(cls, config: Config, objective: Objective) -> _Shape:
+        model: Any = objective.model
         settings: Any = model.config
         settings = settings.get_text_config()
         blocks = transformer_layers(model)
         trained = [index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
         layers = getattr(settings, "num_hidden_layers", len(blocks))
+        weights = list(named_weights(model).values())
+        matrices = [weight for weight in weights if weight.dim() > 1]  # none of floats where all are packed
         classes = {
             "classification": getattr(settings, "num_labels", 0),
             "question_answering": config.llm.tok_len,
@@ -176,10 +213,10 @@ class _Shape:
             width=max((sum(map(_outputs, block.modules())) for block in blocks), default=0),
             hidden=settings.hidden_size,
             heads=settings.num_attention_heads,
-            classes=classes[model_task(config)],
+            classes=columns_at_once(objective.head) if objective.judges_in_head else classes[model_task(config)],
             layers=layers,
             trained_layers=layers - trained[0] if trained else 0,
-            element_bytes=max(parameter.element_size() for parameter in model.parameters() if parameter.dim() > 1),
+            element_bytes=max(weight.element_size() for weight in matrices or weights),
             eager=settings._attn_implementation == "eager",
         )
 
@@ -216,8 +253,8 @@ def _evaluation_pass(batch: Batch) -> _Pass:
 def _replicas(config: Config, parts: Parts, traffic: Traffic) -> int:
     optimizer, own, facts = config.train.optimizer, config.fwdllm, config.method
     trainable_bytes = parts.trainables.bytes
-    if facts.trains_blocks:  # the server's float32 blocks, and the frames of their views, which it keeps
-        return 4 * parts.trainables.count + min(trainable_bytes, traffic.largest_download_bytes)
+    if facts.trains_blocks:
+        return server_bytes(parts, traffic.largest_download_bytes)
     copies, log_bytes = 1, 0
     if facts.measures_slopes:
         scalars = own.upload == "scalars"

@@ -112,7 +112,7 @@ class Plan:
             ("  replicas and messages", copies),
             ("  work, or evaluation", f"{format_bytes(memory.work_bytes)}, {format_bytes(memory.evaluation_bytes)}"),
             ("  prefix cache", format_bytes(memory.prefix_cache_bytes)),
-            ("  check of what was saved", format_bytes(memory.check_bytes)),
+            ("  check, and the best round", f"{format_bytes(memory.check_bytes)} + {format_bytes(memory.best_bytes)}"),
             *([("reference", str(self.reference))] if self.reference is not None else []),
         ]
 

@@ -10,7 +10,8 @@ the same for every estimator:
 * What the labels of a batch are and where a model is read is the task's :mod:`~fs_fwdllm.model.readout`; all tasks end
   in rows of logits with one target each.
 * For language models the vocabulary projection runs only at positions that have a label. A forward-only step holds no
-  activations, so the ``[tokens, vocabulary]`` logits would be its largest tensor.
+  activations, so the ``[tokens, vocabulary]`` logits would be its largest tensor. Where nothing but the
+  loss follows the projection, losses are taken slice by slice of the vocabulary, and there are no logits at all.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import DataError, EstimatorError, ModelError
 from fs_fwdllm.model.base.packed import meeting_of
+from fs_fwdllm.model.base.vocabulary import Beside, Judged, can_judge, judging, step_back, step_in
 from fs_fwdllm.model.inputs import Group, batch_on, groups_of
 from fs_fwdllm.model.prefix_cache import Prefix, PrefixCache
 from fs_fwdllm.model.readout import Readout, make_readout
-from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, foreign_code
+from fs_fwdllm.model.trial import PADDED_RIGHT, Conduct, foreign_code, output_layer_of
 
 __all__ = ["BatchLoss", "Objective"]
 
@@ -48,7 +50,10 @@ class Objective:
         task: what the labels mean.
         prefix_cache_bytes: budget of the prefix cache; zero switches it off.
         label_tokens: for ``label_words`` the token that stands for each class.
-        conduct: how the model takes padding.
+        conduct: how the model takes padding, and whether anything follows its output layer.
+
+    Attributes:
+        head: a language model's output layer; ``None`` of other models, and where it says of none.
     """
 
     def __init__(
@@ -72,11 +77,10 @@ class Objective:
         self._standing: Sequence[torch.Tensor] | None = None
         self.meeting = meeting_of(model)
         self.meeting.share(self)
-        if self.readout.reads_tokens:
-            head = _vocabulary_projection(model)
-            if head is not None:
-                # first, so that an adapter of the projection sees labelled positions only, too
-                head.register_forward_pre_hook(self._select_positions, prepend=True)
+        self.head: Any = output_layer_of(model) if self.readout.reads_tokens else None
+        if self.head is not None:
+            # first, so that an adapter of the projection sees labelled positions only, too
+            self.head.register_forward_pre_hook(self._select_positions, prepend=True)
 
     def on(self, batch: Batch) -> BatchLoss:
         """The loss of ``batch``. Raises :class:`~fs_fwdllm.errors.DataError` if no position has a label."""
@@ -103,7 +107,7 @@ class Objective:
 
     def take(self) -> Any:
         """What a pass that stops has changed (:class:`~fs_fwdllm.model.base.meeting.Shared`)."""
-        state = self._positions, self._selected, self._standing
+        state = self._positions, self._selected, self._standing, step_back(self.head)
         self._positions, self._selected = None, False
         if self._standing is not None:
             self._stand_at(None)
@@ -111,9 +115,22 @@ class Objective:
 
     def give(self, state: Any) -> None:
         """It goes on."""
-        self._positions, self._selected, standing = state
+        self._positions, self._selected, standing, judge = state
+        if judge is not None:
+            step_in(judge)
         if standing is not None:
             self._stand_at(standing)
+
+    @property
+    def judges_in_head(self) -> bool:
+        """Whether the losses are to be had slice by slice of the vocabulary, without logits."""
+        if self.task != "causal_lm" or not self.conduct.ends_in_head or not can_judge(self.head):
+            return False
+        return all(owner is not self.head._parameters for owner, _, _ in self._places)  # nothing in it is trained
+
+    def judging(self, targets: torch.Tensor, beside: Beside) -> AbstractContextManager[list[Judged]]:
+        """While this lasts a pass puts the losses of ``targets`` into the list, and what is wanted beside them."""
+        return judging(self.head, targets, beside)
 
     def places_of(self, tensor: torch.Tensor) -> int:
         """In how many places of the model a trainable stands: more than one where modules share it."""
@@ -171,7 +188,7 @@ class BatchLoss:
     def here(self) -> torch.Tensor:
         """The loss at the model's current parameters; differentiable if gradients are enabled."""
         with self._replayed():
-            return self._plain_loss()
+            return self._mean_loss(differentiable=torch.is_grad_enabled())
 
     def together(self, passes: Sequence[Callable[[], T]]) -> list[T]:
         """What passes over this batch return, side by side where they share what is read from the disk."""
@@ -213,16 +230,16 @@ class BatchLoss:
         """
         try:
             with self._replayed(), foreign_code("in one pass over several points"):
-                return vmap(self.function())(tuple(stacks))
+                return vmap(self.function(differentiable=False))(tuple(stacks))
         except ModelError as error:
             raise EstimatorError(f"fwdllm.probes_per_batch: set it to 1, since {error}") from error
 
-    def function(self) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
+    def function(self, differentiable: bool = True) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
         """The loss as a pure function of the trainables' values, for ``torch.func`` transformations."""
 
         def loss(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
             with self._objective.standing_at(values):
-                return self._loss_of(self._logits())
+                return self._mean_loss(differentiable)
 
         return loss
 
@@ -243,20 +260,44 @@ class BatchLoss:
     def _replayed(self) -> Any:
         return self._prefix.replayed() if self._prefix is not None else nullcontext()
 
-    def _plain_loss(self) -> torch.Tensor:
-        return self._loss_of(self._logits())
+    @torch.no_grad()
+    def judged(self) -> Judged:
+        """Loss and prediction of every row, matching :attr:`targets`; of a row that does not count, anything."""
+        objective = self._objective
+        with self._replayed():
+            if objective.judges_in_head:
+                return self._judged_in_head("predictions")
+            logits = self._logits()
+        return Judged(objective.readout.losses(logits, self.targets), objective.readout.predictions(logits))
+
+    def _judged_in_head(self, beside: Beside) -> Judged:
+        with self._objective.judging(self.targets, beside) as found, self._running():
+            self.model(**self._groups[0].inputs)
+        return found[0]
+
+    def _losses(self, differentiable: bool) -> torch.Tensor:
+        if self._objective.judges_in_head:
+            return self._judged_in_head("derivatives" if differentiable else "nothing").losses
+        return self.readout.losses(self._logits(), self.targets)
+
+    def _mean_loss(self, differentiable: bool) -> torch.Tensor:
+        return self.readout.reduced(self._losses(differentiable), self.targets)
 
     def _probing_loss(self) -> torch.Tensor:
         """A loss in which every row counts, so that it is finite also where windows without an answer make a batch."""
-        return self._objective.readout.loss(self._logits(), self.targets.clamp_min(0))
+        return self.readout.reduced(self._losses(torch.is_grad_enabled()), self.targets.clamp_min(0))
 
-    def _loss_of(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._objective.readout.loss(logits, self.targets)
-
-    def _logits(self) -> torch.Tensor:
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Context of a pass over the batch."""
         objective, shape = self._objective, tuple(self._batch.input_ids.shape)
         what = f"{type(objective.model).__name__}: a forward pass of {shape[0]} samples of {shape[1]} tokens failed"
         with objective.selecting(self.positions), foreign_code(what):
+            yield
+
+    def _logits(self) -> torch.Tensor:
+        objective = self._objective
+        with self._running():
             if self.positions is None:
                 return objective.readout.logits(self._output(), self._batch).float()
             tokens = objective.model(**self._groups[0].inputs).logits
@@ -285,7 +326,7 @@ def _joined(groups: Sequence[Group], outputs: Sequence[Any], name: str, width: i
 
 def _places_of(model: nn.Module, trainables: Trainables) -> list[tuple[dict[str, Any], str, int]]:
     """Where the trainables are held: ``(a module's own parameters, name, index)``, each alias once."""
-    index = {id(tensor): number for number, tensor in enumerate(trainables.tensors)}
+    index = {id(tensor): number for number, tensor in trainables.in_memory.items()}
     return [
         (module._parameters, name, index[id(parameter)])
         for module in model.modules()
@@ -297,14 +338,3 @@ def _places_of(model: nn.Module, trainables: Trainables) -> list[tuple[dict[str,
 def _knows_segments(model: Any) -> bool:
     """Whether the model tells two texts apart by segment embeddings (BERT and ALBERT do, RoBERTa does not)."""
     return getattr(getattr(model, "config", None), "type_vocab_size", 0) > 1
-
-
-def _vocabulary_projection(model: nn.Module) -> nn.Module | None:
-    finder = getattr(model, "get_output_embeddings", None)
-    if finder is None:
-        return None
-    try:
-        found: nn.Module | None = finder()
-        return found
-    except (AttributeError, NotImplementedError):
-        return None

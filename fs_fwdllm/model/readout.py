@@ -24,11 +24,9 @@ import torch
 
 from fs_fwdllm.data.types import IGNORED_LABEL, Task
 from fs_fwdllm.model.inputs import DeviceBatch
+from fs_fwdllm.model.log_sum_exp import cross_entropies
 
 __all__ = ["Readout", "make_readout"]
-
-#: Logits whose exponentials exist at once: a vocabulary times all labels of a step is a large tensor.
-_CHUNK_ELEMENTS = 1 << 18
 
 
 class Readout:
@@ -54,17 +52,26 @@ class Readout:
         """``[targets, classes]`` of the vocabulary logits at the labelled positions."""
         return logits
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """The cross-entropy of float32 logits, as float64; rows whose target is ``-100`` do not count.
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy of each row of float32 logits, float64 ``[targets]``."""
+        return cross_entropies(logits, targets)
 
-        A slope is a small difference of two losses. Near 11, where a language model begins, float32 has steps of a
-        millionth, which a radius of 0.001 makes slopes of a thousandth; the rows' losses are therefore put together and
-        summed in float64. What is summed over the classes stays float32: its rounding is a ten-millionth of the loss.
-        """
-        step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-        starts = range(0, max(1, len(logits)), step)
-        rows = [_cross_entropies(logits[start : start + step], targets[start : start + step]) for start in starts]
-        return _reduced(torch.cat(rows), targets != IGNORED_LABEL, reduction)
+    def predictions(self, logits: torch.Tensor) -> torch.Tensor:
+        """The class of each row that is the likeliest."""
+        return logits.argmax(dim=-1)
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """The loss of float32 logits, float64; rows whose target is ``-100`` do not count."""
+        return self.reduced(self.losses(logits, targets), targets, reduction)
+
+    def reduced(self, losses: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """The ``mean`` or the ``sum`` of the losses that count."""
+        counts = self._counts(targets)
+        total = torch.where(counts, losses, 0.0).sum()
+        return total if reduction == "sum" else total / counts.sum()
+
+    def _counts(self, targets: torch.Tensor) -> torch.Tensor:
+        return targets != IGNORED_LABEL
 
     def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The derivative of the mean loss by outputs ``start`` to ``stop`` of the output layer, ``[targets, stop -
@@ -75,9 +82,14 @@ class Readout:
 class _NumberReadout(Readout):
     """The model's one output is the number."""
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        rows = (logits.squeeze(-1).double() - targets.double()).square()
-        return _reduced(rows, torch.ones_like(targets, dtype=torch.bool), reduction)
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (logits.squeeze(-1).double() - targets.double()).square()
+
+    def predictions(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.squeeze(-1)
+
+    def _counts(self, targets: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(targets, dtype=torch.bool)
 
     def error(self, logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return (2.0 / len(targets)) * (logits - targets[:, None])[:, start:stop]
@@ -131,20 +143,6 @@ class _SpanReadout(Readout):
         ends = torch.cat([output.start_logits, output.end_logits]).float()
         padding = torch.cat([batch.attention_mask, batch.attention_mask]) == 0
         return ends.masked_fill(padding, torch.finfo(ends.dtype).min)
-
-
-def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss of each row, float64."""
-    largest = logits.amax(dim=1).detach()
-    others = (logits - largest[:, None]).exp().sum(dim=1)
-    chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
-    return others.double().log() + (largest.double() - chosen.double())
-
-
-def _reduced(rows: torch.Tensor, counts: torch.Tensor, reduction: str) -> torch.Tensor:
-    """The ``mean`` or the ``sum`` of the rows that count."""
-    total = torch.where(counts, rows, 0.0).sum()
-    return total if reduction == "sum" else total / counts.sum()
 
 
 def _softmax_error(logits: torch.Tensor, targets: torch.Tensor, start: int, stop: int) -> torch.Tensor:

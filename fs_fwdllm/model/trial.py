@@ -15,7 +15,7 @@ A model that cannot run at all is told apart from a mistake of a run's own befor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +35,7 @@ __all__ = [
     "drop_unknown_mask",
     "first_results",
     "foreign_code",
+    "output_layer_of",
     "trial_examples",
     "trial_rows",
     "try_out",
@@ -56,9 +57,11 @@ class Conduct:
 
     Attributes:
         padding: the side; ``"none"`` where samples of different lengths must not share a pass.
+        ends_in_head: the logits of a language model are what its output layer puts out: no scale and no cap follows.
     """
 
     padding: Literal["right", "left", "none"] = "right"
+    ends_in_head: bool = False
 
     def remarks(self) -> list[str]:
         """What a user should know of it."""
@@ -122,6 +125,18 @@ def trial_examples(rows: Sequence[Sequence[int]], task: Task) -> list[Example]:
     ]
 
 
+def output_layer_of(model: nn.Module) -> nn.Module | None:
+    """A language model's projection to its vocabulary, if it says which layer that is."""
+    finder = getattr(model, "get_output_embeddings", None)
+    if finder is None:
+        return None
+    try:
+        found: nn.Module | None = finder()
+        return found
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def drop_unknown_mask(model: nn.Module) -> None:
     """Let a model whose forward pass takes no ``attention_mask`` be called like the others."""
     parameters = inspect.signature(model.forward).parameters
@@ -154,7 +169,8 @@ def try_out(model: nn.Module, rows: Sequence[Sequence[int]], task: Task, pad_tok
 
 def _conduct(run: _Runner, task: Task, name: str, half: bool) -> Conduct:
     if task == "causal_lm":
-        together = run.together("right")
+        with run.watched_head() as put_out:
+            together = run.together("right")
         _require_finite(together, name, half)
         if not run.agree(together[0], together[1][: len(together[0])], shared=run.shared):
             raise ModelError(
@@ -162,7 +178,7 @@ def _conduct(run: _Runner, task: Task, name: str, half: bool) -> Conduct:
                 "(an encoder, perhaps); use it as a classifier, PATH@transformers with model.task "
                 "SequenceClassification, or take a decoder"
             )
-        return Conduct()
+        return Conduct(ends_in_head=len(put_out) == 1 and all(map(torch.equal, together, run.cut(put_out[0]))))
     alone = run.alone()
     _require_finite([alone], name, half)
     for side in ("right", "left") if task == "classification" else ("right",):
@@ -193,9 +209,22 @@ class _Runner:
         ids, mask = list(self.rows[0]), [1] * len(self.rows[0])
         ids, mask = (padding[0] + ids, padding[1] + mask) if side == "left" else (ids + padding[0], mask + padding[1])
         results = _results(self.model, [ids, list(self.rows[1])], [mask, [1] * width])
-        if results[0].dim() > 1:  # one result a token
-            results = [results[0][: len(self.rows[0])], results[1]]
-        return results
+        return self.cut(results) if results[0].dim() > 1 else results
+
+    def cut(self, results: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Results for every token of two padded rows, without those for padding on the right."""
+        return [result[: len(row)] for result, row in zip(results, self.rows, strict=True)]
+
+    @contextmanager
+    def watched_head(self) -> Iterator[list[torch.Tensor]]:
+        """While this lasts, what the output layer of a language model puts out goes into the list, float32."""
+        head, seen = output_layer_of(self.model), []
+        hooks = [head.register_forward_hook(lambda *call: seen.append(call[2].float()))] if head is not None else []
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def agree(self, one: torch.Tensor, other: torch.Tensor, shared: int | None = None) -> bool:
         scale = max(float(one.abs().max()), float(other.abs().max()), 1e-30)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import Trainables
@@ -72,7 +71,7 @@ def _row_losses(session: Session, trainables: Trainables) -> np.ndarray:
         for batch in session.evaluation_batches:
             loss = session.parts.objective.on(batch)
             labelled = loss.targets != IGNORED_LABEL
-            found.append(F.cross_entropy(loss.logits()[labelled], loss.targets[labelled], reduction="none").cpu())
+            found.append(loss.judged().losses[labelled].cpu())
     return torch.cat(found).numpy()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from fs_fwdllm.data.batches import collate
+from fs_fwdllm.data.types import IGNORED_LABEL
 from fs_fwdllm.errors import ConfigError, TrainingStalledError, nearest
 from fs_fwdllm.evaluation.names import LOWER_IS_BETTER
 from fs_fwdllm.method import assemble_server
@@ -123,9 +124,9 @@ def row_noise(folder: Path, metric: str, value: float) -> tuple[int, float]:
         for group in range(min(_GROUPS, rows)):
             batch = collate(session.data.val[group::_GROUPS], session.loaded.tokenizer.pad_token_id)
             on_batch = session.parts.objective.on(batch)
-            losses = torch.nn.functional.cross_entropy(on_batch.logits(), on_batch.targets, reduction="none")
-            sums.append(float(losses.sum()))
-            labels.append(int((on_batch.targets >= 0).sum()))
+            labelled = on_batch.targets != IGNORED_LABEL
+            sums.append(float(on_batch.judged().losses[labelled].sum()))
+            labels.append(int(labelled.sum()))
     return rows, _ratio_error(sums, labels)
 
 

@@ -86,7 +86,12 @@ def ready(
     with torch.no_grad():
         for tensor in trainables.tensors:
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
-    return Ready(loaded.model, trainables, Objective(loaded.model, trainables, loaded.task, cache_bytes), method)
+    return Ready(
+        loaded.model,
+        trainables,
+        Objective(loaded.model, trainables, loaded.task, cache_bytes, conduct=loaded.conduct),
+        method,
+    )
 
 
 def base_hash(model: nn.Module) -> str:

@@ -31,7 +31,7 @@ def both(tmp_path: Path, architecture: str, method: str, **keys: Any) -> tuple[A
     with torch.no_grad():
         for tensor in trainables.tensors:
             tensor.add_(torch.linspace(-0.1, 0.1, tensor.numel()).view(tensor.shape))
-    objective = Objective(loaded.model, trainables, loaded.task)
+    objective = Objective(loaded.model, trainables, loaded.task, conduct=loaded.conduct)
     distribution = make_distribution("rademacher")
     ways = [
         make_points(loaded.model, trainables, distribution, streamed=streamed) for streamed in (False, True)

@@ -38,9 +38,10 @@ def load(folder, architecture, method, dtype, cache_bytes=1 << 20):
     return ready(folder, architecture, method, cache_bytes=cache_bytes, **keys)
 
 
-def last_projection(model):
-    """A module late in the forward pass that is called whatever is trained."""
-    return next(m for name, m in reversed(list(model.named_modules())) if name.endswith(("classifier", "lm_head")))
+def late_module(model, method):
+    """A module late in the forward pass that is called whatever is trained; a frozen output layer need not be."""
+    ends = ("classifier", "lm_head" if method == "head" else "model.norm")
+    return next(module for name, module in reversed(list(model.named_modules())) if name.endswith(ends))
 
 
 def state(it):
@@ -73,7 +74,7 @@ def test_every_estimator_restores_every_bit(tmp_path, architecture, method, dtyp
 def test_an_accident_in_the_middle_restores_every_bit(tmp_path, architecture, method, cache_bytes, accident):
     it = load(tmp_path, architecture, method, "float32", cache_bytes)
     before, batch_loss = state(it), it.loss()
-    late = last_projection(it.model)
+    late = late_module(it.model, method)
     early = it.model.get_submodule(next(n for n, _ in it.model.named_modules() if n.endswith(("dense", "o_proj"))))
     inside = [late] if cache_bytes else [early, late]
     for name, settings in {**ALONE, **BATCHED}.items():
@@ -115,7 +116,7 @@ class Fuse:
 def test_an_accident_in_backpropagation_leaves_no_patch(tmp_path, checkpointing):
     it = load(tmp_path, "bert", "lora", "float32")
     before, batch_loss = state(it), it.loss()
-    with Fuse(last_projection(it.model), Stop, calls=1), pytest.raises(ModelError, match="Stop: planned"):
+    with Fuse(late_module(it.model, "lora"), Stop, calls=1), pytest.raises(ModelError, match="Stop: planned"):
         Backprop(it.model, gradient_checkpointing=checkpointing).gradient(batch_loss)
     assert state(it) == before
 

@@ -34,7 +34,7 @@ class Surface(BatchLoss):
     def trainables(self) -> Trainables:
         return self._trainables
 
-    def function(self) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
+    def function(self, differentiable: bool = True) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
         return lambda values: self._formula(torch.cat([value.reshape(-1) for value in values]))
 
     def here(self) -> torch.Tensor:

@@ -117,7 +117,9 @@ def test_orders_on_a_model(tmp_path, architecture):
     config = tiny_config(folder, method, classifier=classifier, **arguments, **{"fwdllm.attention": "eager"})
     loaded = load_model(config, load_tokenizer(config), 3)
     trainables = Trainables.of_model(loaded.model)
-    batch_loss = Objective(loaded.model, trainables, loaded.task, 1 << 20).on(tiny_batch(classifier=classifier))
+    batch_loss = Objective(loaded.model, trainables, loaded.task, 1 << 20, conduct=loaded.conduct).on(
+        tiny_batch(classifier=classifier)
+    )
     keys = KEYS[:16]
     radii = (0.16, 0.08, 0.04) if classifier else (0.01, 0.005, 0.0025)
 

@@ -135,7 +135,9 @@ def test_many_probes_approach_backpropagation_on_a_model(tmp_path, architecture,
     with torch.no_grad():  # LoRA starts with B = 0, where half of the gradient vanishes
         for tensor in trainables.tensors:
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)))
-    batch_loss = Objective(loaded.model, trainables, loaded.task, 1 << 20).on(tiny_batch(classifier=classifier))
+    batch_loss = Objective(loaded.model, trainables, loaded.task, 1 << 20, conduct=loaded.conduct).on(
+        tiny_batch(classifier=classifier)
+    )
     Backprop(loaded.model).gradient(batch_loss)
     gradient = flatten([tensor.grad for tensor in trainables.tensors]).astype(np.float64)
     probes, dimensions = 3000, trainables.count

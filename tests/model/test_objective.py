@@ -21,7 +21,7 @@ def load(folder, architecture, method="lora", *, classifier=None, config=None, *
     place = save_tiny_model(folder / f"{architecture}{len(list(folder.iterdir()))}", architecture, **(config or {}))
     loading = tiny_config(place, method, classifier=classifier, **{"fwdllm.attention": "eager", **changes})
     loaded = load_model(loading, load_tokenizer(loading), 3)
-    return loaded.model, Objective(loaded.model, Trainables.of_model(loaded.model), loaded.task)
+    return loaded.model, Objective(loaded.model, Trainables.of_model(loaded.model), loaded.task, conduct=loaded.conduct)
 
 
 def batch_of(kind):

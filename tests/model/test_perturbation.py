@@ -28,7 +28,7 @@ def load(folder, architecture, method="full", **changes):
     config = tiny_config(save_tiny_model(folder / "m", architecture, **changes), method, classifier=classifier)
     loaded = load_model(config, load_tokenizer(config), 3)
     trainables = Trainables.of_model(loaded.model)
-    objective = Objective(loaded.model, trainables, loaded.task)
+    objective = Objective(loaded.model, trainables, loaded.task, conduct=loaded.conduct)
     return loaded.model, trainables, objective.on(tiny_batch(classifier=classifier))
 
 

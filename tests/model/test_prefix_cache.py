@@ -69,8 +69,8 @@ class Twin:
         with torch.no_grad():
             for tensor in self.trainables.tensors:
                 tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
-        self.cached = Objective(self.model, self.trainables, loaded.task, budget)
-        self.plain = Objective(self.model, self.trainables, loaded.task)
+        self.cached = Objective(self.model, self.trainables, loaded.task, budget, conduct=loaded.conduct)
+        self.plain = Objective(self.model, self.trainables, loaded.task, conduct=loaded.conduct)
         self.cache = self.cached.cache
 
     def batch(self, key="a", **changes):

@@ -21,6 +21,7 @@ __all__ = [
     "HIDDEN",
     "LAYERS",
     "VOCABULARY",
+    "flip_a_bit",
     "save_tiny_model",
     "save_tiny_tokenizer",
     "tiny_batch",
@@ -90,6 +91,15 @@ def save_tiny_model(
                 parameter.data.add_(0.1 * torch.randn_like(parameter))  # defaults would hide mistakes
         model.save_pretrained(folder)
     save_tiny_tokenizer(folder, pad=pad, eos=eos)
+    return folder
+
+
+def flip_a_bit(folder: Path) -> Path:
+    """Change one bit in the middle of a model's weights, which nothing but its bytes tells; return ``folder``."""
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
     return folder
 
 
