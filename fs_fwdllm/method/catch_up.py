@@ -33,10 +33,9 @@ class CatchUpLog:
     def frames_for(self, client: int, dense_frame: Callable[[], bytes]) -> tuple[bytes, ...]:
         """What to send to ``client``: missed records, or the dense frame where those are unknown or larger."""
         known = self._known_round.get(client)
-        if known is not None and known >= self._complete_from:
-            missed = tuple(frame for round_index, frame in self._frames.items() if round_index >= known)
-            if sum(map(len, missed)) <= self._limit_bytes:
-                return missed
+        missed = None if known is None else self.frames_since(known)
+        if missed is not None and sum(map(len, missed)) <= self._limit_bytes:
+            return missed
         return (dense_frame(),)
 
     def note_started(self, clients: Iterable[int], round_index: int) -> None:
@@ -66,6 +65,12 @@ class CatchUpLog:
         """The step of ``round_index`` has no record: whoever missed it needs the parameters."""
         self._frames.clear()
         self._complete_from = round_index + 1
+
+    def frames_since(self, round_index: int) -> tuple[bytes, ...] | None:
+        """The records of ``round_index`` and later; ``None`` where one of them is not known."""
+        if round_index < self._complete_from:
+            return None
+        return tuple(frame for index, frame in self._frames.items() if index >= round_index)
 
     def state_arrays(self) -> dict[str, np.ndarray]:
         """The records as uint8 arrays, by names that :meth:`load_state` understands."""

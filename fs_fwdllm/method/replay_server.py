@@ -12,17 +12,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from fs_fwdllm.core.replay import BUFFERS, Replayer
-from fs_fwdllm.core.trainables import flatten
-from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, encode
-from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
+from fs_fwdllm.core.trainables import Trainables, flatten
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, decode, encode
+from fs_fwdllm.errors import CheckpointError, TrainingStalledError, UpdateRejected
 from fs_fwdllm.method.catch_up import CatchUpLog
 from fs_fwdllm.method.client_rates import ClientRates
-from fs_fwdllm.method.server import RoundServer, ServerSettings, numbered, sample_weights
+from fs_fwdllm.method.replica import apply_round_update
+from fs_fwdllm.method.server import PARAMETERS, RoundServer, ServerSettings, numbered, sample_weights
 
 __all__ = ["ReplayServer"]
 
@@ -173,22 +175,60 @@ class ReplayServer(RoundServer):
             self._dense_frame = encode(state)
         return self._dense_frame
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         tensors = {f"trainable.{index}": tensor.detach() for index, tensor in enumerate(self.trainables.tensors)}
         for name, buffers in self.replayer.buffers().items():
             tensors |= {f"{name}.{index}": buffer for index, buffer in enumerate(buffers)}
+        return tensors
+
+    def records_since(self, round_index: int) -> tuple[bytes, ...] | None:
+        return self._catch_up.frames_since(round_index)
+
+    def rebuilt(self, tensors: dict[str, torch.Tensor], records: Sequence[bytes], digest: bytes) -> Trainables:
+        own = self.replayer
+        other = Replayer(own.trainables.clone(), own.run_seed, own.distribution, own.chunk, own.division)
+        _place(other, tensors)
+        _replay(other, records, digest)
+        return other.trainables
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
         kept = self._catch_up.state_arrays()
-        return tensors | {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
+        return self.parameters() | {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
 
     def state_numbers(self) -> dict[str, object]:
         return {"failed_rounds": self.failed_rounds} | self._rates.state_numbers() | self._catch_up.state_numbers()
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
-        self.trainables.load_values(numbered(tensors, "trainable"))
-        device = self.trainables.device
-        buffers = {name: [buffer.to(device) for buffer in numbered(tensors, name)] for name in BUFFERS}
-        self.replayer.hold({name: held for name, held in buffers.items() if held})
         self.failed_rounds = int(str(numbers["failed_rounds"]))
         self._rates.load_state(numbers)
         self._catch_up.load_state(tensors, numbers)
+        _place(self.replayer, tensors)
+        reference: Any = numbers.get(PARAMETERS)
+        if reference is not None:  # they are of an earlier round
+            _replay(self.replayer, self._catch_up.frames_since(int(reference[1])) or (), bytes.fromhex(reference[2]))
         self.note_parameters_changed()
+
+
+def _place(replayer: Replayer, tensors: dict[str, torch.Tensor]) -> None:
+    """Let it stand at what :meth:`ReplayServer.parameters` once were."""
+    replayer.trainables.load_values(numbered(tensors, "trainable"))
+    device = replayer.trainables.device
+    buffers = {name: [buffer.to(device) for buffer in numbered(tensors, name)] for name in BUFFERS}
+    replayer.hold({name: held for name, held in buffers.items() if held})
+
+
+def _replay(replayer: Replayer, records: Sequence[bytes], digest: bytes) -> None:
+    """Take the steps of ``records``, which lead to ``digest``.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    for frame in records:
+        record = decode(frame)
+        assert isinstance(record, RoundUpdate)
+        apply_round_update(replayer, record)
+    if replayer.digest() != digest:
+        raise CheckpointError(
+            "the records of a checkpoint do not lead from its file of parameters to those of its round: one of the two "
+            "is of another run, or damaged; start a new run"
+        )

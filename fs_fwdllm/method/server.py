@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +28,12 @@ from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
 from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.weights import client_shares
 
-__all__ = ["RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"]
+__all__ = ["PARAMETERS", "RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"]
+
+
+#: Where the tensors of :meth:`RoundServer.parameters` are of an earlier round, the numbers of a state name it under
+#: this key: the file that holds them, the round that started from them, and the digest, in hex, of where records lead.
+PARAMETERS = "parameters"
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class ServerSettings:
         max_failed_rounds: rounds in a row without a usable update before training stops.
         strategy: how each client's learning rate follows from the schedule's.
         weigh_by_precision: clients that send different numbers of slopes weigh by the noise each brings.
+        folder: of files for what does not fit in memory; without one they go with the process.
     """
 
     plans: dict[int, WorkPlan]
@@ -67,6 +74,7 @@ class ServerSettings:
     max_failed_rounds: int = 3
     strategy: StrategySettings = field(default_factory=StrategySettings)
     weigh_by_precision: bool = True
+    folder: Path | None = None
 
 
 @dataclass
@@ -197,6 +205,23 @@ class RoundServer(ABC):
     @abstractmethod
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Everything tensor-valued that a resumed server needs."""
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Those of :meth:`state_tensors` that records rebuild from an earlier round's; none without records."""
+        return {}
+
+    def records_since(self, round_index: int) -> tuple[bytes, ...] | None:
+        """The frames that lead from the parameters at the start of ``round_index`` to those of now; ``None`` where they
+        are not kept, or a step had none."""
+        return None
+
+    def rebuilt(self, tensors: dict[str, torch.Tensor], records: Sequence[bytes], digest: bytes) -> Trainables:
+        """A replica that stands where ``records`` lead to from what :meth:`parameters` once were.
+
+        Raises:
+            CheckpointError: that is not where ``digest`` says.
+        """
+        raise TypeError("the steps of this method have no records")
 
     @abstractmethod
     def state_numbers(self) -> dict[str, object]:

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.errors import CheckpointError
+from fs_fwdllm.method.server import PARAMETERS
 from fs_fwdllm.report.folder import CHECKPOINT_FILES
 from fs_fwdllm.running.state_file import read_state, write_state
 
 __all__ = [
-    "Checkpoint", "config_fingerprint", "is_of", "prove_checkpoint", "read_checkpoint",
+    "Checkpoint", "config_fingerprint", "is_of", "prove_checkpoint", "read_checkpoint", "read_parameters",
     "require_same_inputs", "withdraw_checkpoint", "write_checkpoint",
 ]  # fmt: skip
 
@@ -120,9 +122,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return max((_read(path) for path in paths), key=lambda checkpoint: checkpoint.next_round)
 
 
+def read_parameters(folder: Path, reference: Sequence[object]) -> dict[str, torch.Tensor]:
+    """The parameters that a checkpoint or a best round in ``folder`` refers to.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return read_state(folder / Path(str(reference[0])).name)[1]
+
+
 def _read(path: Path) -> Checkpoint:
     about, tensors = read_state(path)
     try:
-        return Checkpoint(tensors=tensors, **about)
+        found = Checkpoint(tensors=tensors, **about)
+        reference: Any = found.numbers.get(PARAMETERS)
+        if reference is not None:
+            found.tensors.update(read_parameters(path.parent, reference))
+        return found
     except TypeError as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint of ours ({error})") from error

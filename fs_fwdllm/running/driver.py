@@ -35,7 +35,7 @@ from fs_fwdllm.running.arithmetic import model_facts
 from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, is_of, read_checkpoint, require_same_inputs
 from fs_fwdllm.running.extension import describe_extension
 from fs_fwdllm.running.keeping import Keeper, Kept
-from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.sampling import clients_asked, sample_clients
 from fs_fwdllm.running.saved import check_saved
 from fs_fwdllm.running.session import Session
 from fs_fwdllm.running.slope_check import remark_on_slopes
@@ -79,16 +79,12 @@ def _assignment(frame: bytes) -> Assignment:
 
 
 def choose_clients(server: RoundServer, config: Config, round_index: int, available: Sequence[int]) -> list[int]:
-    """Whom a round asks: whom the method wants, or else a draw that depends on the seed and the round alone.
-
-    Raises:
-        ConfigError: more clients are asked for than hold training data.
-    """
+    """Whom a round asks: whom the method wants, or else a draw that depends on the seed and the round alone."""
     wanted = server.wanted_clients(available)
     if wanted is not None:
         return wanted
     sampled_in = server.sampling_index_for(round_index)
-    return sample_clients(config.seed, sampled_in, available, clients_per_round(config, len(available)))
+    return sample_clients(config.seed, sampled_in, available, clients_asked(config, len(available)))
 
 
 def read_own_checkpoint(folder: RunFolder) -> Checkpoint:
@@ -136,7 +132,7 @@ class RunDriver:
         self.session = session
         self.folder = folder
         self._worker = worker
-        self.server = assemble_server(session.parts, session.client_samples)
+        self.server = assemble_server(session.parts, session.client_samples, folder.blocks_path)
         self.accounting = Accounting(session.device)
         self._fingerprint = config_fingerprint(folder.config())  # the session's has what loading found out, too
         self.next_round = 0
@@ -164,7 +160,7 @@ class RunDriver:
             opened.push(self._reporter)
             self.say = self._reporter.say
             session.progress = self._reporter.evaluating
-            self.keeper = Keeper(session, folder, checkpoint, self.say)
+            self.keeper = Keeper(session, folder, checkpoint, self.say, self.server)
             self._opened = opened.pop_all()
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
@@ -304,7 +300,7 @@ class RunDriver:
         self._reporter.round(line, traffic)
         self._watch(evaluation)
         # After its line: a run killed in between repeats the round, and the line is written anew.
-        self.keeper.note_round(self._report, evaluation, self.server.trainables)
+        self.keeper.note_round(self._report, evaluation)
         due = self.session.checkpoints_after(self.next_round)
         self.next_round += 1
         if due or self.finished:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.core.trainables import CHANGED_FILES, Trainables
 from fs_fwdllm.errors import CheckpointError
-from fs_fwdllm.method import RoundReport
+from fs_fwdllm.method import RoundReport, RoundServer
+from fs_fwdllm.method.server import PARAMETERS
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.files import disk_errors_named
+from fs_fwdllm.report.folder import CHECKPOINT_FILES
 from fs_fwdllm.report.sinks import plain, read_lines
 from fs_fwdllm.report.units import format_metric
 from fs_fwdllm.running.checkpoint import (
@@ -33,11 +33,12 @@ from fs_fwdllm.running.checkpoint import (
 )
 from fs_fwdllm.running.choice import is_time_to_stop
 from fs_fwdllm.running.losses import Losses
+from fs_fwdllm.running.parameters_file import ParametersFiles, names_in
 from fs_fwdllm.running.place import SavePlace
 from fs_fwdllm.running.session import Session
-from fs_fwdllm.running.state_file import read_state, write_state
+from fs_fwdllm.running.state_file import read_about, read_state, write_state
 
-__all__ = ["BestRound", "Keeper", "Kept", "take_over_best"]
+__all__ = ["BestRound", "Keeper", "Kept", "take_over"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Keeper:
         folder: the run folder.
         checkpoint: where the run continues, if it does.
         say: prints a remark about the run.
+        server: whose parameters are kept.
 
     Attributes:
         best: the best round so far.
@@ -81,7 +83,12 @@ class Keeper:
     """
 
     def __init__(
-        self, session: Session, folder: RunFolder, checkpoint: Checkpoint | None, say: Callable[[str], None]
+        self,
+        session: Session,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+        say: Callable[[str], None],
+        server: RoundServer,
     ) -> None:
         self._session = session
         self._folder = folder
@@ -98,6 +105,9 @@ class Keeper:
                 next((line.get("eval") for line in lines if line.get("round") == checkpoint.next_round), None)
             )
         self._save_place = SavePlace.of(session.config)
+        self._trainables = server.trainables
+        known: Any = None if checkpoint is None else checkpoint.numbers.get(PARAMETERS)
+        self._parameters = ParametersFiles(server, folder.checkpoint_path, known)
         self.best = self._best_on_disk()
 
     @property
@@ -116,7 +126,7 @@ class Keeper:
         self._start = evaluation
         self.losses.note_start(evaluation)
 
-    def note_round(self, report: RoundReport, evaluation: Mapping[str, Any] | None, trainables: Trainables) -> None:
+    def note_round(self, report: RoundReport, evaluation: Mapping[str, Any] | None) -> None:
         """Look at a round's losses, and put its parameters on disk if it is the best so far.
 
         Raises:
@@ -128,11 +138,11 @@ class Keeper:
             (withdraw_checkpoint if self._is_ruined else prove_checkpoint)(self._folder.checkpoint_path)
         if evaluation is not None:
             self._is_ruined = self.losses.has_exploded("eval", evaluation.get("loss"))
-            self._compare(number, evaluation, trainables, report.digest.hex())
+            self._compare(number, evaluation, report.digest.hex())
         self.last_evaluation = evaluation
-        self._save_place.after_round(self._session, number, trainables)
+        self._save_place.after_round(self._session, number, self._trainables)
 
-    def _compare(self, number: int, evaluation: Mapping[str, Any], trainables: Trainables, digest: str) -> None:
+    def _compare(self, number: int, evaluation: Mapping[str, Any], digest: str) -> None:
         choice = self._session.choice
         value = None if choice is None else choice.value_in(evaluation)
         if choice is None or value is None:
@@ -143,8 +153,20 @@ class Keeper:
         if self._keeps_best and choice.is_better(value, None if self.best is None else self.best.value):
             best = BestRound(number, value, plain(evaluation), digest)
             spared = "there is no earlier best round" if self.best is None else f"round {self.best.round} is intact"
-            write_state(self._folder.best_path, vars(best), _named(trainables), spared)
+            self._write_best(best, spared)
+            self._sweep()
             self.best = best
+
+    def _write_best(self, best: BestRound, spared: str) -> None:
+        about, reference = dict(vars(best)), self._parameters.reference(best.round)
+        if reference is not None:
+            write_state(
+                self._folder.best_path, about | {PARAMETERS: reference}, self._parameters.records(reference), spared
+            )
+            return
+        if files := self._trainables.kept_in_files():
+            about[CHANGED_FILES] = files
+        write_state(self._folder.best_path, about, self._trainables.kept_by_value(), spared)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, unless a loss has exploded.
@@ -153,7 +175,9 @@ class Keeper:
             CheckpointError: it cannot be written.
         """
         if not self._is_ruined:
-            write_checkpoint(self._folder.checkpoint_path, checkpoint, proven=self.last_evaluation is not None)
+            light = self._parameters.lightened(checkpoint)
+            write_checkpoint(self._folder.checkpoint_path, light, proven=self.last_evaluation is not None)
+            self._sweep()
         elif not self.losses.told:
             self.losses.told = True
             left = "the last good one stays" if self._folder.has_checkpoint else "there is none yet"
@@ -161,6 +185,14 @@ class Keeper:
                 f"warning: round {checkpoint.next_round}: the loss has exploded, so that no checkpoint is written; "
                 f"{left}. Lower train.optimizer.lr (it is {self._session.config.train.optimizer.lr:g})"
             )
+
+    def _sweep(self) -> None:
+        """Remove files of parameters that neither a checkpoint nor the best round speaks of any more."""
+        paths = [*(self._folder.checkpoint_path / name for name in CHECKPOINT_FILES), self._folder.best_path]
+        kept = [read_about(path) for path in paths if path.is_file()]
+        self._parameters.keep_only(set[str]().union(*map(names_in, kept)))
+        if self._trainables.kept_in_files():
+            self._trainables.keep_only(set[str]().union(*map(_changed_files_in, kept)))
 
     def finish(self, last: Kept, results_of: Callable[[Kept], dict[str, Any]]) -> list[Kept]:
         """Save the best round, and the last beside it; where no round was the best, the last alone.
@@ -184,8 +216,11 @@ class Keeper:
         return kept
 
     def _read_best(self, best: BestRound) -> Kept:
-        _, values = read_state(self._folder.best_path)
-        in_order = Trainables({name: values[name] for name in self._session.parts.trainables.names})
+        about, values = read_state(self._folder.best_path)
+        if PARAMETERS in about:
+            in_order = self._parameters.rebuilt(about[PARAMETERS], values)
+        else:
+            in_order = self._trainables.restored(values, about.get(CHANGED_FILES, {}))
         return Kept(best.round, best.digest, _usable(best.evaluation) if self._is_same_data else None, in_order)
 
     def stop_for_ruin(self) -> None:
@@ -256,14 +291,17 @@ class Keeper:
         if not self._keeps_best or not self._folder.best_path.is_file():
             return None
         about, _ = read_state(self._folder.best_path)
+        for elsewhere in (CHANGED_FILES, PARAMETERS):
+            about.pop(elsewhere, None)
         try:
             return BestRound(**about)
         except TypeError as error:
             raise CheckpointError(f"{self._folder.best_path}: damaged or not of ours ({error})") from error
 
 
-def _named(trainables: Trainables) -> dict[str, torch.Tensor]:
-    return dict(zip(trainables.names, trainables.tensors, strict=True))
+def _changed_files_in(about: Mapping[str, Any]) -> set[str]:
+    """Names of the files of changed parameters that a checkpoint or a best round is kept in."""
+    return {str(reference[0]) for reference in about.get("numbers", about).get(CHANGED_FILES, {}).values()}
 
 
 def _usable(evaluation: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -271,9 +309,17 @@ def _usable(evaluation: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return evaluation if evaluation and evaluation.get("loss") is not None else None
 
 
-def take_over_best(before: RunFolder, now: RunFolder) -> None:
-    """Copy the best round of a run to another that goes on with it. Raises :class:`CheckpointError` on a full disk."""
-    if before.best_path.is_file():
-        with disk_errors_named(now.best_path):
-            now.checkpoint_path.mkdir(parents=True, exist_ok=True)
+def take_over(before: RunFolder, now: RunFolder) -> None:
+    """Give another run, that goes on with one, its best round, and the files of the blocks it stopped at.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    with disk_errors_named(now.checkpoint_path):
+        now.checkpoint_path.mkdir(parents=True, exist_ok=True)
+        if before.best_path.is_file():
             shutil.copyfile(before.best_path, now.best_path)
+            for name in names_in(read_about(before.best_path)):
+                shutil.copyfile(before.checkpoint_path / name, now.checkpoint_path / name)
+        if before.blocks_path.is_dir():
+            shutil.copytree(before.blocks_path, now.blocks_path, dirs_exist_ok=True)

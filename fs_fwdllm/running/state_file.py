@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from fs_fwdllm.errors import CheckpointError
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["read_about", "read_state", "write_state"]
 
 
 def write_state(path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], spared: str) -> None:
@@ -56,19 +56,35 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     Raises:
         CheckpointError: it is damaged, or no such file.
     """
+    with _opened(path) as (file, text, checksum):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if checksum != _checksum(text, tensors):
+            raise ValueError("its checksum does not fit its content")
+        return _facts(text), tensors
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The object alone, without a look at the tensors. Raises as :func:`read_state`."""
+    with _opened(path) as (_, text, _):
+        return _facts(text)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, str, str]]:
+    """The file, the text of its facts, and its checksum; what goes wrong in the block is a damaged file's."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            text, checksum = metadata["fs_fwdllm"], metadata["crc32"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if checksum != _checksum(text, tensors):
-            raise ValueError("its checksum does not fit its content")
-        about = json.loads(text)
-        if not isinstance(about, dict):
-            raise TypeError(f"its facts are a {type(about).__name__}")
+            yield file, metadata["fs_fwdllm"], metadata["crc32"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint of ours ({error})") from error
-    return about, tensors
+
+
+def _facts(text: str) -> dict[str, Any]:
+    about = json.loads(text)
+    if not isinstance(about, dict):
+        raise TypeError(f"its facts are a {type(about).__name__}")
+    return about
 
 
 def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fs_fwdllm.config.methods import METHODS as FACTS
-from fs_fwdllm.errors import ModelError, TrainingStalledError
+from fs_fwdllm.errors import ConfigError, ModelError, TrainingStalledError
 from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
 from fs_fwdllm.model.inputs import batch_on
@@ -25,7 +25,7 @@ from fs_fwdllm.report import RunFolder
 from fs_fwdllm.running.accounting import Accounting
 from fs_fwdllm.running.checkpoint import read_checkpoint
 from fs_fwdllm.running.local import run
-from fs_fwdllm.running.sampling import clients_per_round, sample_clients
+from fs_fwdllm.running.sampling import clients_asked, clients_per_round, sample_clients
 from fs_fwdllm.running.session import Session
 from tests.host.small import CLASSES, METHODS, World, methods_where, read_jsonl
 from tests.model.tiny import save_tiny_model
@@ -212,7 +212,14 @@ def test_sampling_is_a_function_of_seed_and_round() -> None:
     ],
 )
 def test_how_many_clients_a_round_asks(world: World, settings: dict[str, Any], expected: int) -> None:
-    assert clients_per_round(world.config(settings), 10) == expected
+    assert clients_per_round(world.config(settings), 10) == expected == clients_asked(world.config(settings), 10)
+
+
+def test_too_few_are_refused_before_a_run_and_all_asked_in_one_that_has_begun(world: World) -> None:
+    config = world.config({"federate.sample_client_num": 4})
+    with pytest.raises(ConfigError, match="only 3 clients hold training samples"):
+        clients_per_round(config, 3)
+    assert clients_asked(config, 3) == 3
 
 
 def test_a_sampled_run_asks_whom_the_sampling_says(world: World) -> None:
