@@ -94,6 +94,9 @@ def test_without_the_package_its_words_are_unknown_and_its_runs_can_still_be_loo
     assert refused.returncode == 2 and "federate.method 'FZOO'" in refused.stderr
     compared = command(bare, "compare", world.root / "runs" / "small", "--output", world.root / "picture.png")
     assert compared.returncode == 0 and "FZOO" in compared.stdout
+    for looked_at in (["plot"], ["cost", "--output", world.root / "costs.png"]):
+        done = command(bare, *looked_at, world.root / "runs" / "small")
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_package_that_cannot_be_imported_is_named(world: World, environment: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fs_fwdllm.config import Config
-from fs_fwdllm.report.record import RunRecord, short_name
+from fs_fwdllm.report.record import RunRecord, method_facts, short_name
 from fs_fwdllm.report.units import format_bytes, format_count, format_seconds
 
 __all__ = ["adapter_name", "caption_of", "given_facts", "joined"]
@@ -62,6 +62,9 @@ def joined(facts: Sequence[str]) -> str:
 
 
 def _asked(config: Config) -> str:
+    facts = method_facts(config)
+    if facts is not None and facts.trains_blocks:  # the schedule of blocks says who is asked
+        return str(config.fwdllm.blocks.parallel_blocks * config.fwdllm.blocks.clients_per_block)
     rate, number = config.federate.sample_client_rate, config.federate.sample_client_num
     return f"{rate:.0%}" if rate > 0 else str(number) if number > 0 else "all"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.host_sections import EvalConfig
+from fs_fwdllm.config.methods import MethodFacts
 from fs_fwdllm.config.sources import describe_sources, groups_of_sources
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.evaluation.names import LOWER_IS_BETTER
@@ -16,7 +17,7 @@ from fs_fwdllm.report.folder import RunFolder
 from fs_fwdllm.report.sinks import read_lines
 
 __all__ = [
-    "RunRecord", "RunSummary", "evaluation_metric", "method_name", "metric_title", "short_name"
+    "RunRecord", "RunSummary", "evaluation_metric", "method_facts", "method_name", "metric_title", "short_name"
 ]  # fmt: skip
 
 #: Names of what an evaluation may report, for axes and tables; where no metric was asked for, the first one present is
@@ -64,11 +65,21 @@ def short_name(path: str) -> str:
     return "/".join(parts[-2:]) + (separator + kind if kind in ("llm", "text", "qa") else "")
 
 
+def method_facts(config: Config) -> MethodFacts | None:
+    """What is known of a run's method; ``None`` for one of a package that is no longer installed.
+
+    Runs of such a package can still be looked at, which is why a report asks here and never ``config.method``.
+    """
+    try:
+        return config.method
+    except ConfigError:
+        return None
+
+
 def method_name(config: Config) -> str:
     """A few words that name the method of a configuration and what sets it apart, for titles and tables."""
-    try:
-        facts = config.method
-    except ConfigError:  # of a package that is no longer installed; its runs can still be looked at
+    facts = method_facts(config)
+    if facts is None:
         return config.federate.method
     if facts.measures_slopes:
         ways = dict.fromkeys(describe_sources(sources) for sources in groups_of_sources(config))
