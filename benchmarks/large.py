@@ -6,8 +6,9 @@ peer is what a user would otherwise pick: accelerate's disk offload of the bfloa
 
     python benchmarks/large.py FOLDER [--like llama-7b] [--layers N] [--rows PATTERN] [--threads 1] [--quick]
 
-FOLDER is for the models (3.9 GB for llama-7b in int4, 13.5 GB more for the peer) and is kept, so that a second call
-measures at once. ``--layers 4`` measures as many layers of the same width, for machines without an afternoon.
+FOLDER is for the models (3.9 GB for llama-7b in int4, 13.5 GB more for blocks and the peer) and is kept, so that a
+second call measures at once. ``--layers 4`` measures as many layers of the same width, for machines without an
+afternoon.
 """
 
 from __future__ import annotations
@@ -32,31 +33,39 @@ _LORA = [{"adapter_method": "lora", "r": 8, "target_modules": ["q_proj", "v_proj
 
 @dataclass(frozen=True)
 class Row:
-    """A step: which estimator, over which base, on how many tokens."""
+    """A step: which estimator, over which base, on how many tokens; ``measure`` names what takes it."""
 
     name: str
     tokens: int
     own: dict[str, Any]
     form: str = "int4"
     base: dict[str, Any] | None = None
+    measure: str = "step"
 
 
 _MEZO = {"estimator": "one_sided", "probes": 8, "probes_per_batch": 8, "attention": "eager"}
+#: One after the other they need no kernel that can be batched, and keep no attention weights while they wait.
+_ONE_BY_ONE = {**_MEZO, "probes_per_batch": 1, "attention": "auto"}
 _DISK = {"stream": True}
 ROWS = [
     Row("8 probes, 64 tokens", 64, _MEZO, base=_DISK),
     Row("8 probes, 64 tokens, in memory", 64, _MEZO),
-    Row("8 probes one by one, 64 tokens", 64, {**_MEZO, "probes_per_batch": 1}, base=_DISK),
+    Row("8 probes one by one, 64 tokens", 64, _ONE_BY_ONE, base=_DISK),
     Row("forward mode, 8 tangents, 64 tokens", 64, {**_MEZO, "estimator": "forward_mode"}, base=_DISK),
     Row("forward mode, 8 tangents, 64 tokens, bfloat16", 64, {**_MEZO, "estimator": "forward_mode"},
         base={**_DISK, "compute_dtype": "bfloat16"}),
     Row("8 probes, 512 tokens", 512, _MEZO, base=_DISK),
-    Row("8 probes one by one, 512 tokens", 512, {**_MEZO, "probes_per_batch": 1}, base=_DISK),
-    Row("8 probes one by one, 512 tokens, 4 a read", 512, {**_MEZO, "probes_per_batch": 1},
+    Row("8 probes one by one, 512 tokens", 512, _ONE_BY_ONE, base=_DISK),
+    Row("8 probes one by one, 512 tokens, 4 a read", 512, _ONE_BY_ONE,
         base={**_DISK, "passes_per_read": 4}),
     Row("backpropagation, 64 tokens", 64, {"estimator": "projected", "gradient_checkpointing": True}, base=_DISK),
     Row("backpropagation, 512 tokens", 512, {"estimator": "projected", "gradient_checkpointing": True}, base=_DISK),
-    Row("accelerate disk offload, bfloat16, 8 probes one by one, 64 tokens", 64, {}, form="bfloat16"),
+    Row("a block visit of 4 steps, 64 tokens, bfloat16", 64, {"gradient_checkpointing": True}, form="bfloat16",
+        base={**_DISK, "compute_dtype": "bfloat16"}, measure="visit"),
+    Row("the same with its server, 2 visits", 64, {"gradient_checkpointing": True}, form="bfloat16",
+        base={**_DISK, "compute_dtype": "bfloat16"}, measure="rounds"),
+    Row("accelerate disk offload, bfloat16, 8 probes one by one, 64 tokens", 64, {}, form="bfloat16",
+        measure="accelerate"),
 ]  # fmt: skip
 
 
@@ -97,7 +106,7 @@ def step_of_ours(row: Row, folder: Path) -> dict[str, float]:
     loaded = load_model(config, load_tokenizer(config))
     trainables, distribution = Trainables.of_model(loaded.model), make_distribution("rademacher")
     estimator = make_estimator(loaded.model, trainables, distribution, config.fwdllm, full=False)
-    batch = Objective(loaded.model, trainables, "causal_lm").on(_batch(row.tokens))
+    batch = Objective(loaded.model, trainables, "causal_lm", conduct=loaded.conduct).on(_batch(row.tokens))
     keys = [DirectionKey(1, probe) for probe in range(row.own.get("probes", 8))]
     reader = reader_of(loaded.model)
     read, waited = (reader.bytes_read, reader.waited_s) if reader is not None else (0, 0.0)
@@ -133,6 +142,51 @@ def step_of_accelerate(row: Row, folder: Path) -> dict[str, float]:
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "loss": loss, "read": read}
 
 
+def visit_of_ours(row: Row, folder: Path, rounds: int = 0) -> dict[str, float]:
+    """One visit to a block as a client makes it; or so many rounds of block training, client and server."""
+    from fs_fwdllm.config import parse_config
+    from fs_fwdllm.core.wire import encode
+    from fs_fwdllm.data.types import Example
+    from fs_fwdllm.method import Parts, assemble_server, assemble_worker
+    from fs_fwdllm.model import load_model, load_tokenizer
+    from fs_fwdllm.model.base.packed import reader_of
+
+    config = parse_config(
+        {
+            "model": {"type": f"{folder}@huggingface_llm"},
+            "outdir": str(folder.parent),
+            "federate": {"method": "fedcybgd", "client_num": 1},
+            "llm": {"tok_len": row.tokens, "adapter": {"use": False}},
+            "dataloader": {"batch_size": 1},
+            "train": {"local_update_steps": 4, "optimizer": {"type": "AdamW", "lr": 1e-5}},
+            "fwdllm": {**row.own, "base": row.base or {}, "blocks": {"schedule": "ascending", "upload": "bfloat16"}},
+        }
+    )
+    loaded = load_model(config, load_tokenizer(config))
+    parts = Parts.build(config, loaded.model, "causal_lm", 0, full=True, conduct=loaded.conduct)
+    worker, server = assemble_worker(parts), assemble_server(parts, {1: 4})
+    ids = _batch(row.tokens).input_ids[0].numpy().astype("int32")
+    reader = reader_of(loaded.model)
+    assert reader is not None
+    read, waited = reader.bytes_read, reader.waited_s
+    wall, cpu, update = time.perf_counter(), time.process_time(), None
+    for number in range(max(1, rounds)):
+        assignment = server.assign(number, server.wanted_clients([1]))[1]
+        update = worker.work(assignment, [Example(ids, ids)] * 4)
+        encode(update)
+        if rounds:
+            server.absorb([update])
+    assert update is not None
+    found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "loss": update.loss}
+    return {**found, "read": reader.bytes_read - read, "waited": reader.waited_s - waited}
+
+
+_MEASURES = {
+    "step": step_of_ours, "accelerate": step_of_accelerate, "visit": visit_of_ours,
+    "rounds": lambda row, folder: visit_of_ours(row, folder, rounds=2),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -148,8 +202,7 @@ def main() -> None:
         options.like = "llama-tiny"
     if options.step is not None:
         row = ROWS[options.step]
-        step = step_of_accelerate if row.form == "bfloat16" else step_of_ours
-        found = step(row, model_of(options, row.form))
+        found = _MEASURES[row.measure](row, model_of(options, row.form))
         status = Path("/proc/self/status").read_text()
         peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
         print(json.dumps({**found, "peak": int(peak) * 1024}))
