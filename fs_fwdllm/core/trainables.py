@@ -10,8 +10,11 @@ replicas find out in 16 bytes whether they still hold the same bits.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,9 @@ DIGEST_BYTES = 16
 CHANGED_FILES = "changed_files"
 _SINGLE = ("float32", "torch.float32")
 _HALF = ("torch.bfloat16", "torch.float16")
+#: Tensors from this size on are hashed beside one another: a thread of its own pays for itself.
+_LARGE_BYTES = 1 << 20
+_MOST_THREADS = 8
 
 _PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original\b")
 
@@ -188,7 +194,7 @@ class Trainables:
         return [piece.reshape(tuple(tensor.shape)) for piece, tensor in zip(pieces, self.tensors, strict=True)]
 
     def digest(self) -> bytes:
-        """16 bytes that name the current bits: BLAKE2b over names, shapes and little-endian values."""
+        """16 bytes that name the current bits, with names and shapes (see :func:`digest_of`)."""
         return digest_of(zip(self.names, self.tensors, strict=True))
 
     @contextmanager
@@ -210,9 +216,31 @@ class Trainables:
 
 
 def digest_of(named: Iterable[tuple[str, Array]]) -> bytes:
-    """BLAKE2b over names, shapes and little-endian values, in the tensors' own dtypes."""
-    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for name, tensor in named:
-        state.update(f"{public_name(name)}{tuple(tensor.shape)}".encode())
-        state.update(arrays_of(tensor).octets(tensor))
+    """16 bytes that name tensors with their names: BLAKE2b over the leaves of all, in order.
+
+    A leaf is BLAKE2b over a tensor's name, shape and little-endian values in its own dtype. It depends on no other
+    tensor, so that large tensors are hashed by as many threads as there are processors; as many are read ahead, where
+    they are on a disk.
+    """
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    ahead: deque[Future[bytes] | bytes] = deque()
+    with ThreadPoolExecutor(threads) as pool:  # which has no thread before it is given something to do
+        for name, tensor in named:
+            is_large = threads > 1 and int(tensor.nbytes) >= _LARGE_BYTES
+            ahead.append(pool.submit(_leaf, name, tensor) if is_large else _leaf(name, tensor))
+            if len(ahead) > threads:
+                whole.update(_made(ahead.popleft()))
+        for leaf in ahead:
+            whole.update(_made(leaf))
+    return whole.digest()
+
+
+def _leaf(name: str, tensor: Array) -> bytes:
+    state = hashlib.blake2b(f"{public_name(name)}{tuple(tensor.shape)}".encode(), digest_size=DIGEST_BYTES)
+    state.update(arrays_of(tensor).octets(tensor))
     return state.digest()
+
+
+def _made(leaf: Future[bytes] | bytes) -> bytes:
+    return leaf.result() if isinstance(leaf, Future) else leaf

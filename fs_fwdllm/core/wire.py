@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _MAGIC = b"FF"
-_VERSION = 4
+_VERSION = 5
 _PREFIX = struct.Struct("<2sBI")
 _LENGTH = struct.Struct("<I")
 #: Where a header starts.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.core.trainables import Trainables, digest_of
 from fs_fwdllm.errors import DivergenceError, ModelError
 
 
@@ -31,6 +35,49 @@ def test_the_digest_sees_one_bit_a_name_and_a_shape():
     flipped[1, 2] = 1.5e-45  # the smallest change a float32 can make
     others = [{"a": flipped}, {"b": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": -torch.zeros(2, 3)}]
     assert len({base.digest(), *(Trainables(other).digest() for other in others)}) == 5
+
+
+def reference_digest(named):
+    """As the documentation has it, one tensor after the other."""
+    leaves = [
+        hashlib.blake2b(f"{name}{tuple(value.shape)}".encode() + value.numpy().tobytes(), digest_size=16).digest()
+        for name, value in named.items()
+    ]
+    return hashlib.blake2b(b"".join(leaves), digest_size=16).digest()
+
+
+@pytest.mark.parametrize("processors", [1, 2, 8, None])
+def test_the_digest_does_not_depend_on_who_makes_the_leaves(monkeypatch, processors):
+    """Small tensors between large ones, more large ones than threads."""
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    sizes = [3, 1 << 18, 5, (1 << 18) + 1, 1 << 19, 1 << 18, 7, 1 << 18, 1 << 18]
+    named = {f"part.{index}": torch.randn(size) for index, size in enumerate(sizes)}
+    assert digest_of(iter(named.items())) == Trainables(named).digest() == reference_digest(named)
+    named["part.4"][-1] += 1
+    assert Trainables(named).digest() == reference_digest(named)
+
+
+def test_the_digest_holds_few_tensors_that_are_read_for_it(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    alive = weakref.WeakSet()
+    most = 0
+
+    def read():
+        nonlocal most
+        for index in range(12):
+            tensor = torch.full((1 << 18,), float(index))
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield f"part.{index}", tensor
+            del tensor
+
+    digest_of(read())
+    assert most <= 4  # one a thread, the one just read, and the one that awaits its turn
+
+
+def test_an_error_in_a_leaf_is_the_callers():
+    with pytest.raises(AttributeError):
+        digest_of([("first", torch.zeros(1 << 18)), ("second", None)])
 
 
 def test_flat_round_trip_and_wrong_length():

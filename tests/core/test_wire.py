@@ -128,7 +128,7 @@ def framed(*header, payload=b""):
     """A frame with a right checksum around whatever is given."""
     packed = msgpack.packb(header, use_bin_type=True)
     covered = len(packed).to_bytes(4, "little") + packed + payload
-    return b"FF\x04" + zlib.crc32(covered).to_bytes(4, "little") + covered
+    return b"FF\x05" + zlib.crc32(covered).to_bytes(4, "little") + covered
 
 
 @pytest.mark.parametrize(
