@@ -38,6 +38,7 @@ _COMMON: dict[str, Any] = {
     "federate.client_num": _CLIENTS,
     "train.optimizer.type": "AdamW",
     "eval.freq": -1,
+    "fwdllm.first_evaluation": "always",
     "fwdllm.checkpoint_every": 10_000,
     "fwdllm.saved_round": "last",
 }

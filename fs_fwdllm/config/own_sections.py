@@ -267,6 +267,11 @@ class FwdllmConfig(Section):
     )
     min_answers: int = Field(1, ge=1, description="answers that let a round go on when its deadline is over")
     checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints; the last round always has one")
+    first_evaluation: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether to evaluate the model before the first round; auto where that is at most a tenth of all "
+        "that training takes",
+    )
     saved_round: Literal["best", "last"] = Field(
         "best",
         description="the round in adapter/ (or model/); with best, by eval.best_res_update_round_wise_key, the last is "

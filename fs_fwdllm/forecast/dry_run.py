@@ -16,8 +16,6 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from fs_fwdllm.config import Config
-from fs_fwdllm.config.sources import sources_of
 from fs_fwdllm.core.arrays import Array
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.server_step import server_step
@@ -25,7 +23,6 @@ from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, frame_bytes
 from fs_fwdllm.data.batches import visited_samples
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.estimator import Backprop, passes_of_step
 from fs_fwdllm.method import Parts, RoundServer, assemble_server
 from fs_fwdllm.method.cybgd.forecast import BlockAnswers
 from fs_fwdllm.method.cybgd.server import BlockServer
@@ -33,6 +30,7 @@ from fs_fwdllm.method.forward.gate import GateStatistic
 from fs_fwdllm.method.forward.pacing import DirectedSampling, Pacing
 from fs_fwdllm.method.forward.pool import Pool
 from fs_fwdllm.method.forward.server import PooledServer
+from fs_fwdllm.method.parts import passes_of_client
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.running.driver import choose_clients
 from fs_fwdllm.running.sampling import clients_per_round
@@ -125,7 +123,7 @@ class _NoNews:
         self._session = session
 
     def answer(self, assignment: Assignment) -> ClientUpdate:
-        forward, backward = _passes(self._session.config, assignment)
+        forward, backward = passes_of_client(self._session.config, assignment.client, assignment.steps)
         return self._server.answer(
             round_index=assignment.round_index,
             client=assignment.client,
@@ -148,15 +146,6 @@ class _NoNews:
             seed=batches.seed,
             shuffle=batches.shuffle,
         )
-
-
-def _passes(config: Config, assignment: Assignment) -> tuple[int, int]:
-    """Forward and backward passes of a client's round."""
-    own = config.fwdllm
-    if config.method.measures_slopes:
-        step = passes_of_step(sources_of(config, assignment.client), own)
-        return assignment.steps * step.forward, assignment.steps * step.backward
-    return assignment.steps * Backprop.passes(gradient_checkpointing=own.gradient_checkpointing), assignment.steps
 
 
 class _WeightlessParts(Parts):

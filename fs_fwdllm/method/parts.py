@@ -37,7 +37,7 @@ from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import collate, steps_per_epoch
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import ConfigError, EstimatorError
-from fs_fwdllm.estimator import PartedEstimator, make_parted_estimator
+from fs_fwdllm.estimator import Backprop, PartedEstimator, Passes, make_parted_estimator, passes_of_step
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.replica import Replica
@@ -50,6 +50,7 @@ __all__ = [
     "Recipe",
     "assemble_server",
     "assemble_worker",
+    "passes_of_client",
     "recipe_of",
     "replayer_for",
     "select_device",
@@ -296,6 +297,16 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
         probes = counts_of(config, client) if config.method.measures_slopes else ()
         plans[client] = WorkPlan(steps=steps, probes=probes)
     return plans
+
+
+def passes_of_client(config: Config, client: int, steps: int) -> Passes:
+    """What ``steps`` steps of a client take, by its method or its sources of slopes."""
+    own = config.fwdllm
+    if config.method.measures_slopes:
+        step = passes_of_step(sources_of(config, client), own)
+    else:
+        step = Passes(Backprop.passes(gradient_checkpointing=own.gradient_checkpointing), 1)
+    return Passes(steps * step.forward, steps * step.backward)
 
 
 def select_device(config: Config) -> torch.device:

@@ -72,7 +72,7 @@ def _train(session: Session, folder: RunFolder, checkpoint: Checkpoint | None) -
     with RunDriver(session, folder, checkpoint, worker=worker) as driver:
         server = driver.server
         if checkpoint is None:
-            driver.record_start(session.evaluate(server.trainables))
+            driver.record_start(session.evaluate_first(server.trainables, driver.say))
         else:
             worker.replica.follow([server.dense_frame()], server.digest)
         while not driver.finished:

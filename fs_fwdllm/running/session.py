@@ -36,6 +36,7 @@ from fs_fwdllm.model.saving import write_folder
 from fs_fwdllm.model.source import folder_files, model_task
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
+from fs_fwdllm.running.evaluation_work import evaluates_first, remark_on_evaluations
 from fs_fwdllm.running.first_rate import check_first_rate, with_first_rate
 from fs_fwdllm.running.preflight import ask_hub_last
 from fs_fwdllm.running.sampling import clients_per_round
@@ -168,6 +169,8 @@ class Session:
                 f"warning: the best round is chosen by {choice.in_words} on the test split, so that its numbers there "
                 "are too good; give data.splits a validation share, or set fwdllm.saved_round: last"
             )
+        if remark := remark_on_evaluations(self.config, self.client_samples, self.evaluation_rows):
+            found.append(remark)
         ignored = self.config.ignored_keys()
         if ignored:
             found.append(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
@@ -200,13 +203,13 @@ class Session:
         )
 
     def watch_evaluation(self, round_number: int, loss: float, start: float, say: Callable[[str], None]) -> None:
-        """Say, once, that evaluation has come out far worse than before the first round."""
+        """Say, once, that evaluation has come out far worse than the first one."""
         if self._told_divergence or loss <= _FAR_WORSE * start:
             return
         self._told_divergence = True
         say(
-            f"warning: round {round_number}: the evaluation loss is {loss:.4g}, and was {start:.4g} before the first "
-            f"round: training diverges; lower train.optimizer.lr (it is {self.config.train.optimizer.lr:g})"
+            f"warning: round {round_number}: the evaluation loss is {loss:.4g}, and was {start:.4g} at the first "
+            f"evaluation: training diverges; lower train.optimizer.lr (it is {self.config.train.optimizer.lr:g})"
         )
 
     def diagnose(self, server: RoundServer, report: RoundReport) -> None:
@@ -262,6 +265,22 @@ class Session:
         if self.data.task in ("classification", "label_words"):
             found |= majority_scores(self.evaluation_batches, self._metrics)
         return found
+
+    def evaluate_first(self, trainables: Trainables, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """As :meth:`evaluate`, of the model before training; ``None``, and why, where that would take too long."""
+        if evaluates_first(self.config, self.client_samples, self.evaluation_rows):
+            return self.evaluate(trainables)
+        if self.config.fwdllm.first_evaluation == "auto":
+            say(
+                f"no evaluation before the first round: its {self.evaluation_rows:,} rows are more than a tenth of all "
+                "that training takes; fwdllm.first_evaluation: always asks for it"
+            )
+        return None
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows that an evaluation looks at."""
+        return sum(map(len, [*self.evaluation_batches, *self.choosing_batches]))
 
     def _measure(self, batches: list[Batch], metrics: Iterable[str]) -> dict[str, Any]:
         return evaluate(

@@ -21,9 +21,8 @@ from fs_fwdllm.core.direction import DirectionKey, make_distribution
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import EstimatorError
-from fs_fwdllm.estimator.parted import passes_of_step
 from fs_fwdllm.method import Parts
-from fs_fwdllm.method.parts import work_plans
+from fs_fwdllm.method.parts import passes_of_client, work_plans
 from fs_fwdllm.running.sampling import clients_asked
 from fs_fwdllm.running.session import Session
 
@@ -79,9 +78,8 @@ def _has_radius(source: Source) -> bool:
 def _passes_of_run(session: Session, client: int) -> int:
     """Forward passes of all clients and rounds, if all measured as ``client`` does."""
     config, held = session.config, session.client_samples
-    steps = work_plans(config, held)[client].steps
-    a_step = passes_of_step(sources_of(config, client), config.fwdllm).forward
-    return config.federate.total_round_num * clients_asked(config, len(held)) * steps * a_step
+    a_round = passes_of_client(config, client, work_plans(config, held)[client].steps).forward
+    return config.federate.total_round_num * clients_asked(config, len(held)) * a_round
 
 
 def _in_forward_mode(config: Config, sources: Sequence[Source]) -> Config:

@@ -187,7 +187,7 @@ class FwdLLMAggregator(ServerAggregator):
         for remark in self.admission.remarks():
             driver.say(remark)
         if self._start.checkpoint is None:
-            driver.record_start(self._session.evaluate(driver.server.trainables))
+            driver.record_start(self._session.evaluate_first(driver.server.trainables, driver.say))
 
     def _prepare_payloads(self) -> None:
         """Open the next round, or finish; then every silo has a payload and the server waits, if FedML goes on."""
