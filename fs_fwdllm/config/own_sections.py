@@ -222,6 +222,12 @@ class FwdllmConfig(Section):
         description="train.optimizer.lr as it is given; safe, for a linear classifier on standardised features, finds "
         "it from the curvature and the number of slopes, without a sweep",
     )
+    rate_for_trainables: int = Field(
+        0,
+        ge=0,
+        description="number of trainables with which train.optimizer.lr was found; with more it is lowered as the "
+        "noise of the estimate grows; 0 takes it as it is",
+    )
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server on the rebuilt gradient")
     server_betas: list[float] = Field(
         [0.9, 0.999],

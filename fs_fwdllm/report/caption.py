@@ -70,8 +70,9 @@ def _asked(config: Config) -> str:
 
 
 def _rate(record: RunRecord) -> str:
-    """The rate that was given, or the one that the run found, which is its first round's."""
-    if record.config.fwdllm.first_rate == "given":
+    """The rate that was given, or the one that the run made of it, which is its first round's."""
+    own = record.config.fwdllm
+    if own.first_rate == "given" and not own.rate_for_trainables:
         return f"{record.config.train.optimizer.lr:g}"
     used: dict[str, float] = next((line["learning_rate"] for line in record.rounds if line.get("learning_rate")), {})
     return f"{max(used.values()):.3g}, found by the run" if used else "found by the run"

@@ -37,7 +37,7 @@ from fs_fwdllm.model.source import folder_files, model_task
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
 from fs_fwdllm.running.evaluation_work import evaluates_first, remark_on_evaluations
-from fs_fwdllm.running.first_rate import check_first_rate, with_first_rate
+from fs_fwdllm.running.first_rate import check_first_rate, describe_rate, with_first_rate
 from fs_fwdllm.running.preflight import ask_hub_last
 from fs_fwdllm.running.sampling import clients_per_round
 
@@ -67,8 +67,8 @@ class Session:
     evaluation_batches: list[Batch] = field(default_factory=list)
     choosing_batches: list[Batch] = field(default_factory=list)
     choice: Choice | None = None
-    #: Whether ``train.optimizer.lr`` follows from the curvature, rather than from the file.
-    finds_rate: bool = False
+    #: Where ``train.optimizer.lr`` is from, if it is not the file's.
+    rate_remark: str = ""
     #: Told, while an evaluation goes on, how many batches are done and how many there are.
     progress: Callable[[int, int], None] = lambda done, total: None
     _warned: bool = False
@@ -125,7 +125,7 @@ class Session:
             parts=parts,
             device=device,
             client_samples=client_samples,
-            finds_rate=config is not given,
+            rate_remark=describe_rate(given, config),
             _metrics=check_metrics(config.eval.metrics, data.task),
             choice=choose(config, data.task, _splits_with_samples(data)),
         )
@@ -154,8 +154,8 @@ class Session:
             found.append("warning: use_gpu true, but no accelerator is found here: everything runs on the CPU")
         found += [*self.loaded.remarks, *self.parts.remarks]
         train = self.config.train
-        if self.finds_rate:
-            found.append(f"learning rate {train.optimizer.lr:.3g}, from the head's curvature (fwdllm.first_rate: safe)")
+        if self.rate_remark:
+            found.append(self.rate_remark)
         if train.train_strategy != "frozen" and own.strategy_span >= train.optimizer.lr:
             found.append(
                 f"warning: fwdllm.strategy_span {own.strategy_span} is not below train.optimizer.lr "

@@ -70,3 +70,60 @@ def test_it_is_refused_where_a_rate_is_given_or_nothing_is_known(world: World) -
     for changes in ({"fwdllm.pooling": "none"}, {"fwdllm.feature_scale": "none"}):
         with pytest.raises(ConfigError, match=r"first_rate 'safe'.*feature_scale layer_norm.*sweep"):
             Session.open(world.config({**settings(world), **changes}))
+
+
+CARRIED = {"federate.method": "fedfwd", "fwdllm.probes": 4, "train.optimizer.lr": 0.5}
+
+
+def carried(world: World, known: int, **own: Any) -> tuple[Session, float]:
+    """A session whose rate of 0.5 was found with ``known`` trainables, and the rate that it takes."""
+    settings = {**CARRIED, "fwdllm.rate_for_trainables": known, **own}
+    session = Session.open(world.config(settings))
+    return session, session.config.train.optimizer.lr
+
+
+@pytest.mark.parametrize(
+    ("own", "slopes"),
+    [
+        ({}, 4 * 4),
+        ({"federate.sample_client_num": 2}, 2 * 4),
+        ({"fwdllm.directions": "common", "fwdllm.estimator": "projected"}, 4),
+        ({"federate.method": "fedmezo"}, 4),
+        ({"fwdllm.fleet": [{"clients": [1], "slopes": "central", "probes": 2}]}, 4 * 2),
+    ],
+    ids=["pooled", "two a round", "in common", "local steps", "a fleet"],
+)
+def test_a_rate_is_divided_by_what_the_estimate_has_grown(world: World, own: dict[str, Any], slopes: int) -> None:
+    session, rate = carried(world, 50, **own)
+    count = session.parts.trainables.count
+    assert count > 50
+    assert rate == pytest.approx(0.5 * (1 + 49 / slopes) / (1 + (count - 1) / slopes))
+    told = [remark for remark in session.remarks() if "fwdllm.rate_for_trainables" in remark]
+    assert len(told) == 1 and f"{rate:.3g}" in told[0] and "0.5" in told[0]
+
+
+def test_a_rate_is_never_raised_nor_lowered_without_need(world: World) -> None:
+    count = carried(world, 0)[0].parts.trainables.count
+    for known in (0, count, count + 1, 100 * count):
+        session, rate = carried(world, known)
+        assert rate == 0.5 and not any("trainables (fwdllm" in remark for remark in session.remarks())
+
+
+def test_a_run_at_a_carried_rate_goes_on_at_it(world: World) -> None:
+    folder = run(world.config({**CARRIED, "fwdllm.rate_for_trainables": 50, "federate.total_round_num": 2}))
+    resume(folder, rounds=3)
+    lines = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("learning_rate")]
+    assert len(lines) == 3 and len({rate for line in lines for rate in line["learning_rate"].values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"federate.method": "FedAvg"}, "slopes are measured by fedfwd and fedmezo"),
+        ({"fwdllm.first_rate": "safe", "train.optimizer.lr": 0.1}, "finds the rate itself"),
+        ({"fwdllm.parts": [{"match": "*", "slopes": "central", "probes": 4}]}, "a rate of its own"),
+    ],
+)
+def test_what_cannot_be_carried_over_is_refused(world: World, own: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"fwdllm\.rate_for_trainables 50: .*{reason}.*leave it out"):
+        carried(world, 50, **own)
