@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
 
@@ -25,12 +26,18 @@ from fs_fwdllm.model.source import ModelSource, reading
 if TYPE_CHECKING:
     from fs_fwdllm.model.loading import LoadedModel
 
-__all__ = ["config_as_used", "config_of_base", "config_to_keep", "link_to", "weights_of"]
+__all__ = ["base_model", "config_as_used", "config_of_base", "config_to_keep", "link_to", "weights_of"]
 
 #: What a base's own configuration may say otherwise than the run, to a classifier (which may find the end of a text by
 #: its padding) and to any model.
 _DECISIVE_FOR_CLASSES = ("id2label", "pad_token_id")
 _DECISIVE = ("dtype",)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model below an adapter of PEFT's; itself where there is none."""
+    found: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return found
 
 
 def config_of_base(source: ModelSource) -> Any:
@@ -52,7 +59,7 @@ def config_to_keep(loaded: LoadedModel) -> Any | None:
 def config_as_used(loaded: LoadedModel) -> Any:
     """The configuration of the base as the run used it."""
     own = config_of_base(loaded.source)
-    used = copy.deepcopy(loaded.model.get_base_model().config)  # type: ignore[operator]
+    used: Any = copy.deepcopy(base_model(loaded.model).config)
     used.dtype = torch.float32 if rounds_when_loaded_in_half(loaded.model) else _dtype_of_base(loaded.model)
     used.use_cache = getattr(own, "use_cache", True)
     used.get_text_config().vocab_size = own.get_text_config().vocab_size  # PEFT adds the tokenizer's rows itself

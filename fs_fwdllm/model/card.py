@@ -72,7 +72,7 @@ def model_card(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str
 
 
 def _library(facts: SavedFacts, saved_as: str) -> str:
-    whole = "sentence-transformers" if _pools(facts) else "transformers"
+    whole = "sentence-transformers" if facts.pools else "transformers"
     return {"peft": "peft", "model": whole}.get(saved_as, "fs-fwdllm")
 
 
@@ -90,7 +90,7 @@ def _use(facts: SavedFacts, saved_as: str, rounded_by_others: bool) -> str:
         ask = '.predict(["the question"], ["the text that holds the answer"])'
     lines = ["## Use it\n", "```python", "import fs_fwdllm", "", f'print(fs_fwdllm.load("THIS_FOLDER"){ask})', "```\n"]
     dtype = ", dtype=torch.float32" if rounded_by_others else ""
-    if _pools(facts):
+    if facts.pools:
         lines += _use_of_sentence_classifier(saved_as, dtype)
     elif saved_as == "peft" and Path(facts.base_location).is_file():
         lines += _use_over_gguf(Path(facts.base_location).name)
@@ -120,11 +120,6 @@ def _use_over_gguf(file: str) -> list[str]:
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         "```\n",
     ]
-
-
-def _pools(facts: SavedFacts) -> bool:
-    """Whether the head reads a sentence encoder's vectors."""
-    return bool(facts.tree["fwdllm"].get("pooling", "none") != "none")
 
 
 def _use_of_sentence_classifier(saved_as: str, dtype: str) -> list[str]:

@@ -145,6 +145,11 @@ class SavedFacts:
         return replace(self, results=results)
 
     @property
+    def pools(self) -> bool:
+        """Whether the model is a classifier on a sentence encoder's vectors."""
+        return bool(self.tree.get("fwdllm", {}).get("pooling", "none") != "none")
+
+    @property
     def compute_dtype(self) -> str:
         """In which the base computed, by PyTorch's name."""
         own = self.tree.get("fwdllm", {})

@@ -23,8 +23,9 @@ from torch import nn
 from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ConfigError, ModelError, nearest, shown
-from fs_fwdllm.model.facts import FACTS_FILE
+from fs_fwdllm.model.facts import FACTS_FILE, SavedFacts
 from fs_fwdllm.model.own_folder import OWN_FOLDERS
+from fs_fwdllm.model.peft_parameters import OF_BASE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, is_of_parameters
 from fs_fwdllm.model.pooling import resolved
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 from fs_fwdllm.model.sentence_layout import read_layout, saved_names, transformer_folder
@@ -35,7 +36,6 @@ __all__ = ["folder_named", "initial_folder", "start_from"]
 #: Endings that FederatedScope's users give its pickled files.
 _OF_FILES = (".bin", ".ckpt", ".pt", ".pth")
 
-_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODEL_CONFIG = "config.json"
 #: What a run saves, the best first.
 _IN_A_RUN = ("adapter", "model")
@@ -103,10 +103,10 @@ def start_from(folder: Path | None, model: nn.Module, method: str, arguments: Ma
         return
     kind = _kind(folder)
     wanted = PARTS[method].saved_as
-    if kind != wanted:
+    if kind != wanted and (kind, wanted) != ("model", "parameters"):  # which are among a whole model's
         raise ConfigError(
-            f"fwdllm.init_adapter {str(folder)!r}: holds a {_IN_WORDS[kind]}, but llm.adapter trains {method!r}, which "
-            f"starts from a {_IN_WORDS[wanted]}"
+            f"fwdllm.init_adapter {str(folder)!r}: holds {_IN_WORDS[kind]}, but llm.adapter trains {method!r}, which "
+            f"starts from {_IN_WORDS[wanted]}"
         )
     _require_same_classes(folder, model)
     _START[kind](folder, model, arguments)
@@ -115,15 +115,26 @@ def start_from(folder: Path | None, model: nn.Module, method: str, arguments: Ma
 def _kind(folder: Path) -> str:
     """How a folder was saved, as ``Part.saved_as`` has it; empty if it was not."""
     found = next((kind for kind, file in _CONFIGS.items() if (folder / file).is_file()), "")
+    if found == "peft" and is_of_parameters(_read_json(folder / PEFT_CONFIG_FILE)):
+        return "parameters"
     return found or ("model" if (transformer_folder(folder) / _MODEL_CONFIG).is_file() else "")
 
 
-_CONFIGS = {"peft": _PEFT_CONFIG, **{k: own.config_file for k, own in OWN_FOLDERS.items()}, "model": _MODEL_CONFIG}
-_IN_WORDS = {"peft": "PEFT adapter", **{k: f"{k} adapter" for k in OWN_FOLDERS}, "model": "whole model"}
+_CONFIGS = {
+    "peft": PEFT_CONFIG_FILE,
+    **{kind: own.config_file for kind, own in OWN_FOLDERS.items()},
+    "model": _MODEL_CONFIG,
+}
+_IN_WORDS = {
+    "peft": "a PEFT adapter",
+    "parameters": "a head or biases alone",
+    **{kind: f"a {kind} adapter" for kind in OWN_FOLDERS},
+    "model": "a whole model",
+}
 
 
 def _start_from_peft(folder: Path, model: Any, arguments: Mapping[str, Any]) -> None:
-    theirs, ours = _read_json(folder / _PEFT_CONFIG), model.peft_config["default"].to_dict()
+    theirs, ours = _read_json(folder / PEFT_CONFIG_FILE), model.peft_config["default"].to_dict()
     for name in _PEFT_SETTINGS:
         if name in theirs and name in ours:
             _require_equal(folder, name, _plain(theirs[name]), _plain(ours[name]))
@@ -135,8 +146,15 @@ def _start_from_peft(folder: Path, model: Any, arguments: Mapping[str, Any]) -> 
                     _require_equal(folder, name, _plain(theirs[name]), _plain(ours[name]))
         for name, tensor in expected.items():
             if arguments.get("basis") and ".lora_A." in name and name in saved:
-                _require_same_basis(folder / _PEFT_WEIGHTS, name, saved[name], tensor)
+                _require_same_basis(folder / PEFT_WEIGHTS_FILE, name, saved[name], tensor)
         _copy(folder, saved, {name: (name, tensor) for name, tensor in expected.items()})
+
+
+def _start_from_parameters(folder: Path, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    _require_same_features(folder, model)
+    trained = {public_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    with _tensors(folder) as saved:
+        _copy(folder, saved, {name: (f"{OF_BASE}{name}", tensor) for name, tensor in trained.items()})
 
 
 def _start_from_own(folder: Path, model: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -168,7 +186,12 @@ def _start_from_model(folder: Path, model: nn.Module, arguments: Mapping[str, An
         _copy(folder, saved, pairs, whole=False)
 
 
-_START = {"peft": _start_from_peft, "model": _start_from_model, **dict.fromkeys(OWN_FOLDERS, _start_from_own)}
+_START = {
+    "peft": _start_from_peft,
+    "parameters": _start_from_parameters,
+    "model": _start_from_model,
+    **dict.fromkeys(OWN_FOLDERS, _start_from_own),
+}
 
 
 class _Files:
@@ -251,9 +274,8 @@ def _require_same_base(folder: Path, name: str, theirs: torch.Tensor, ours: torc
 
 def _require_same_features(folder: Path, model: nn.Module) -> None:
     """A head means nothing on other vectors than those it was trained on."""
-    theirs = read_layout(str(folder))
     here = resolved(model.features.layout if isinstance(model, SentenceClassifier) else None)
-    there = resolved(theirs if theirs is not None and theirs.head else None)
+    there = _features_of(folder)
     for key in here:
         if here[key] != there[key]:
             raise ConfigError(
@@ -261,6 +283,15 @@ def _require_same_features(folder: Path, model: nn.Module) -> None:
                 "head means nothing on other vectors; set both keys, pooling and feature_scale, to what it was trained "
                 "on"
             )
+
+
+def _features_of(folder: Path) -> Mapping[str, str]:
+    """What a saved head reads, as its facts say or its folder is laid out."""
+    if (folder / PEFT_CONFIG_FILE).is_file():
+        own = SavedFacts.read(folder).config().fwdllm if (folder / FACTS_FILE).is_file() else None
+        return {key: str(getattr(own, key, none)) for key, none in resolved(None).items()}
+    layout = read_layout(str(folder))
+    return resolved(layout if layout is not None and layout.head else None)
 
 
 def _require_same_basis(file: Path, name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:

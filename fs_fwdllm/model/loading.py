@@ -42,7 +42,7 @@ from fs_fwdllm.model.sentence_classifier import empty_transformer, load_transfor
 from fs_fwdllm.model.sentence_layout import SentenceLayout
 from fs_fwdllm.model.source import ModelSource, model_source, reading
 from fs_fwdllm.model.structure import head_modules, position_limit, positions_skip_padding, vocabulary_size
-from fs_fwdllm.model.trainable_parts import Request, adapter_request, attach
+from fs_fwdllm.model.trainable_parts import Request, SavedAs, adapter_request, attach, saved_as
 from fs_fwdllm.model.trial import (
     PADDED_RIGHT,
     Conduct,
@@ -95,6 +95,11 @@ class LoadedModel:
     conduct: Conduct = PADDED_RIGHT
     trial: tuple[tuple[int, ...], ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def saved_as(self) -> SavedAs:
+        """How what was trained is written."""
+        return saved_as(self.peft_method, pools=self.facts.pools)
 
 
 def load_model(config: Config, tokenizer: Any, classes: int | Sequence[str] = 0) -> LoadedModel:

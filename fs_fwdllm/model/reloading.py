@@ -24,13 +24,12 @@ from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import HALF_DTYPES
 from fs_fwdllm.model.loading import LoadedModel, load_model
 from fs_fwdllm.model.own_folder import OWN_FOLDERS, OwnFolder
+from fs_fwdllm.model.peft_parameters import OF_BASE, PEFT_WEIGHTS_FILE
 from fs_fwdllm.model.sentence_layout import saved_names
 from fs_fwdllm.model.tokenizer import load_tokenizer
-from fs_fwdllm.model.trainable_parts import PARTS
+from fs_fwdllm.model.trainable_parts import PARTS, saved_as
 
 __all__ = ["load_saved"]
-
-_PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[LoadedModel, Config, SavedFacts]:
@@ -47,18 +46,23 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
     facts = facts or SavedFacts.read(place)
     if facts.trained not in PARTS:
         raise ModelError(f"{place}: was trained as {facts.trained!r}; this version knows {', '.join(PARTS)}")
-    saved_as = PARTS[facts.trained].saved_as
-    own = OWN_FOLDERS.get(saved_as)
-    if saved_as == "model":  # as packed as it was, if it was, and on the disk if its blocks were trained there
+    kind = saved_as(facts.trained, pools=facts.pools)
+    if kind == "parameters" and not (place / PEFT_WEIGHTS_FILE).is_file():
+        kind = "model"  # as earlier versions wrote it
+    own = OWN_FOLDERS.get(kind)
+    if kind == "model":  # as packed as it was, if it was, and on the disk if its blocks were trained there
         streams = bool(facts.tree.get("fwdllm", {}).get("base", {}).get("stream"))
         config = facts.without_packing().with_base(stream=streams).config(place)
     else:
         config = facts.config(facts.base_location)
-        config = _with_own_basis(config, place / (own.weights_file if own is not None else _PEFT_WEIGHTS_FILE))
+        config = _with_own_basis(config, place / (own.weights_file if own is not None else PEFT_WEIGHTS_FILE))
     tokenizer = load_tokenizer(config, place)
     loaded = load_model(config, tokenizer, facts.classes)
-    if saved_as == "peft":
+    if kind == "peft":
         _fill_peft(loaded.model, place)
+    elif kind == "parameters":
+        tensors = _tensors(place / PEFT_WEIGHTS_FILE)
+        _fill(loaded.model, {name.removeprefix(OF_BASE): tensor for name, tensor in tensors.items()}, place)
     elif own is not None:
         _fill_own(loaded.model, own, place)
     else:
@@ -103,7 +107,7 @@ def _some_of(file: Path, renamed: Callable[[str], str], wanted: set[str] | None)
 
 
 def _fill_peft(model: Any, folder: Path) -> None:
-    tensors = _tensors(folder / _PEFT_WEIGHTS_FILE)
+    tensors = _tensors(folder / PEFT_WEIGHTS_FILE)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     misfits = {name for name in expected.keys() | tensors.keys() if _shape(expected, name) != _shape(tensors, name)}
     if misfits:

@@ -1,8 +1,9 @@
 """Writing what was trained, in the form others can load.
 
-PEFT methods leave a PEFT folder (``adapter/``), this package's own adapters a small folder of theirs (``adapter/``,
-:mod:`~fs_fwdllm.model.own_folder`), and methods that train parameters of the base itself a whole
-Hugging Face model (``model/``), which knows the classes by their names. Each has the tokenizer as the run used it, the
+PEFT methods leave a PEFT folder (``adapter/``), and so do those that train some parameters of the base itself, a head
+or biases (:mod:`~fs_fwdllm.model.peft_parameters`); this package's own adapters leave a small folder of theirs
+(``adapter/``, :mod:`~fs_fwdllm.model.own_folder`), and what trains all of the base a whole Hugging Face model
+(``model/``), which knows the classes by their names. Each has the tokenizer as the run used it, the
 facts that :func:`~fs_fwdllm.model.reloading.load_saved` needs, and a model card. All tensors are safetensors. A folder
 is written beside its place and moved there when it is complete, so that a reader sees the old one or the new one, never
 half of one. The model in memory is only read.
@@ -38,12 +39,19 @@ from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import ModelError, nearest
 from fs_fwdllm.model.base.packed import reader_of
 from fs_fwdllm.model.base.writing import Unread, unread_state, write_unread
-from fs_fwdllm.model.base_folder import config_as_used, config_of_base, config_to_keep, link_to, weights_of
+from fs_fwdllm.model.base_folder import base_model, config_as_used, config_of_base, config_to_keep, link_to, weights_of
 from fs_fwdllm.model.card import model_card
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import rounds_when_loaded_in_half
 from fs_fwdllm.model.loading import LoadedModel
 from fs_fwdllm.model.own_folder import OWN_FOLDERS
+from fs_fwdllm.model.peft_parameters import (
+    OF_BASE,
+    PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILE,
+    settings_of_parameters,
+    trained_names,
+)
 from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier, SentenceFeatures
 from fs_fwdllm.model.sentence_layout import (
@@ -53,7 +61,6 @@ from fs_fwdllm.model.sentence_layout import (
     split_state,
     write_layout,
 )
-from fs_fwdllm.model.trainable_parts import PARTS
 
 __all__ = ["save_trained", "write_folder"]
 
@@ -82,13 +89,13 @@ def save_trained(
         ModelError: a name in ``values`` is not a parameter of the model, or has another shape.
         OSError: the folder cannot be written; what was there before is still there.
     """
-    name = "model" if PARTS[loaded.peft_method].saved_as == "model" else "adapter"
+    name = "model" if loaded.saved_as == "model" else "adapter"
     return write_folder(loaded, Path(folder).absolute() / f"{name}{suffix}", values or {}, facts or loaded.facts)
 
 
 def write_folder(loaded: LoadedModel, target: Path, values: Mapping[str, torch.Tensor], facts: SavedFacts) -> Path:
     """As :func:`save_trained`, to the folder ``target`` itself."""
-    saved_as = PARTS[loaded.peft_method].saved_as
+    saved_as = loaded.saved_as
     write: Callable[[Path], None]
     if saved_as == "model" and reader_of(loaded.model) is not None:
         write = partial(_write_streamed, loaded, unread_state(loaded.model, values))
@@ -98,9 +105,10 @@ def write_folder(loaded: LoadedModel, target: Path, values: Mapping[str, torch.T
     with _staged(target) as staging:
         write(staging)
         facts.write(staging)
-        card = model_card(facts, saved_as, rounds_when_loaded_in_half(loaded.model))
+        of_peft = saved_as in ("peft", "parameters")
+        card = model_card(facts, "peft" if of_peft else saved_as, rounds_when_loaded_in_half(loaded.model))
         (staging / "README.md").write_text(card, encoding="utf-8", errors="replace")
-        if saved_as == "peft":
+        if of_peft:
             _name_base(loaded, staging, target.parent / _BASE_FOLDER)
     return target
 
@@ -119,7 +127,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 def _name_base(loaded: LoadedModel, adapter: Path, folder: Path) -> None:
     """Let PEFT's automatic loading find the base as the run used it."""
-    base = loaded.model.get_base_model()  # type: ignore[operator]
+    base = base_model(loaded.model)
     features = base.features if isinstance(base, SentenceClassifier) else None
     config = config_to_keep(loaded) if features is None else config_as_used(loaded)
     weights = weights_of(loaded.source)
@@ -132,7 +140,7 @@ def _name_base(loaded: LoadedModel, adapter: Path, folder: Path) -> None:
         config.save_pretrained(place)
         for path in weights:
             link_to(path, place / path.name)
-    _change_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(folder)})
+    _change_json(adapter / PEFT_CONFIG_FILE, {"base_model_name_or_path": str(folder)})
 
 
 def _write_layout(loaded: LoadedModel, features: SentenceFeatures, folder: Path, classes: int) -> None:
@@ -165,8 +173,16 @@ def _write_peft(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Pat
     loaded.tokenizer.save_pretrained(str(folder))
 
 
+def _write_parameters(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    tensors = {f"{OF_BASE}{name}": state[name].detach().cpu().contiguous() for name in trained_names(loaded.model)}
+    save_file(tensors, folder / PEFT_WEIGHTS_FILE, metadata={"format": "pt"})
+    settings, model_class = settings_of_parameters(loaded.model, loaded.task, loaded.source.location)
+    settings.save_pretrained(str(folder), auto_mapping_dict=model_class)
+    loaded.tokenizer.save_pretrained(str(folder))
+
+
 def _write_own(loaded: LoadedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
-    own = OWN_FOLDERS[PARTS[loaded.peft_method].saved_as]
+    own = OWN_FOLDERS[loaded.saved_as]
     tensors = {name: state[name].detach().cpu().contiguous() for name, _ in own.tensors(loaded.model)}
     save_file(tensors, folder / own.weights_file, metadata={"format": "pt"})
     settings = {
@@ -224,7 +240,12 @@ def _write_beside_model(loaded: LoadedModel, folder: Path) -> None:
     _change_json(folder / "config.json", changes)
 
 
-_WRITERS = {"peft": _write_peft, "model": _write_model, **dict.fromkeys(OWN_FOLDERS, _write_own)}
+_WRITERS = {
+    "peft": _write_peft,
+    "parameters": _write_parameters,
+    "model": _write_model,
+    **dict.fromkeys(OWN_FOLDERS, _write_own),
+}
 
 
 def _change_json(file: Path, changes: Mapping[str, Any]) -> None:

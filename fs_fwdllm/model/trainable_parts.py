@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.utils import constants as peft_constants
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -30,6 +30,7 @@ from fs_fwdllm.model.bottleneck import attach_bottleneck, bottleneck_places
 from fs_fwdllm.model.initialisation import draw_uniform_, private_torch_rng
 from fs_fwdllm.model.lora_basis import fix_lora_a, lora_places
 from fs_fwdllm.model.output_residual import attach_output_residual, output_residual_places
+from fs_fwdllm.model.peft_parameters import kept_modules, peft_task
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 from fs_fwdllm.model.structure import (
     attention_projections,
@@ -41,13 +42,17 @@ from fs_fwdllm.model.structure import (
     short_names,
 )
 
-__all__ = ["PARTS", "Part", "Request", "adapter_request", "attach"]
+__all__ = ["PARTS", "Part", "Request", "SavedAs", "adapter_request", "attach", "saved_as"]
 
 _PACKAGES = ("peft", "fs_fwdllm")
 _HARMLESS_WARNINGS = ("fan_in_fan_out is set to", "Unsupported layer type", "`is_gradient_checkpointing` is deprecated")
 #: Layers whose weights the kernels of state-space models read themselves, so that an adapter beside them is not seen.
 _READ_PAST_FORWARD = ("dt_proj", "out_proj")
 _MANAGED_FIELDS = {field_.name for field_ in dataclasses.fields(PeftConfig)} | {"inference_mode"}
+
+
+#: How what was trained is written.
+SavedAs = Literal["peft", "parameters", "bottleneck", "output_residual", "model"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,16 @@ class Part:
     """One way to choose trainable parameters: how to attach it, which arguments it takes, how it is saved.
 
     Attributes:
+        saved_as: an adapter of PEFT's, some parameters of the base in PEFT's format, one of this package's adapters,
+            or a whole model.
         places: where the untrained adapter of a model reads activations, and how many directions its arguments ask
             for; ``None`` where it takes no ``basis``.
         basis_arguments: those of ``arguments`` that say what a basis is and how it is used.
     """
 
     attach: Callable[[Request], nn.Module]
+    saved_as: SavedAs
     arguments: frozenset[str] = frozenset()
-    saved_as: Literal["peft", "bottleneck", "output_residual", "model"] = "model"
     places: Callable[[nn.Module, Mapping[str, Any]], list[Place]] | None = None
     basis_arguments: frozenset[str] = frozenset()
 
@@ -110,6 +117,17 @@ def attach(method: str, request: Request) -> nn.Module:
     """Freeze ``request.model``, make the parts of ``method`` trainable, and return the model to train."""
     request.model.requires_grad_(False)
     return PARTS[method].attach(request)
+
+
+def saved_as(method: str, *, pools: bool) -> SavedAs:
+    """How what ``method`` trained is written.
+
+    Args:
+        pools: whether the model is a sentence classifier. Of such a model all is written: the folder is then one of
+            sentence-transformers', where PEFT would put a head alone onto any other classifier without a word.
+    """
+    kind = PARTS[method].saved_as
+    return "model" if pools and kind == "parameters" else kind
 
 
 def _require_known(what: str, value: Any, allowed: Iterable[str]) -> None:
@@ -258,19 +276,14 @@ def _row(request: Request, known: dict[str, Any]) -> list[str]:
 def _train_peft(config_type: type[PeftConfig], request: Request, arguments: dict[str, Any]) -> nn.Module:
     arguments = dict(arguments)
     kept = [*(arguments.pop("modules_to_save", None) or []), *request.head]
-    # PEFT's own model for question answering drops token_type_ids on their way to the base; the plain one does not
-    task = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}.get(request.task)
-    pools = isinstance(request.model, SentenceClassifier)
-    if pools:  # without a task, what is saved names this very class, and no other is loaded in its place
-        task = None
+    task, pools = peft_task(request.model, request.task), isinstance(request.model, SentenceClassifier)
+    if pools:
         arguments = _all_linear(request.model, arguments)
-    elif task is TaskType.SEQ_CLS:  # PEFT adds these two itself for classifiers, and would list them twice
-        kept = [name for name in kept if name not in ("classifier", "score")]
     try:
         with private_torch_rng(request.seed), warnings.catch_warnings():
             for harmless in _HARMLESS_WARNINGS:
                 warnings.filterwarnings("ignore", message=harmless)
-            settings = config_type(task_type=task, modules_to_save=kept or None, **arguments)  # type: ignore[call-arg]
+            settings = config_type(task_type=task, modules_to_save=kept_modules(task, kept), **arguments)  # type: ignore[call-arg]
             model: nn.Module = get_peft_model(request.model, settings)
             return _by_full_names(model) if pools else model
     except Exception as error:  # it meets modules and arguments of any kind
@@ -301,7 +314,7 @@ def _by_full_names(model: Any) -> Any:
 
 def _peft_part(function: Callable[[Request], nn.Module], config_type: type[PeftConfig]) -> Part:
     names = {field_.name for field_ in dataclasses.fields(config_type)} - _MANAGED_FIELDS
-    return Part(function, frozenset(names), "peft")
+    return Part(function, "peft", frozenset(names))
 
 
 def _with_basis(part: Part, places: Callable[[nn.Module, Mapping[str, Any]], list[Place]], *ranks: str) -> Part:
@@ -312,23 +325,23 @@ def _with_basis(part: Part, places: Callable[[nn.Module, Mapping[str, Any]], lis
         others = {name: value for name, value in request.arguments.items() if name != "basis_digest"}
         return part.attach(dataclasses.replace(request, arguments=others))
 
-    return Part(attach, part.arguments | own, part.saved_as, places, own)
+    return Part(attach, part.saved_as, part.arguments | own, places, own)
 
 
 PARTS: dict[str, Part] = {
     "lora": _with_basis(_peft_part(_train_lora, LoraConfig), lora_places),
     "ia3": _peft_part(_train_ia3, IA3Config),
     "layernorm": _peft_part(_train_norms, LNTuningConfig),
-    "bitfit": Part(_train_biases),
+    "bitfit": Part(_train_biases, "parameters"),
     "bottleneck": _with_basis(
-        Part(_train_bottleneck, frozenset({"reduction_factor", "layers"}), "bottleneck"),
+        Part(_train_bottleneck, "bottleneck", frozenset({"reduction_factor", "layers"})),
         bottleneck_places,
         "in_rank",
         "out_rank",
     ),
     "output_residual": _with_basis(
-        Part(_train_output_residual, frozenset({"rank", "bias"}), "output_residual"), output_residual_places
+        Part(_train_output_residual, "output_residual", frozenset({"rank", "bias"})), output_residual_places
     ),
-    "head": Part(_train_head),
-    "full": Part(_train_full),
+    "head": Part(_train_head, "parameters"),
+    "full": Part(_train_full, "model"),
 }

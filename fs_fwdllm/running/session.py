@@ -34,7 +34,6 @@ from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
 from fs_fwdllm.model.saving import write_folder
 from fs_fwdllm.model.source import folder_files, model_task
-from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.choice import Choice, choose
 from fs_fwdllm.running.evaluation_work import evaluates_first, remark_on_evaluations
 from fs_fwdllm.running.first_rate import check_first_rate, describe_rate, with_first_rate
@@ -294,7 +293,7 @@ class Session:
     @property
     def saves_adapter(self) -> bool:
         """Whether :meth:`save` writes an adapter, rather than a whole model."""
-        return PARTS[self.loaded.peft_method].saved_as != "model"
+        return self.loaded.saved_as != "model"
 
     @property
     def compares_rounds(self) -> bool:

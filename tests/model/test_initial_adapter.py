@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fs_fwdllm.errors import CheckpointError, ConfigError, ModelError
 from fs_fwdllm.model import LoadedModel, load_model, load_tokenizer, save_trained
@@ -190,8 +190,32 @@ def test_a_model_of_another_base_is_refused(base: Path, tmp_path: Path, method: 
     other = tmp_path / "other"
     shutil.copytree(base, other)
     rewrite(other, lambda tensors: next(value for name, value in tensors.items() if "query.weight" in name).add_(1.0))
-    saved = save_trained(load(other, method), tmp_path / "run")
+    saved = save_trained(load(other, "full"), tmp_path / "run")
     with pytest.raises(ModelError, match=r"its frozen .* is not that of model\.type: it was made on another base"):
+        load(base, method, saved)
+
+
+@pytest.mark.parametrize("method", ["head", "bitfit"])
+def test_some_parameters_start_from_a_whole_model_too(base: Path, tmp_path: Path, method: str) -> None:
+    """As earlier versions saved them, and as Hugging Face does."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.add_(1.0)
+    model.save_pretrained(tmp_path / "elsewhere")
+    found = trained(load(base, method, tmp_path / "elsewhere"))
+    expected = dict(model.named_parameters())
+    assert found and all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "other"), [("head", "bitfit"), ("bitfit", "head"), ("lora", "head"), ("head", "lora")]
+)
+def test_parameters_that_are_not_those_to_be_trained_are_refused(
+    base: Path, tmp_path: Path, method: str, other: str
+) -> None:
+    saved = save_trained(load(base, other), tmp_path / "run")
+    with pytest.raises((ConfigError, ModelError), match=r"fwdllm\.init_adapter .*(lacks|has, and|holds a)"):
         load(base, method, saved)
 
 

@@ -30,7 +30,7 @@ from fs_fwdllm.model.gguf_file import read_gguf
 from fs_fwdllm.model.gguf_settings import gguf_config, has_own_config
 from fs_fwdllm.model.sentence_layout import transformer_folder
 from fs_fwdllm.model.source import ModelSource
-from fs_fwdllm.model.trainable_parts import PARTS, adapter_request
+from fs_fwdllm.model.trainable_parts import adapter_request
 
 __all__ = ["PackedBase", "packed_base"]
 
@@ -190,11 +190,11 @@ def _refuse_to_train_it(config: Config, source: ModelSource, found: dict[str, An
             f"llm.adapter.use: is false, which trains every parameter, but {how} and its weights cannot be "
             "trained; use an adapter (lora), or the float model, resident"
         )
-    if (wanted.stream or source.gguf is not None) and PARTS[method].saved_as == "model":
+    if (wanted.stream or source.gguf is not None) and method == "bitfit":
         otherwise = "the folder of the float model" if source.gguf is not None else "fwdllm.base.stream false"
         raise ConfigError(
-            f"llm.adapter.args adapter_method: {method!r} is saved as a whole model, but {how}; use an adapter (lora, "
-            f"bottleneck, output_residual), or {otherwise}"
+            f"llm.adapter.args adapter_method: {method!r} trains in place what the layers of the base add, but {how}; "
+            f"use an adapter (lora, bottleneck, output_residual), or {otherwise}"
         )
 
 

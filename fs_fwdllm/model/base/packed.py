@@ -82,8 +82,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype."""
-        product: torch.Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        bias = self.bias
+        if bias is None or not bias.requires_grad:  # added by the kernel of the product, as that of floats does
+            return _Product.apply(input, self, bias is not None)  # type: ignore[no-untyped-call, no-any-return]
+        product: torch.Tensor = _Product.apply(input, self, False)  # type: ignore[no-untyped-call]
+        return product + bias.to(product.dtype)
 
     def blocks(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
         """``(first, last, rows)`` over the matrix; ``rows`` ``[last - first, in]`` last until the next are wanted."""
@@ -134,35 +137,38 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+    def forward(input: torch.Tensor, layer: PackedLinear, with_bias: bool) -> torch.Tensor:
+        bias = layer.bias.detach().to(input.dtype) if with_bias and layer.bias is not None else None
         output = None  # made when the first rows are there: passes that wait for them side by side do without
         for first, last, rows in layer.blocks(input.dtype, input.device):
             if output is None:
                 output = input.new_empty(*input.shape[:-1], layer.out_features)
-            output[..., first:last] = F.linear(input, rows)
+            output[..., first:last] = F.linear(input, rows, None if bias is None else bias[first:last])
         assert output is not None
         return output
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, PackedLinear], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, PackedLinear, bool], output: torch.Tensor) -> None:
         ctx.layer = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         layer: PackedLinear = ctx.layer
         total = torch.zeros(*gradient.shape[:-1], layer.in_features, dtype=gradient.dtype, device=gradient.device)
         for first, last, rows in layer.blocks(gradient.dtype, gradient.device):
             total += gradient[..., first:last] @ rows
-        return total, None
+        return total, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor, _: None) -> torch.Tensor:
-        product: torch.Tensor = _Product.apply(tangent, ctx.layer)  # type: ignore[no-untyped-call]
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
+        product: torch.Tensor = _Product.apply(tangent, ctx.layer, False)  # type: ignore[no-untyped-call]
         return product
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, input: torch.Tensor, layer: PackedLinear) -> tuple[torch.Tensor, int]:
-        return _Product.apply(input.movedim(in_dims[0], 0), layer), 0  # type: ignore[no-untyped-call]
+    def vmap(
+        info: Any, in_dims: Any, input: torch.Tensor, layer: PackedLinear, with_bias: bool
+    ) -> tuple[torch.Tensor, int]:
+        return _Product.apply(input.movedim(in_dims[0], 0), layer, with_bias), 0  # type: ignore[no-untyped-call]
 
 
 def packed_layers(model: nn.Module) -> list[tuple[str, PackedLinear]]:

@@ -266,7 +266,7 @@ def test_the_digest_is_of_settings_tensors_and_form(tmp_path: Path) -> None:
     ("method", "own", "pattern"),
     [
         ("full", {}, r"llm\.adapter\.use: is false.*is packed \(GGUF Q4_K, Q6_K\)"),
-        ("bitfit", {}, r"'bitfit' is saved as a whole model.*folder of the float model"),
+        ("bitfit", {}, r"'bitfit' trains in place what the layers of the base add.*folder of the float model"),
         ("lora", {"federate.method": "fedcybgd"}, r"federate\.method: is 'fedcybgd'.*GGUF"),
         (
             "lora",

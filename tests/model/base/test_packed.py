@@ -42,6 +42,15 @@ def test_the_product_is_that_of_its_numbers(form: Form, dtype: torch.dtype, bias
     assert packed(given).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 27, 64])
+def test_its_bits_are_those_of_an_ordinary_layer(rows: int, dtype: torch.dtype) -> None:
+    """Bias and all: processors differ in whether a product plus a bias is what one call gives for the two."""
+    packed, plain = layers(96, 64, dtype=dtype)
+    given = torch.randn(rows, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert torch.equal(packed(given), plain(given))
+
+
 def test_a_matrix_of_several_blocks_is_one_product_after_the_other() -> None:
     packed, plain = layers(300, 8192, Form("int4", 128))
     assert len(list(packed.blocks(torch.float32, torch.device("cpu")))) > 2

@@ -115,7 +115,7 @@ def test_slopes_are_equal_to_the_bit_and_every_byte_is_read_once_a_pass(
     ("architecture", "method"),
     [
         *itertools.product(["llama", "albert", "qwen2", "roberta"], ["lora", "ia3", "bottleneck"]),
-        *itertools.product(["llama", "qwen2"], ["layernorm"]),  # a classifier's is saved as a whole model
+        *itertools.product(["llama", "qwen2"], ["layernorm"]),
     ],
 )
 def test_passes_side_by_side_are_passes_one_by_one(
@@ -156,7 +156,7 @@ def test_what_is_played_back_is_not_read(tmp_path: Path) -> None:
     assert torch.equal(loss.here(), twin.plain.on(twin.batch()).here())
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "layernorm", "bottleneck", "output_residual"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "layernorm", "bottleneck", "output_residual", "head"])
 def test_an_adapter_over_the_disk_is_saved_and_loaded(tmp_path: Path, method: str) -> None:
     folder = model_folder(tmp_path, "llama", "int4")
     loaded = load(folder, method, base=STREAM)
@@ -202,11 +202,31 @@ def test_whoever_looks_into_the_head_has_it_in_memory(tmp_path: Path, estimator:
     )
 
 
+@pytest.mark.parametrize("form", ["float", "int4"])
+@pytest.mark.parametrize(
+    ("architecture", "estimator"), [("llama", "closed_form"), ("albert", "closed_form"), ("roberta", "central")]
+)
+def test_a_new_head_is_in_memory_over_what_is_on_the_disk(
+    tmp_path: Path, architecture: str, estimator: str, form: str
+) -> None:
+    """The law of a classifier's head alone: the slopes of memory, and its own few kilobytes on the disk."""
+    folder = model_folder(tmp_path, architecture, form)
+    settings = {"fwdllm.estimator": estimator, "fwdllm.probes": 5}
+    streamed = load(folder, "head", True, base=STREAM, **settings)
+    expected = slopes(load(folder, "head", True, **settings), settings, True)
+    assert expected.any() and np.array_equal(slopes(streamed, settings, True), expected)
+    saved = save_trained(streamed, tmp_path / "saved")
+    assert sum(file.stat().st_size for file in saved.glob("*.safetensors")) < 300_000
+    again, _, _ = load_saved(saved)
+    assert reader_of(again.model) is not None
+    assert np.array_equal(slopes(again, settings, True), expected)
+
+
 @pytest.mark.parametrize(
     ("method", "own", "pattern"),
     [
         ("full", {}, r"llm\.adapter\.use: is false.*leaves it on the disk"),
-        ("bitfit", {}, r"adapter_method: 'bitfit' is saved as a whole model"),
+        ("bitfit", {}, r"adapter_method: 'bitfit' trains in place what .* leaves it on the disk"),
     ],
 )
 def test_what_would_have_to_be_in_memory_is_refused(
