@@ -20,6 +20,7 @@ from fs_fwdllm import RunResult, Sampling, load, merge, run
 from fs_fwdllm.cli.main import app
 from fs_fwdllm.errors import ConfigError, DataError, ModelError
 from fs_fwdllm.model.own_folder import OWN_FOLDERS
+from fs_fwdllm.model.quiet import quiet_transformers
 from fs_fwdllm.model.trainable_parts import PARTS
 from fs_fwdllm.running.evaluating import evaluate_file, evaluate_run
 from fs_fwdllm.running.local import run as run_folder
@@ -76,10 +77,15 @@ def test_a_text_has_one_prediction_in_any_company_and_any_batch(world: World) ->
     assert trained.predict(["", SENTENCES[0]])[0].label in ("", *CLASSES)
 
 
-def test_pipeline_answers_with_the_same_names(world: World) -> None:
-    result = run(world.config({**BACKPROP, **part("head")}))
+@pytest.mark.parametrize("method", ["head", "bitfit", "lora"])
+def test_pipeline_answers_with_the_same_names(world: World, method: str) -> None:
+    """Given the model: by the adapter's folder alone a pipeline takes the base, and a new head of its own."""
+    result = run(world.config({**BACKPROP, **part(method)}))
     ours = result.load().predict(SENTENCES)
-    theirs = pipeline("text-classification", model=str(result.folder / "model"), device="cpu")(SENTENCES)
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(result.folder / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(result.folder / "adapter")
+    theirs = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(SENTENCES)
     assert [one.label for one in ours] == [one["label"] for one in theirs]
 
 

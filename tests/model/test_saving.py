@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from fs_fwdllm.model import (
     load_tokenizer,
     save_trained,
 )
+from fs_fwdllm.model.saving import write_folder
 from fs_fwdllm.model.trainable_parts import PARTS
 from tests.model.test_bottleneck import logits, shake
 from tests.model.test_trainable_parts import cases, impossible
@@ -221,6 +223,18 @@ def test_what_is_saved_is_loaded_with_the_same_bits(tmp_path, architecture, meth
     if PARTS[method].saved_as == "model":  # complete without the base
         shutil.rmtree(base)
         assert torch.equal(logits(load_saved(written)[0].model, batch), trained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["head", "bitfit"])
+def test_what_an_earlier_version_saved_with_all_of_the_model_is_loaded(tmp_path, method, dtype):
+    loaded = load(save_tiny_model(tmp_path / "m", "bert"), method, **{"fwdllm.base.compute_dtype": dtype})
+    shake(loaded.model)
+    written = write_folder(dataclasses.replace(loaded, peft_method="full"), tmp_path / "model", {}, loaded.facts)
+    shutil.rmtree(tmp_path / "m")
+    again, _, facts = load_saved(written)
+    assert facts.trained == method
+    assert torch.equal(logits(again.model, tiny_batch()), logits(loaded.model, tiny_batch()))
 
 
 def without_peft(name):
