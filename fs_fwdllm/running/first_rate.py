@@ -39,7 +39,7 @@ def check_first_rate(config: Config) -> None:
     """
     given, wanted = config.train.optimizer.lr, config.fwdllm.rate_for_trainables
     reasons = {
-        "slopes are measured by fedfwd and fedmezo alone": not config.method.measures_slopes,
+        "clients of this method send no slopes, whose noise would bound a rate": not config.method.measures_slopes,
         "fwdllm.first_rate 'safe' finds the rate itself": config.fwdllm.first_rate != "given",
         "every part of fwdllm.parts has a number and a rate of its own": bool(config.fwdllm.parts),
     }

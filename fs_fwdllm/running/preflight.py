@@ -14,9 +14,16 @@ from fs_fwdllm.data.sources import read_source
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.evaluation.metrics import check_metrics
 from fs_fwdllm.method import check_combination
-from fs_fwdllm.model.source import model_source
+from fs_fwdllm.model.source import model_source, model_task
 
-__all__ = ["ask_hub_last", "check_beforehand"]
+__all__ = ["ask_hub_last", "check_beforehand", "check_task"]
+
+#: What data a model is for, in the words of ``data.type``.
+_DATA_OF_MODEL = {
+    "causal_lm": "NAME@llm, or NAME@text to classify by label words",
+    "classification": "NAME@text",
+    "question_answering": "NAME@qa",
+}
 
 
 def check_beforehand(config: Config) -> None:
@@ -42,3 +49,17 @@ def ask_hub_last(config: Config) -> None:
     """
     if not model_source(config).is_local:
         read_source(config)
+
+
+def check_task(config: Config) -> None:
+    """Refuse data that the model is not for (instructions for a classifier), before anything is loaded.
+
+    Raises:
+        ConfigError: names the three keys.
+    """
+    task, model = data_task(config), model_task(config)
+    if model != {"label_words": "causal_lm", "regression": "classification"}.get(task, task):
+        raise ConfigError(
+            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r} and model.task "
+            f"{config.model.task!r}: that model needs data of the form {_DATA_OF_MODEL[model]}"
+        )

@@ -17,10 +17,9 @@ from fs_fwdllm.config import Config
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.data import Batch, FederatedData, load_federated_data
 from fs_fwdllm.data.batches import evaluation_batches as cut_evaluation_batches
-from fs_fwdllm.data.readers import data_task
 from fs_fwdllm.data.summary import data_remarks
 from fs_fwdllm.data.types import rows_fingerprint
-from fs_fwdllm.errors import ConfigError, DataError
+from fs_fwdllm.errors import DataError
 from fs_fwdllm.evaluation.metrics import check_metrics, evaluate, majority_scores
 from fs_fwdllm.method import Parts, RoundReport, RoundServer, check_combination, recipe_of
 from fs_fwdllm.method.forward.cosine import add_cosine
@@ -33,11 +32,11 @@ from fs_fwdllm.model.basis_file import basis_file, basis_fingerprint
 from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.initial_adapter import initial_folder
 from fs_fwdllm.model.saving import write_folder
-from fs_fwdllm.model.source import folder_files, model_task
+from fs_fwdllm.model.source import folder_files
 from fs_fwdllm.running.choice import Choice, choose
 from fs_fwdllm.running.evaluation_work import evaluates_first, remark_on_evaluations
 from fs_fwdllm.running.first_rate import check_first_rate, describe_rate, with_first_rate
-from fs_fwdllm.running.preflight import ask_hub_last
+from fs_fwdllm.running.preflight import ask_hub_last, check_task
 from fs_fwdllm.running.sampling import clients_per_round
 
 __all__ = ["Session"]
@@ -74,6 +73,9 @@ class Session:
     _told_divergence: bool = False
     _first_loss: tuple[int, float] | None = None
 
+    #: The configuration before its rate was found.
+    given: Config = field(default_factory=Config)
+
     @classmethod
     def open(cls, config: Config) -> Session:
         """Load everything ``config`` names.
@@ -82,7 +84,7 @@ class Session:
             ConfigError, DataError, ModelError: see their messages.
         """
         check_combination(config)
-        _check_task(config)
+        check_task(config)
         check_first_rate(config)
         ask_hub_last(config)
         tokenizer = load_tokenizer(config)
@@ -119,6 +121,7 @@ class Session:
         )
         return cls(
             config=parts.config,
+            given=given,
             data=data,
             loaded=loaded,
             parts=parts,
@@ -128,6 +131,23 @@ class Session:
             _metrics=check_metrics(config.eval.metrics, data.task),
             choice=choose(config, data.task, _splits_with_samples(data)),
         )
+
+    def admit(self, client_samples: dict[int, int]) -> None:
+        """Learn who takes part, where clients are elsewhere and say so as they join; a rate that follows from their
+        number is found anew.
+
+        Args:
+            client_samples: each client's training samples, counted.
+        """
+        self.client_samples = client_samples
+        config = with_first_rate(self.given, self.loaded, _asked(self.given, len(client_samples)))
+        self.rate_remark = describe_rate(self.given, config)
+        rate = config.train.optimizer.lr
+        if rate != self.config.train.optimizer.lr:
+            optimizer = self.config.train.optimizer.model_copy(update={"lr": rate})
+            train = self.config.train.model_copy(update={"optimizer": optimizer})
+            self.config = self.config.model_copy(update={"train": train})
+            self.parts = replace(self.parts, config=self.config)
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Say what is about to be trained, on what."""
@@ -367,23 +387,5 @@ def _splits_with_samples(data: FederatedData) -> set[str]:
     return {name for name in ("val", "test") if any(getattr(holder, name) for holder in holders)}
 
 
-#: What data a model is for, in the words of ``data.type``.
-_DATA_OF_MODEL = {
-    "causal_lm": "NAME@llm, or NAME@text to classify by label words",
-    "classification": "NAME@text",
-    "question_answering": "NAME@qa",
-}
-
-
 def _fingerprint(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _check_task(config: Config) -> None:
-    """Refuse data that the model is not for (instructions for a classifier), before anything is loaded."""
-    task, model = data_task(config), model_task(config)
-    if model != {"label_words": "causal_lm", "regression": "classification"}.get(task, task):
-        raise ConfigError(
-            f"data.type {config.data.type!r} does not go with model.type {config.model.type!r} and model.task "
-            f"{config.model.task!r}: that model needs data of the form {_DATA_OF_MODEL[model]}"
-        )

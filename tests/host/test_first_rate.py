@@ -119,7 +119,7 @@ def test_a_run_at_a_carried_rate_goes_on_at_it(world: World) -> None:
 @pytest.mark.parametrize(
     ("own", "reason"),
     [
-        ({"federate.method": "FedAvg"}, "slopes are measured by fedfwd and fedmezo"),
+        ({"federate.method": "FedAvg"}, "clients of this method send no slopes"),
         ({"fwdllm.first_rate": "safe", "train.optimizer.lr": 0.1}, "finds the rate itself"),
         ({"fwdllm.parts": [{"match": "*", "slopes": "central", "probes": 4}]}, "a rate of its own"),
     ],

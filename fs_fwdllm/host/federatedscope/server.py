@@ -95,9 +95,7 @@ class FwdLLMServer(MemberServer):
 
     def _start(self) -> None:
         session = self._process.session
-        session.client_samples = {
-            client: hello.samples for client, hello in sorted(self._clients.items()) if hello.samples
-        }
+        session.admit({client: hello.samples for client, hello in sorted(self._clients.items()) if hello.samples})
         run_state.require_work(session.config, len(session.client_samples))
         folder, checkpoint = run_state.open_folder(self._process, Path(self._cfg.outdir))
         console = Console(file=cast(IO[str], LogLines()), highlight=False, width=200, color_system=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tests.host.federatedscope.federation import Federation, presplit, write_config
 from tests.host.federatedscope.participants import Starter
 from tests.host.fixtures import models, world
-from tests.host.small import World
+from tests.host.small import World, read_jsonl
 
 __all__ = ["models", "world"]
 
@@ -73,3 +74,26 @@ def test_how_results_are_asked_for_changes_nothing(world: World, launcher: Start
     expected, seen, apart = federation.local(), federation.standalone(), federation.distributed()
     assert seen.digests == apart.digests == expected.digests
     assert seen.traffic == apart.traffic
+
+
+def test_a_rate_follows_from_who_takes_part(world: World, launcher: Starter, tmp_path: Path) -> None:
+    """A server whose host has read its own rows only learns it as clients join."""
+    rows = [{"question": f"w{row % 50 + 3}", "answer": "w3 #### 4"} for row in range(60)]
+    (world.root / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (world.root / "gsm8k_test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    settings = {
+        **_FORWARD, "fwdllm.rate_for_trainables": 50, "data.type": "gsm8k@llm", "data.root": str(world.root),
+        "fwdllm.data.reader": "host", "llm.tok_len": 256,
+    }  # fmt: skip
+    federation = Federation(write_config(world, settings), tmp_path, launcher)
+    expected = federation.standalone()
+    assert federation.distributed() == expected
+    rates = [
+        {rate for line in read_jsonl(federation.folder(name) / "metrics.jsonl") for rate in _rates(line)}
+        for name in ("standalone", "server")
+    ]
+    assert rates[0] == rates[1] and max(rates[0]) < 0.01
+
+
+def _rates(line: dict[str, Any]) -> list[float]:
+    return list(line.get("learning_rate", {}).values())
