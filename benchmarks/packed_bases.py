@@ -32,16 +32,8 @@ _QUICK = ["federate.total_round_num", "1", "data.subsample", "0.02", "fwdllm.dat
 
 def configured(form: str, seed: int, folder: Path, options: argparse.Namespace) -> Config:
     given = [*options.words, "seed", str(seed), "outdir", str(folder), "expname", f"{form}-{seed}"]
-    given += [
-        "fwdllm.base.quantise",
-        form,
-        "eval.freq",
-        "-1",
-        "fwdllm.check_saved",
-        "false",
-        "fwdllm.saved_round",
-        "last",
-    ]
+    given += ["fwdllm.base.quantise", form, "eval.freq", "-1", "fwdllm.first_evaluation", "always"]
+    given += ["fwdllm.check_saved", "false", "fwdllm.saved_round", "last"]
     return load_config(options.file, [*given, *(_QUICK if options.quick else ())])
 
 
