@@ -146,6 +146,7 @@ def test_a_decoder_classifies_by_label_words(call, world, method):
             "federate.total_round_num": 2,
             "fwdllm.data.prompt": "{text} w90",
             "fwdllm.data.label_words": ["w91", "w92", "w93"],
+            "fwdllm.first_evaluation": "always",
         }
     )
     cfg = world.root / "l.yaml"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from fs_fwdllm import load
+from fs_fwdllm import load, merge
 from fs_fwdllm.config import parse_config
 from fs_fwdllm.data import collate, load_federated_data
 from fs_fwdllm.data.splitters import divide_stratified
@@ -211,15 +211,16 @@ def test_a_run_learns_numbers_and_saves_a_regression(regression_run) -> None:
     assert set(evaluations[-1]) == {"loss", "mse", "mae", "pearson", "spearman"}
     assert evaluations[-1]["loss"] == pytest.approx(evaluations[-1]["mse"], rel=1e-4)
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    saved = AutoModelForSequenceClassification.from_pretrained(regression_run / "model")
+    saved = AutoModelForSequenceClassification.from_pretrained(regression_run / "adapter")
     assert saved.config.problem_type == "regression" and saved.config.num_labels == 1
 
 
-def test_a_saved_regression_predicts_numbers(regression_run) -> None:
+def test_a_saved_regression_predicts_numbers(regression_run, tmp_path) -> None:
     trained = load(regression_run)
     (one, two) = trained.predict(["w4 w5 w6", "w80 w81"])
     assert one.probabilities == {} and float(one.label) != float(two.label)
-    pipe = pipeline("text-classification", model=str(regression_run / "model"))
+    folder = merge(regression_run, tmp_path / "merged")
+    pipe = pipeline("text-classification", model=str(folder))
     assert pipe("w4 w5 w6", function_to_apply="none")[0]["score"] == pytest.approx(float(one.label), rel=1e-4)
 
 

@@ -48,8 +48,8 @@ def test_positions_are_the_models_own_also_when_it_is_loaded_again(tmp_path: Pat
     inputs = {"input_ids": torch.tensor([[5, 9, 2, 7, 1, 30]]), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
     with torch.no_grad():
         ours = loaded.model(**inputs).logits
-        assert torch.equal(saved(**inputs).logits, ours)
-        assert torch.equal(before(**inputs).logits, ours), "nothing has been trained"
+        for other in (saved, before):  # nothing has been trained; a single row's last bits depend on where weights lie
+            torch.testing.assert_close(other(**inputs).logits, ours, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("own", "expected"), [(1, "</s>"), (2, "</s>"), (None, "</s>")])
