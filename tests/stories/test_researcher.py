@@ -20,7 +20,7 @@ data: {{root: ., type: instructions.json@llm, splits: [0.8, 0.1, 0.1]}}
 model: {{type: {model}@huggingface_llm}}
 federate: {{method: fedmezo, client_num: 4, total_round_num: 10}}
 llm: {{tok_len: 160, adapter: {{use: true, args: [{{adapter_package: peft, adapter_method: lora, r: 8}}]}}}}
-dataloader: {{batch_size: 8}}
+dataloader: {{batch_size: 4}}
 train: {{local_update_steps: 5, optimizer: {{lr: 0.001}}}}
 fwdllm: {{estimator: central, probes: 2}}
 eval: {{freq: 5}}
