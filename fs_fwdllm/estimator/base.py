@@ -70,6 +70,11 @@ class Passes(NamedTuple):
     forward: int
     backward: int = 0
 
+    @property
+    def in_forwards(self) -> int:
+        """What they take, in forward passes: a backward pass computes two products for every one of a forward pass."""
+        return self.forward + 2 * self.backward
+
 
 class Estimator(ABC):
     """Measures slopes; leaves the parameters bitwise as they were.

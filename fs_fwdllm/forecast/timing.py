@@ -29,8 +29,6 @@ TRIAL_S = 2.0
 _TRIALS = 3
 #: Of a base on the disk, of which a trial reads at least this.
 _LEAST_SHARE = 0.02
-#: A backward pass computes two products for every one of a forward pass.
-_BACKWARD = 2
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class Pace:
 
     def seconds_of(self, cost: Cost, new_batches: int) -> float:
         """Of so many passes, one after the other, over batches of which so many are new."""
-        weight = _weight(Passes(cost.forward_passes, cost.backward_passes))
+        weight = Passes(cost.forward_passes, cost.backward_passes).in_forwards
         return self.seconds * weight + self.new_batch_seconds * new_batches
 
     def read_bytes_of(self, cost: Cost) -> float:
         """Of so many passes."""
-        return self.read_bytes * _weight(Passes(cost.forward_passes, cost.backward_passes))
+        return self.read_bytes * Passes(cost.forward_passes, cost.backward_passes).in_forwards
 
 
 def find_pace(session: Session) -> Pace:
@@ -67,13 +65,13 @@ def find_pace(session: Session) -> Pace:
         seconds = _tried(session, batch_loss.clean)
     else:
         held = session.client_samples
-        client = max(held, key=lambda one: _weight(passes_of_step(sources_of(config, one), config.fwdllm)))
+        client = max(held, key=lambda one: passes_of_step(sources_of(config, one), config.fwdllm).in_forwards)
         sources = sources_of(config, client)
         step, reads = passes_of_step(sources, config.fwdllm), reads_of_step(sources, config.fwdllm)
         seconds = _seconds_of_slopes(session, client, sources)
     reader = reader_of(session.loaded.model)
     stored = 0 if reader is None else reader.stored_bytes
-    return Pace(seconds, _seconds_of_new_batch(session), stored * reads / _weight(step))
+    return Pace(seconds, _seconds_of_new_batch(session), stored * reads / step.in_forwards)
 
 
 def _seconds_of_slopes(session: Session, client: int, sources: Sequence[Source]) -> float:
@@ -87,7 +85,7 @@ def _seconds_of_slopes(session: Session, client: int, sources: Sequence[Source])
     keys = [[DirectionKey(session.config.seed, probe) for probe in range(count)] for count in counts]
     batch_loss = parts.objective.on(first_batch(session))
     tried = passes_of_step([Source(one.slopes, count) for one, count in zip(sources, counts, strict=True)], own)
-    return _tried(session, lambda: estimator.slopes(batch_loss, keys)) / _weight(tried)
+    return _tried(session, lambda: estimator.slopes(batch_loss, keys)) / tried.in_forwards
 
 
 def _seconds_of_new_batch(session: Session) -> float:
@@ -98,10 +96,6 @@ def _seconds_of_new_batch(session: Session) -> float:
     started = time.perf_counter()
     session.parts.objective.on(batch)
     return time.perf_counter() - started
-
-
-def _weight(passes: Passes) -> int:
-    return passes.forward + _BACKWARD * passes.backward
 
 
 class _Enough(Exception):

@@ -24,7 +24,7 @@ from fs_fwdllm.model.facts import SavedFacts
 from fs_fwdllm.model.half_precision import HALF_DTYPES
 from fs_fwdllm.model.loading import LoadedModel, load_model
 from fs_fwdllm.model.own_folder import OWN_FOLDERS, OwnFolder
-from fs_fwdllm.model.peft_parameters import OF_BASE, PEFT_WEIGHTS_FILE
+from fs_fwdllm.model.peft_parameters import OF_BASE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from fs_fwdllm.model.sentence_layout import saved_names
 from fs_fwdllm.model.tokenizer import load_tokenizer
 from fs_fwdllm.model.trainable_parts import PARTS, saved_as
@@ -47,7 +47,7 @@ def load_saved(folder: str | Path, facts: SavedFacts | None = None) -> tuple[Loa
     if facts.trained not in PARTS:
         raise ModelError(f"{place}: was trained as {facts.trained!r}; this version knows {', '.join(PARTS)}")
     kind = saved_as(facts.trained, pools=facts.pools)
-    if kind == "parameters" and not (place / PEFT_WEIGHTS_FILE).is_file():
+    if kind == "parameters" and not (place / PEFT_CONFIG_FILE).is_file():
         kind = "model"  # as earlier versions wrote it
     own = OWN_FOLDERS.get(kind)
     if kind == "model":  # as packed as it was, if it was, and on the disk if its blocks were trained there

@@ -19,8 +19,6 @@ __all__ = ["evaluates_first", "remark_on_evaluations", "rows_of_training"]
 
 #: Of all that training takes, what the first evaluation may be without being asked for.
 _SMALL_SHARE = 0.1
-#: A backward pass computes two products for every one of a forward pass.
-_BACKWARD = 2
 
 
 def rows_of_training(config: Config, client_samples: Mapping[int, int]) -> float:
@@ -36,7 +34,7 @@ def rows_of_training(config: Config, client_samples: Mapping[int, int]) -> float
         passes_of_client(config, client, plan.steps)
         for client, plan in work_plans(config, dict(client_samples)).items()
     ]
-    a_client = statistics.fmean(one.forward + _BACKWARD * one.backward for one in passes)
+    a_client = statistics.fmean(one.in_forwards for one in passes)
     asked = clients_asked(config, len(client_samples))
     return config.federate.total_round_num * asked * a_client * config.dataloader.batch_size
 

@@ -237,6 +237,14 @@ def test_what_an_earlier_version_saved_with_all_of_the_model_is_loaded(tmp_path,
     assert torch.equal(logits(again.model, tiny_batch()), logits(loaded.model, tiny_batch()))
 
 
+@pytest.mark.parametrize("method", ["head", "bitfit", "lora"])
+def test_tensors_that_are_gone_are_told_by_their_file(tmp_path, method):
+    written = save_trained(load(save_tiny_model(tmp_path / "m", "bert"), method), tmp_path / "run")
+    (written / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter/adapter_model\.safetensors: cannot be read"):
+        load_saved(written)
+
+
 def without_peft(name):
     """A parameter's name without what PEFT's wrappers add to it."""
     return re.sub(r"\.(default|modules_to_save)\b", "", public_name(name)).removeprefix("base_model.model.")
