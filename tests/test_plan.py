@@ -219,6 +219,12 @@ def test_the_best_round_is_counted_where_a_run_reads_it_back(tmp_path: Path) -> 
     assert make_plan(nothing_to_choose_by).memory.best_bytes == 0
 
 
+def test_the_best_round_is_read_back_in_float32_whatever_the_model_computes_in(tmp_path: Path) -> None:
+    blocks = configuration(tmp_path, "fedcybgd", FULL, fwdllm={"base": {"compute_dtype": "bfloat16"}})
+    plan = make_plan(blocks)
+    assert plan.memory.best_bytes == 4 * plan.trainable_parameters
+
+
 def test_rows_of_a_table_that_nobody_looks_up_take_no_memory(tmp_path: Path) -> None:
     """A hundred words stand in the first 64 KiB of a table of 40,000; where it is trained, all of it is in memory."""
     save_tiny_model(tmp_path / "model", "bert", vocab_size=40_000)

@@ -37,7 +37,7 @@ those of the trainables, as the estimator's class says (:class:`fs_fwdllm.estima
   and frames only what is in memory.
 * evaluation: ``layer + logits`` of the largest evaluation batch. check: the model once more, which a run loads at its
   end to compare what it has saved (``fwdllm.check_saved``), when the activations of the rounds have been given back.
-  best: ``T``, where the best round is read back from its file to be saved.
+  best: ``T`` in float32, where the best round is read back from its file to be saved.
 * not counted: what a checkpoint copies of tensors that are not contiguous, and the heap's fragmentation in a round.
 * prefix cache: what one batch occupies, measured, for all samples; at most its budget.
 """
@@ -142,7 +142,7 @@ def estimate_memory(
         evaluation_bytes=max((shape.forward(_evaluation_pass(b)) for b in session.evaluation_batches), default=0),
         prefix_cache_bytes=_prefix_cache(session, examples),
         check_bytes=model_bytes if session.config.fwdllm.check_saved else 0,
-        best_bytes=sum(tensor.nbytes for tensor in held.values()) if _keeps_best(session) else 0,
+        best_bytes=4 * sum(tensor.numel() for tensor in held.values()) if _keeps_best(session) else 0,
     )
 
 
