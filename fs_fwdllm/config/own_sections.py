@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fs_fwdllm.config.base_section import BaseConfig
 from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
+from fs_fwdllm.config.robust_section import RobustConfig
 from fs_fwdllm.config.section import Section, known_word
 from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.errors import nearest
@@ -297,6 +298,7 @@ class FwdllmConfig(Section):
         False, description="send TensorBoard and Weights & Biases each client's loss and learning rate, too"
     )
     base: BaseConfig = BaseConfig()
+    robust: RobustConfig = RobustConfig()
     gate: GateConfig = GateConfig()
     sampling: SamplingConfig = SamplingConfig()
     step: StepConfig = StepConfig()

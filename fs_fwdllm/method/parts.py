@@ -277,6 +277,8 @@ def server_settings(config: Config, client_samples: dict[int, int], folder: Path
         strategy=StrategySettings(config.train.train_strategy, config.fwdllm.strategy_span, config.seed),
         weigh_by_precision=config.fwdllm.weigh_by == "precision",
         folder=folder,
+        clip=config.fwdllm.robust.times_median,
+        samples_times_median=config.fwdllm.robust.samples_times_median,
     )
 
 
@@ -295,7 +297,7 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
         else:
             steps *= config.grad.grad_accum_count
         probes = counts_of(config, client) if config.method.measures_slopes else ()
-        plans[client] = WorkPlan(steps=steps, probes=probes)
+        plans[client] = WorkPlan(steps, probes, samples=steps * min(samples, config.dataloader.batch_size))
     return plans
 
 

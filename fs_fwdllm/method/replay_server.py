@@ -19,8 +19,9 @@ import torch
 
 from fs_fwdllm.core.replay import BUFFERS, Replayer
 from fs_fwdllm.core.trainables import Trainables, flatten
-from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, decode, encode
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, ScalarUpdate, decode, encode
 from fs_fwdllm.errors import CheckpointError, TrainingStalledError, UpdateRejected
+from fs_fwdllm.guard import root_mean_square, shortened
 from fs_fwdllm.method.catch_up import CatchUpLog
 from fs_fwdllm.method.client_rates import ClientRates
 from fs_fwdllm.method.replica import apply_round_update
@@ -162,6 +163,26 @@ class ReplayServer(RoundServer):
         if not (np.isfinite(update.values).all() and math.isfinite(update.loss)):
             raise UpdateRejected("not_finite", f"client {update.client} sent NaN or infinity")
 
+    def _columns_of_parts(self, update: ClientUpdate) -> list[slice]:
+        """Where each part's numbers stand in a row of the update's values (:meth:`_rows`)."""
+        if not isinstance(update, ScalarUpdate):
+            return [slice(None)]
+        ends = list(itertools.accumulate(self.assigned[update.client].probes))
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _rows(self, update: ClientUpdate) -> np.ndarray:
+        """The values with a row for every step, where they are slopes; one row otherwise."""
+        return update.values.reshape(self.assigned[update.client].steps if isinstance(update, ScalarUpdate) else 1, -1)
+
+    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+        rows = self._rows(update)
+        return tuple(root_mean_square(rows[:, columns]) for columns in self._columns_of_parts(update))
+
+    def _shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
+        rows, places = self._rows(update), self._columns_of_parts(update)
+        pieces = [shortened(rows[:, columns], factor) for columns, factor in zip(places, factors, strict=True)]
+        return replace(update, values=(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)).reshape(-1))
+
     def dense_frame(self) -> bytes:
         """The frame with the current parameters (moments, reference), for clients that are new or far behind."""
         if self._dense_frame is None:
@@ -196,10 +217,12 @@ class ReplayServer(RoundServer):
         return self.parameters() | {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
 
     def state_numbers(self) -> dict[str, object]:
-        return {"failed_rounds": self.failed_rounds} | self._rates.state_numbers() | self._catch_up.state_numbers()
+        own = {"failed_rounds": self.failed_rounds} | self._guard_numbers()
+        return own | self._rates.state_numbers() | self._catch_up.state_numbers()
 
     def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, object]) -> None:
         self.failed_rounds = int(str(numbers["failed_rounds"]))
+        self._load_guard(numbers)
         self._rates.load_state(numbers)
         self._catch_up.load_state(tensors, numbers)
         _place(self.replayer, tensors)

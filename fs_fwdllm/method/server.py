@@ -6,15 +6,17 @@ blocks and versions instead (:mod:`fs_fwdllm.method.cybgd.server`).
 
 An update is used only if it was asked for, answers this round, refers to the digest the round started from, is what the
 method's clients send and is finite; the first answer counts. Anything else is left out and named in the report, and the
-round goes on with the rest.
+round goes on with the rest. Of those that are used nobody is longer, or counts for more samples, than is usual among
+them (:mod:`fs_fwdllm.guard`).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +27,7 @@ from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
+from fs_fwdllm.guard import LengthGuard, believed_losses, believed_samples
 from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.weights import client_shares
 
@@ -40,11 +43,12 @@ PARAMETERS = "parameters"
 class WorkPlan:
     """How much a client does in a round: ``steps`` batches with ``probes`` directions each for every part.
 
-    Methods without directions have no parts.
+    Methods without directions have no parts. ``samples`` is what the steps can hold at most.
     """
 
     steps: int
     probes: tuple[int, ...] = ()
+    samples: int = 1 << 62
 
     @property
     def directions(self) -> int:
@@ -65,6 +69,9 @@ class ServerSettings:
         strategy: how each client's learning rate follows from the schedule's.
         weigh_by_precision: clients that send different numbers of slopes weigh by the noise each brings.
         folder: of files for what does not fit in memory; without one they go with the process.
+        clip: how many times the median length an update may be long; ``None`` for any length.
+        samples_times_median: how many times the median of the round's clients a client's samples count at most;
+            ``None`` for any number that its steps can hold.
     """
 
     plans: dict[int, WorkPlan]
@@ -75,6 +82,8 @@ class ServerSettings:
     strategy: StrategySettings = field(default_factory=StrategySettings)
     weigh_by_precision: bool = True
     folder: Path | None = None
+    clip: float | None = None
+    samples_times_median: float | None = None
 
 
 @dataclass
@@ -83,9 +92,11 @@ class RoundReport:
 
     Attributes:
         digest: of the server's trainables (and momentum and reference, where there are such) after the round.
-        train_loss: sample-weighted mean of the accepted clients' losses; NaN without any.
+        train_loss: sample-weighted mean of the accepted clients' losses, as far as they are believed; NaN without any.
         losses, learning_rates: per accepted client.
         rejected: ``{client: reason}`` of updates that were left out, and of clients that did not answer.
+        clipped: ``{client: factor}`` of updates that were longer than is usual, by what they were shortened to.
+        capped: ``{client: samples}`` of clients that reported more samples than were believed.
         zero_share: share of accepted float values that are exactly zero; near one for slopes, the radius is below what
             the base's dtype resolves.
         columns: what the method adds to the round's line in ``metrics.jsonl`` (JSON values).
@@ -97,10 +108,17 @@ class RoundReport:
     losses: dict[int, float] = field(default_factory=dict)
     learning_rates: dict[int, float] = field(default_factory=dict)
     rejected: dict[int, str] = field(default_factory=dict)
+    clipped: dict[int, float] = field(default_factory=dict)
+    capped: dict[int, int] = field(default_factory=dict)
     zero_share: float = 0.0
     forward_passes: int = 0
     backward_passes: int = 0
     columns: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def typical_loss(self) -> float:
+        """The median of the accepted clients' losses, which one client cannot move; NaN without any."""
+        return statistics.median_low(self.losses.values()) if self.losses else math.nan
 
 
 class RoundServer(ABC):
@@ -111,6 +129,7 @@ class RoundServer(ABC):
         round_index: the round that is open, or was closed last.
         failed_rounds: rounds in a row without a usable update.
         assigned: the assignments of that round, by client.
+        guard: how long an update may be.
     """
 
     #: The record a client of this method answers with.
@@ -124,6 +143,7 @@ class RoundServer(ABC):
         self.round_index = 0
         self.failed_rounds = 0
         self.assigned: dict[int, Assignment] = {}
+        self.guard = LengthGuard(settings.clip)
 
     @property
     @abstractmethod
@@ -187,8 +207,51 @@ class RoundServer(ABC):
         """
         accepted, rejected = self._sort(updates)
         self._count_failures(accepted, rejected)
-        columns = self._close(accepted)
-        return self._report(accepted, rejected, columns)
+        believed, clipped = self._shorten(self._cap(accepted))
+        columns = self._close(believed)
+        report = self._report(believed, rejected, columns)
+        report.clipped = clipped
+        report.capped = {
+            update.client: update.samples
+            for update, now in zip(accepted, believed, strict=True)
+            if now.samples < update.samples
+        }
+        return report
+
+    def _cap(self, accepted: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """The accepted updates with the samples that are believed."""
+        reported = {update.client: update.samples for update in accepted}
+        most = {client: self.settings.plans[client].samples for client in reported}
+        believed = believed_samples(reported, most, self.settings.samples_times_median)
+        return [
+            update if believed[update.client] == update.samples else replace(update, samples=believed[update.client])
+            for update in accepted
+        ]
+
+    def _shorten(self, accepted: list[ClientUpdate]) -> tuple[list[ClientUpdate], dict[int, float]]:
+        """The accepted updates, none of them longer than is usual, and by how much which were shortened."""
+        if not self.guard.is_on:
+            return accepted, {}
+        lengths = {update.client: self._lengths(update) for update in accepted}
+        factors = self.guard.factors(lengths, self._longest())
+        clipped = {client: min(parts) for client, parts in factors.items() if min(parts, default=1.0) < 1.0}
+        return [
+            self._shortened(update, factors[update.client]) if update.client in clipped else update
+            for update in accepted
+        ], clipped
+
+    @abstractmethod
+    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+        """How long an update is, part by part, in what is usual for every client alike: root mean squares, of changes
+        for a step at the rate of one."""
+
+    @abstractmethod
+    def _shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
+        """The update with its parts multiplied by ``factors``."""
+
+    def _longest(self) -> tuple[float, ...]:
+        """What the lengths of an honest update cannot be beyond, part by part; nothing where that is not known."""
+        return ()
 
     @abstractmethod
     def _close(self, accepted: list[ClientUpdate]) -> dict[str, object]:
@@ -269,6 +332,16 @@ class RoundServer(ABC):
             raise UpdateRejected("no_samples", f"client {client} reports {update.samples} samples")
         self._judge_values(update, assignment)
 
+    def _guard_numbers(self) -> dict[str, object]:
+        """What the guard remembers, for a checkpoint."""
+        return {"lengths": self.guard.state()}
+
+    def _load_guard(self, numbers: Mapping[str, object]) -> None:
+        """Inverse of :meth:`_guard_numbers`; a checkpoint of a version without a guard has none."""
+        lengths = numbers.get("lengths", [])
+        assert isinstance(lengths, list)
+        self.guard.load_state(lengths)
+
     def _count_failures(self, accepted: Sequence[ClientUpdate], rejected: Mapping[int, str]) -> None:
         self.failed_rounds = 0 if accepted else self.failed_rounds + 1
         if self.failed_rounds >= self.settings.max_failed_rounds:
@@ -289,8 +362,9 @@ class RoundServer(ABC):
         self, accepted: Sequence[ClientUpdate], rejected: dict[int, str], columns: dict[str, object]
     ) -> RoundReport:
         samples = sum(update.samples for update in accepted)
-        # Weights first: whatever finite losses and counts clients report, a weighted mean of them is finite.
-        train_loss = math.fsum(update.samples / samples * update.loss for update in accepted) if samples else math.nan
+        losses = believed_losses({update.client: update.loss for update in accepted})
+        shares = {update.client: update.samples / samples for update in accepted}
+        train_loss = math.fsum(shares[client] * losses[client] for client in losses) if losses else math.nan
         zeros = [(update.values == 0).mean() for update in accepted if update.values.dtype == np.float32]
         return RoundReport(
             round_index=self.round_index,

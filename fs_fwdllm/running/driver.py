@@ -39,6 +39,7 @@ from fs_fwdllm.running.sampling import clients_asked, sample_clients
 from fs_fwdllm.running.saved import check_saved
 from fs_fwdllm.running.session import Session
 from fs_fwdllm.running.slope_check import remark_on_slopes
+from fs_fwdllm.running.watching import Watch
 
 __all__ = ["RunDriver", "answer", "answers", "choose_clients", "follow", "read_own_checkpoint"]
 
@@ -159,6 +160,7 @@ class RunDriver:
             )
             opened.push(self._reporter)
             self.say = self._reporter.say
+            self._watch = Watch(session.config, self.say)
             session.progress = self._reporter.evaluating
             self.keeper = Keeper(session, folder, checkpoint, self.say, self.server)
             self._opened = opened.pop_all()
@@ -284,7 +286,7 @@ class RunDriver:
         """
         report = self.server.absorb(self._answers)
         report.rejected.update(self._unreadable)
-        self.session.watch(report, self.say)
+        self._watch.round(report)
         self.session.diagnose(self.server, report)
         self._report = report
         self.missing = set()
@@ -298,7 +300,7 @@ class RunDriver:
         if evaluation is not None:
             line["eval"] = evaluation
         self._reporter.round(line, traffic)
-        self._watch(evaluation)
+        self._watch_evaluation(evaluation)
         # After its line: a run killed in between repeats the round, and the line is written anew.
         self.keeper.note_round(self._report, evaluation)
         due = self.session.checkpoints_after(self.next_round)
@@ -306,10 +308,10 @@ class RunDriver:
         if due or self.finished:
             self._write_checkpoint()
 
-    def _watch(self, evaluation: dict[str, float] | None) -> None:
+    def _watch_evaluation(self, evaluation: dict[str, float] | None) -> None:
         loss, start = _loss_of(evaluation), self.keeper.losses.start
         if loss is not None and start is not None:
-            self.session.watch_evaluation(self.next_round + 1, loss, start, self.say)
+            self._watch.evaluation(self.next_round + 1, loss, start)
 
     def finish(self) -> Path:
         """Save what was trained, the best round and the last, and close the report. Returns the folder for use."""
@@ -364,6 +366,8 @@ def _line(report: RoundReport) -> dict[str, object]:
         "learning_rate": {str(client): rate for client, rate in report.learning_rates.items()},
         "loss": {str(client): loss for client, loss in report.losses.items()},
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
+        "clipped": {str(client): factor for client, factor in report.clipped.items()},
+        "capped": {str(client): samples for client, samples in report.capped.items()},
         **report.columns,
     }
 

@@ -134,7 +134,7 @@ class Keeper:
         """
         number = report.round_index + 1
         if report.losses:  # measured by the clients, where the checkpoint before this round was
-            self._is_ruined = self.losses.has_exploded("train", report.train_loss)
+            self._is_ruined = self.losses.has_exploded("train", report.typical_loss)
             (withdraw_checkpoint if self._is_ruined else prove_checkpoint)(self._folder.checkpoint_path)
         if evaluation is not None:
             self._is_ruined = self.losses.has_exploded("eval", evaluation.get("loss"))

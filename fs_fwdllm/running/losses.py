@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ _EXPLODED = 10.0
 
 
 class Losses:
-    """Remembers the first loss of either kind: ``eval`` on the reported split, ``train`` as clients measure it.
+    """Remembers the first loss of either kind: ``eval`` on the reported split, ``train`` as the
+    clients' median has it.
 
     Args:
         lines: of ``metrics.jsonl``, where a run goes on.
@@ -26,7 +28,9 @@ class Losses:
         self.told = False
         self._first: dict[str, float] = {}
         for line in lines:
-            for kind, loss in (("eval", (line.get("eval") or {}).get("loss")), ("train", line.get("train_loss"))):
+            measured = [loss for loss in (line.get("loss") or {}).values() if loss is not None]
+            typical = statistics.median_low(measured) if measured else None
+            for kind, loss in (("eval", (line.get("eval") or {}).get("loss")), ("train", typical)):
                 if loss is not None:
                     self._first.setdefault(kind, loss)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,12 +42,6 @@ __all__ = ["Session"]
 
 #: Evaluation keeps no gradients, so its batches may be larger than the training ones.
 _EVALUATION_BATCH = 32
-#: Above this share of zero slopes the run learns little, and says so.
-_TOO_MANY_ZEROS = 0.5
-#: A training loss of more than this times the first one, and a nat, is not the mini-batches' noise.
-_EXPLODED = 2.0
-#: An evaluation loss of more than this times the first one is no noise of a start any more.
-_FAR_WORSE = 1.2
 
 
 @dataclass
@@ -69,10 +62,6 @@ class Session:
     rate_remark: str = ""
     #: Told, while an evaluation goes on, how many batches are done and how many there are.
     progress: Callable[[int, int], None] = lambda done, total: None
-    _warned: bool = False
-    _told_divergence: bool = False
-    _first_loss: tuple[int, float] | None = None
-
     #: The configuration before its rate was found.
     given: Config = field(default_factory=Config)
 
@@ -194,42 +183,6 @@ class Session:
         if ignored:
             found.append(f"keys that only FederatedScope gives a meaning to: {', '.join(ignored)}")
         return found
-
-    def watch(self, report: RoundReport, say: Callable[[str], None]) -> None:
-        """Say, once, what a user should know about how the rounds go."""
-        self._watch_loss(report, say)
-        if report.zero_share > _TOO_MANY_ZEROS and self.config.method.measures_slopes and not self._warned:
-            self._warned = True
-            say(
-                f"warning: {report.zero_share:.0%} of the slopes are exactly zero: fwdllm.radius "
-                f"{self.config.fwdllm.radius} is below what the losses resolve; raise it (about 0.01 over a bfloat16 "
-                "base), or use fwdllm.estimator: forward_mode"
-            )
-
-    def _watch_loss(self, report: RoundReport, say: Callable[[str], None]) -> None:
-        loss = report.train_loss
-        if not report.losses or self._told_divergence:
-            return
-        if self._first_loss is None:
-            self._first_loss = report.round_index + 1, loss
-        first_round, first_loss = self._first_loss
-        if math.isfinite(loss) and loss <= _EXPLODED * first_loss + 1:
-            return
-        self._told_divergence, rate = True, self.config.train.optimizer.lr
-        say(
-            f"warning: round {report.round_index + 1}: the training loss is {loss:.4g}, and was {first_loss:.4g} in "
-            f"round {first_round}: training diverges; lower train.optimizer.lr (it is {rate:g})"
-        )
-
-    def watch_evaluation(self, round_number: int, loss: float, start: float, say: Callable[[str], None]) -> None:
-        """Say, once, that evaluation has come out far worse than the first one."""
-        if self._told_divergence or loss <= _FAR_WORSE * start:
-            return
-        self._told_divergence = True
-        say(
-            f"warning: round {round_number}: the evaluation loss is {loss:.4g}, and was {start:.4g} at the first "
-            f"evaluation: training diverges; lower train.optimizer.lr (it is {self.config.train.optimizer.lr:g})"
-        )
 
     def diagnose(self, server: RoundServer, report: RoundReport) -> None:
         """Compare the step of a round that evaluates with backpropagation, if the server kept what that takes."""

@@ -30,7 +30,17 @@ from fs_fwdllm.running.driver import choose_clients
 from fs_fwdllm.running.session import Session
 from tests.model.tiny import save_tiny_model
 
-__all__ = ["CLASSES", "METHODS", "SCALAR_METHODS", "Federation", "World", "bits_of", "methods_where", "read_jsonl"]
+__all__ = [
+    "CLASSES",
+    "METHODS",
+    "PLAIN_MEAN",
+    "SCALAR_METHODS",
+    "Federation",
+    "World",
+    "bits_of",
+    "methods_where",
+    "read_jsonl",
+]
 
 CLASSES = ("animal", "plant", "stone")
 
@@ -46,6 +56,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "fwdllm.blocks.parallel_blocks": 2, "fwdllm.blocks.clients_per_block": 2,
     },
 }  # fmt: skip
+
+
+#: For laws of the plain mean: nobody's update is shortened to what is usual.
+PLAIN_MEAN = {"fwdllm.robust.clip": "none"}
 
 
 def methods_where(wanted: Callable[[MethodFacts], bool]) -> list[str]:

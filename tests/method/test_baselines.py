@@ -12,7 +12,7 @@ from torch import nn
 
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.running.session import Session
-from tests.host.small import METHODS, Federation, World
+from tests.host.small import METHODS, PLAIN_MEAN, Federation, World
 from tests.method.reference import loss_of, to_flat, trained
 
 RATE, DECAY = 0.05, 0.3
@@ -97,7 +97,13 @@ def losses(model: nn.Module, batches: Iterable[Batch]) -> list[Any]:
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_fedsgd_is_an_optimiser_on_the_mean_gradient(world: World, case: str, language_model: bool) -> None:
     """State is the server's and lives through the rounds; clients weigh by the samples they saw."""
-    settings = {**METHODS["fedsgd"], **OPTIMIZERS[case], "train.optimizer.lr": RATE, "dataloader.batch_size": 7}
+    settings = {
+        **METHODS["fedsgd"],
+        **OPTIMIZERS[case],
+        **PLAIN_MEAN,
+        "train.optimizer.lr": RATE,
+        "dataloader.batch_size": 7,
+    }
     config = world.config(settings, language_model=language_model)
     federation, model = Federation(config), Session.open(config).loaded.model
     optimizer = plain_optimizer(model, case)
@@ -135,7 +141,7 @@ def test_checkpointing_changes_the_cost_not_the_gradient(world: World, method: s
 @pytest.mark.parametrize("ignore_weight", [False, True])
 def test_fedavg_weighs_clients_by_samples(world: World, ignore_weight: bool) -> None:
     settings = {
-        **METHODS["fedavg"], "data.splitter": "lda", "data.splitter_args": [{"alpha": 0.3}],
+        **METHODS["fedavg"], **PLAIN_MEAN, "data.splitter": "lda", "data.splitter_args": [{"alpha": 0.3}],
         "train.batch_or_epoch": "epoch", "train.local_update_steps": 1, "federate.ignore_weight": ignore_weight,
     }  # fmt: skip
     federation = Federation(world.config(settings))

@@ -13,14 +13,15 @@ from fs_fwdllm.config.registries import ESTIMATORS
 from fs_fwdllm.core.learning_rate import decay_factor
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.running.session import Session
-from tests.host.small import METHODS, SCALAR_METHODS, Federation, World
+from tests.host.small import METHODS, PLAIN_MEAN, SCALAR_METHODS, Federation, World
 from tests.method.reference import Point, central_slopes, direction, to_flat, trained
 
 LEARNING_RATE, DECAY, RADIUS, BETA = 0.05, 0.4, 0.01, 0.8
 _MEZO = {
-    **METHODS["mezo"], "train.local_update_steps": 3, "fwdllm.radius": RADIUS, "train.optimizer.lr": LEARNING_RATE
+    **METHODS["mezo"], **PLAIN_MEAN, "train.local_update_steps": 3, "fwdllm.radius": RADIUS,
+    "train.optimizer.lr": LEARNING_RATE,
 }  # fmt: skip
-_FORWARD = {**METHODS["forward_gradient"], "fwdllm.radius": RADIUS, "train.optimizer.lr": LEARNING_RATE}
+_FORWARD = {**METHODS["forward_gradient"], **PLAIN_MEAN, "fwdllm.radius": RADIUS, "train.optimizer.lr": LEARNING_RATE}
 
 #: What the rounding of two float32 losses can do to a parameter, through the radius and some steps; moves are 0.01.
 TOLERANCE = 5e-5

@@ -9,16 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from benchmarks.rewriting import rewritten
 from fs_fwdllm.config.methods import METHODS as FACTS
-from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.core.wire import ClientUpdate, DenseUpdate, ScalarUpdate
 from fs_fwdllm.errors import DataError, TrainingStalledError
 from fs_fwdllm.method import RoundReport
-from fs_fwdllm.method.cybgd.client import delta_encoding
-from fs_fwdllm.method.cybgd.codec import decode_tensors, encode_tensors
-from fs_fwdllm.method.cybgd.records import BlockDelta
 from tests.host.small import METHODS, Federation, World
 
 LIAR = 2
@@ -29,27 +25,12 @@ LARGEST = float(np.finfo(np.float32).max)
 Change = Callable[[Federation, ClientUpdate], ClientUpdate]
 
 
-def rewritten(federation: Federation, update: ClientUpdate, change: Callable[[np.ndarray], np.ndarray]) -> ClientUpdate:
-    """The same answer with other numbers, in the form in which it came: float32, or the bytes of a block's delta."""
-    if not isinstance(update, BlockDelta):
-        return replace(update, values=change(update.values.copy()))
-    store, encoding = federation.server.store, delta_encoding(update.form)
-    shapes = [shape for part in store.plan.active(update.block) for shape in store.shapes(part)]
-    delta = decode_tensors(update.values, shapes, encoding, compressed=update.compressed)
-    numbers = torch.from_numpy(change(flatten(delta)))
-    parts = [
-        part.view(shape) for part, shape in zip(numbers.split([math.prod(s) for s in shapes]), shapes, strict=True)
-    ]
-    data, compressed = encode_tensors(parts, encoding, compress=update.compressed)
-    return replace(update, values=np.frombuffer(data, np.uint8), compressed=compressed)
-
-
 def with_value(value: float) -> Change:
     def spoil(values: np.ndarray) -> np.ndarray:
         values[len(values) // 2] = value
         return values
 
-    return lambda federation, update: rewritten(federation, update, spoil)
+    return lambda federation, update: rewritten(federation.server, update, spoil)
 
 
 def other_kind(_: Federation, update: ClientUpdate) -> ClientUpdate:
@@ -226,7 +207,7 @@ def test_a_step_out_of_the_range_of_numbers_stops_training(world: World, method:
 
 def far_away(federation: Federation, update: ClientUpdate) -> ClientUpdate:
     """The answer of a client that went as far as numbers go, whatever it measured where the last one led."""
-    return replace(rewritten(federation, update, lambda values: np.full_like(values, LARGEST)), loss=1.0)
+    return replace(rewritten(federation.server, update, lambda values: np.full_like(values, LARGEST)), loss=1.0)
 
 
 def test_work_without_samples_is_an_error_of_the_caller(world: World) -> None:

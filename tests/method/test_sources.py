@@ -13,7 +13,7 @@ from fs_fwdllm.core.division import Division
 from fs_fwdllm.errors import ConfigError, EstimatorError, WireError
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
 from fs_fwdllm.method.weights import part_shares
-from tests.host.small import METHODS, Federation, World
+from tests.host.small import METHODS, PLAIN_MEAN, Federation, World
 
 HEAD, ADAPTER = {"match": "classifier"}, {"match": "lora_*"}
 CLOSED = {"match": "classifier", "slopes": "closed_form", "scalars": 40}
@@ -22,7 +22,7 @@ FROZEN = {"match": "*", "slopes": "frozen"}
 
 
 def forward(**own: Any) -> dict[str, Any]:
-    return {**METHODS["forward_gradient"], **{f"fwdllm.{key}": value for key, value in own.items()}}
+    return {**METHODS["forward_gradient"], **PLAIN_MEAN, **{f"fwdllm.{key}": value for key, value in own.items()}}
 
 
 def rounds(federation: Federation, count: int = 3) -> list[Any]:
@@ -271,6 +271,7 @@ def test_a_step_along_common_directions_is_the_projected_mean_gradient(world: Wo
     with_all = COMMON | {"fwdllm.probes": 128} | settings
     sgd = {
         **HEAD_ONLY,
+        **PLAIN_MEAN,
         "federate.method": "FedSGD",
         "train.optimizer.momentum": with_all.get("fwdllm.server_momentum", 0),
     }

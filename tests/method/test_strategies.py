@@ -34,7 +34,7 @@ from fs_fwdllm.method.mezo.server import SteppingServer
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.server import ServerSettings, WorkPlan
 from fs_fwdllm.running.local import run
-from tests.host.small import METHODS, Federation, World, methods_where, read_jsonl
+from tests.host.small import METHODS, PLAIN_MEAN, Federation, World, methods_where, read_jsonl
 from tests.method.reference import direction
 
 SEED, BASE, SPAN, DECAY, ROUNDS = 11, 0.02, 0.015, 0.4, 14
@@ -400,8 +400,8 @@ def test_every_rate_is_in_the_metrics(world: World, name: str, method: str) -> N
 @pytest.mark.parametrize("upload", ["scalars", "dense"])
 def test_distances_do_not_depend_on_the_upload(world: World, upload: str) -> None:
     """What the server works out from slopes is what the clients would have sent."""
-    settings = {**METHODS["mezo"], **_OWN_RATES, "train.train_strategy": "model-diff", "fwdllm.upload": upload,
-                "train.optimizer.weight_decay": DECAY}  # fmt: skip
+    settings = {**METHODS["mezo"], **PLAIN_MEAN, **_OWN_RATES, "train.train_strategy": "model-diff",
+                "fwdllm.upload": upload, "train.optimizer.weight_decay": DECAY}  # fmt: skip
     federation = Federation(world.config(settings))
     federation.round(0, federation.clients)
     other = Federation(world.config({**settings, "fwdllm.upload": "scalars" if upload == "dense" else "dense"}))

@@ -63,6 +63,12 @@ class OptimizerSettings:
         """The learning rate of each of ``steps`` optimiser steps."""
         return Schedule(base=base, shape=self.shape, rounds=steps, warmup_ratio=self.warmup_ratio)  # type: ignore[arg-type]
 
+    @property
+    def longest_step(self) -> float:
+        """How far a step at the rate of one can move a parameter: for Adam, whose steps do not follow the gradient's
+        length, its first moment over the root of its second, ``(1 - beta_1) / sqrt(1 - beta_2)`` at most."""
+        return 0.1 / math.sqrt(0.001) if self.kind in ("Adam", "AdamW") else math.inf
+
     def make(self, masters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """The optimiser on ``masters``; the learning rate is set before each step."""
         arguments = {"momentum": self.momentum} if self.kind in ("SGD", "RMSprop") else {}

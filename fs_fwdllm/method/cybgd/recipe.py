@@ -96,6 +96,7 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         upload=own.upload,
         optimizer_state=own.optimizer_state,
         compress=own.zstandard,
+        longest_step=optimizer_settings(config).longest_step,
     )
     return BlockServer(store, settings, schedule, blocks)
 

@@ -20,6 +20,7 @@ import torch
 from fs_fwdllm.core.seeding import seeded_permutation
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode
 from fs_fwdllm.errors import UpdateRejected, WireError
+from fs_fwdllm.guard import root_mean_square
 from fs_fwdllm.method.cybgd.client import delta_encoding
 from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors
 from fs_fwdllm.method.cybgd.holdings import Holdings
@@ -44,6 +45,7 @@ class BlockServerSettings:
         send_all: send every block in every visit, not only what the client lacks.
         drop_ratio: share of the other layers that a client skips.
         upload, optimizer_state, compress: as the clients' :class:`~fs_fwdllm.method.cybgd.client.VisitSettings`.
+        longest_step: how far a step at the rate of one can move a parameter, as a root mean square.
     """
 
     parallel_blocks: int
@@ -53,6 +55,7 @@ class BlockServerSettings:
     upload: str
     optimizer_state: str
     compress: bool
+    longest_step: float = math.inf
 
 
 class BlockServer(RoundServer):
@@ -210,6 +213,30 @@ class BlockServer(RoundServer):
             raise UpdateRejected("not_finite", f"client {client} sent NaN or infinity")
         self._decoded[client] = [value.float() for value in delta]
 
+    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+        """Of the block's delta and of what every visit trains, for a step at the rate of one."""
+        work = self.assigned[update.client]
+        per_step = work.steps * work.learning_rate or 1.0
+        return tuple(
+            root_mean_square(*(change.numpy() for change in part)) / per_step for part in self._by_place(update)
+        )
+
+    def _by_place(self, update: ClientUpdate) -> list[list[torch.Tensor]]:
+        """The delta of the visited block, and behind it that of what is always trained, if there is such."""
+        delta = self._decoded[update.client]
+        own = len(self.store.shapes(self._block_of(update.client)))
+        return [delta[:own], delta[own:]] if self.plan.always is not None else [delta]
+
+    def _shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
+        """As it was sent; the delta that it stands for is shortened in place."""
+        for part, factor in zip(self._by_place(update), factors, strict=True):
+            for change in part:
+                change.mul_(factor)
+        return update
+
+    def _longest(self) -> tuple[float, ...]:
+        return (self._settings.longest_step,) * (1 if self.plan.always is None else 2)
+
     def _received_states(self, update: BlockDelta) -> dict[int, list[TensorState]]:
         """The optimiser's state for every part of the visit, where the server keeps it. Raises ``WireError``."""
         wanted = self.plan.active(update.block) if self._settings.optimizer_state == "server" else ()
@@ -258,6 +285,7 @@ class BlockServer(RoundServer):
     def state_numbers(self) -> dict[str, object]:
         return {
             "failed_rounds": self.failed_rounds,
+            **self._guard_numbers(),
             **self.blocks.state_numbers(),
             "visits": self.visits,
             **self.queue.state_numbers(),
@@ -269,6 +297,7 @@ class BlockServer(RoundServer):
         visits = numbers["visits"]
         assert isinstance(visits, list)
         self.failed_rounds = int(str(numbers["failed_rounds"]))
+        self._load_guard(numbers)
         self.visits = list(visits)
         self.queue.load_state(numbers)
         self._holdings.load_state(numbers)

@@ -159,6 +159,12 @@ class _DenseServer(ReplayServer):
 class AverageServer(_DenseServer):
     """Adds the weighted mean of the clients' changes."""
 
+    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+        """Of the change by a step at the rate of one: who takes more steps, or larger ones, comes farther."""
+        work = self.assigned[update.client]
+        per_step = work.steps * work.learning_rate or 1.0
+        return tuple(length / per_step for length in super()._lengths(update))
+
     @torch.no_grad()
     def _apply(self, mean: Sequence[torch.Tensor]) -> None:
         for tensor, change in zip(self.trainables.tensors, mean, strict=True):
