@@ -86,6 +86,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         HEAD,
         {"fwdllm": {"probes": 70, "server_momentum": 0.9, "sampling": {"kind": "corrected"}}},
     ),
+    "common directions": ("fedfwd", LORA, {"fwdllm": {"probes": 9, "directions": "common"}}),
+    "steps in groups": (
+        "fedmezo",
+        LORA,
+        {"train": {"local_update_steps": 2}, "fwdllm": {"directions": "groups", "direction_groups": 2}},
+    ),
     "dense": ("fedmezo", LORA, {"fwdllm": {"upload": "dense"}}),
     "full": ("fedmezo", FULL, {}),
     "fedavg": ("fedavg", LORA, {"train": {"local_update_steps": 2}}),

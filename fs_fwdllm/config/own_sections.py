@@ -185,10 +185,14 @@ class FwdllmConfig(Section):
         "output layer (closed_form), or backpropagation (projected)",
     )
     direction: str = Field("rademacher", description="distribution of a direction")
-    directions: Literal["own", "common"] = Field(
+    directions: Literal["own", "common", "groups"] = Field(
         "own",
-        description="whose directions are looked along: each client's own, or the same orthogonal ones by all clients "
-        "of a round, for slopes that cost no pass (the server then sends probes numbers a round in all)",
+        description="whose directions are looked along: each client's own, the same ones by all clients of a round "
+        "(the server then sends probes numbers a step in all; of slopes that cost no pass they are the rows of an "
+        "orthogonal matrix), or the same ones within each of direction_groups groups of clients",
+    )
+    direction_groups: int = Field(
+        10, ge=1, description="groups of clients that share directions, with directions groups: a client's number tells"
     )
     probes: int = Field(1, ge=1, description="directions per step: one slope each is measured and sent")
     radius: float = Field(1e-3, gt=0, description="distance of a perturbed point (the papers' epsilon, mu or h)")
@@ -318,6 +322,16 @@ class FwdllmConfig(Section):
         if base.get("compute_dtype", dtype) != dtype:
             raise ValueError(f"base_dtype is {dtype!r}, its present name base.compute_dtype {base['compute_dtype']!r}")
         return {**rest, "base": {**base, "compute_dtype": dtype}}
+
+    @model_validator(mode="after")
+    def _groups_are_asked_for(self) -> FwdllmConfig:
+        usual = type(self).model_fields["direction_groups"].default
+        if self.directions != "groups" and self.direction_groups != usual:
+            raise ValueError(
+                f"direction_groups {self.direction_groups} divides clients that share directions; set directions to "
+                "groups, or leave it out"
+            )
+        return self
 
     @field_validator("estimator")
     @classmethod

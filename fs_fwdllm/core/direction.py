@@ -50,6 +50,7 @@ __all__ = [
     "direction_seed",
     "make_distribution",
     "raw_words",
+    "set_owner",
 ]
 
 _WORDS_PER_BLOCK = 4
@@ -61,7 +62,7 @@ _VECTORISED_WORDS = 256
 _RECENT_LIMIT_BYTES = 64 << 20
 #: Owner of the candidates of a round, where a client stands in a direction's name.
 _CANDIDATES = -1
-#: Stands for all clients where a direction's client is named: the directions of a round that they have in common.
+#: Stands for all clients where a direction's client is named: rows of an orthogonal matrix that they have in common.
 EVERYBODY = (1 << 62) - 1
 #: Names the reference where a direction's seed is expected; outside the range of seeds.
 REFERENCE_SEED = -1
@@ -82,6 +83,11 @@ def direction_seed(round_index: int, client: int, step: int, probe: int) -> int:
     """
     packed = struct.pack("<4q", round_index, client, step, probe)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=b"fwdllm-direction").digest(), "little")
+
+
+def set_owner(index: int) -> int:
+    """Stands for the clients of a set where a direction's client is named."""
+    return EVERYBODY - 1 - index
 
 
 def candidate_seed(round_index: int, index: int) -> int:

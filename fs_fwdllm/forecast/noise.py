@@ -1,7 +1,8 @@
 """How noisy a round's estimate will be, part by part, from counts alone.
 
-``C`` clients that send ``n`` slopes each, along independent directions, estimate a gradient ``g`` of ``d`` parameters
-that they agree on with relative error ``E|G - g|^2 / |g|^2 = (d - 1)/(C n)``. Where clients disagree it is larger by
+``C`` clients (or sets of clients that share directions) that send ``n`` slopes each, along independent directions,
+estimate a gradient ``g`` of ``d`` parameters that they agree on with relative error ``E|G - g|^2 / |g|^2 =
+(d - 1)/(C n)``. Where clients disagree it is larger by
 ``mean |g_c|^2 / |g|^2``, which nobody knows beforehand and which grows as training goes on, so what stands here is a
 lower bound. It counts *scalars per parameter*: with fewer than one a round, the error is longer than the gradient, a
 safe step shrinks as ``1 / (1 + error)``, and a part beside another that is far better known mostly adds noise to it.
@@ -19,6 +20,7 @@ from fs_fwdllm.config.sources import describe_sources, sources_of
 from fs_fwdllm.core.trainables import public_name
 from fs_fwdllm.errors import EstimatorError
 from fs_fwdllm.method import Parts
+from fs_fwdllm.method.parts import direction_sets
 from fs_fwdllm.method.server import WorkPlan
 from fs_fwdllm.model.output_layer import OutputLayer
 from fs_fwdllm.running.session import Session
@@ -74,7 +76,7 @@ def forecast_parts(session: Session, plans: Mapping[int, WorkPlan], clients_per_
     if not config.method.measures_slopes:
         return []
     own, dimensions = config.fwdllm, replayer.division.dimensions(replayer.trainables.tensors)
-    asked = 1 if own.directions == "common" else clients_per_round
+    asked = min(clients_per_round, direction_sets(config).count or clients_per_round)
     found = []
     for part, count in enumerate(dimensions):
         scalars = asked * statistics.fmean(plan.steps * plan.probes[part] for plan in plans.values())

@@ -40,6 +40,7 @@ from fs_fwdllm.errors import ConfigError, EstimatorError
 from fs_fwdllm.estimator import Backprop, PartedEstimator, Passes, make_parted_estimator, passes_of_step
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.client_rates import StrategySettings
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.method.server import RoundServer, ServerSettings, WorkPlan
 from fs_fwdllm.model.objective import Objective
@@ -50,6 +51,7 @@ __all__ = [
     "Recipe",
     "assemble_server",
     "assemble_worker",
+    "direction_sets",
     "passes_of_client",
     "recipe_of",
     "replayer_for",
@@ -192,9 +194,20 @@ def replayer_for(config: Config, trainables: Trainables, chunk: int = DEFAULT_CH
     if not config.method.measures_slopes:
         return Replayer(trainables, config.seed, distribution, chunk)
     division = division_of(config, trainables.names)
-    if config.fwdllm.directions == "common":
+    if direction_sets(config).orthogonal:
         distribution = OrthogonalRows(trainables.tensors, division)
     return Replayer(trainables, config.seed, distribution, chunk, division)
+
+
+def direction_sets(config: Config) -> DirectionSets:
+    """Whose directions the clients of a configuration look along."""
+    own = config.fwdllm
+    if own.directions == "own" or not config.method.measures_slopes:
+        return OWN
+    if own.directions == "groups":
+        return DirectionSets(own.direction_groups)
+    free = config.method.pools_slopes and all(source.exact for source in estimators_of(config).values())
+    return DirectionSets(1, orthogonal=free)
 
 
 def _nothing_to_check(config: Config) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fs_fwdllm.core.direction import DirectionKey, direction_seed
+from fs_fwdllm.core.direction import DirectionKey
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, ScalarUpdate
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.estimator import PartedEstimator, Slopes
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
-from fs_fwdllm.method.replica import Replica, common_seeds
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets, directions_seeds
+from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.model.objective import Objective
 
 __all__ = ["Measuring", "ProbingWorker"]
@@ -32,7 +33,7 @@ class ProbingWorker(ClientWorker):
 
     Args:
         measuring: by client, how its slopes are measured.
-        in_common: all clients of a round look along the same directions.
+        sets: whose directions clients look along.
         dense_upload: send the change (or the gradient estimate) instead of the slopes, as the published systems do.
     """
 
@@ -44,20 +45,18 @@ class ProbingWorker(ClientWorker):
         measuring: Measuring,
         *,
         dense_upload: bool = False,
-        in_common: bool = False,
+        sets: DirectionSets = OWN,
     ) -> None:
         super().__init__(objective, replica, batches)
-        self._in_common = in_common
+        self._sets = sets
         self.replica: Replica = replica
         self._measuring = measuring
         self._dense_upload = dense_upload
 
     def seeds(self, assignment: Assignment, step: int) -> list[int]:
-        """The seeds of a step's directions, in order; those of a round where all clients have them in common."""
-        if self._in_common:
-            return common_seeds(assignment.round_index, assignment.probes)
-        probes = range(sum(assignment.probes))
-        return [direction_seed(assignment.round_index, assignment.client, step, probe) for probe in probes]
+        """The seeds of a step's directions, in order."""
+        owner = self._sets.owner(assignment.client)
+        return directions_seeds(assignment.round_index, owner, step, assignment.probes)
 
     def keys(self, assignment: Assignment, step: int) -> list[list[DirectionKey]]:
         """What names a step's directions, part by part."""

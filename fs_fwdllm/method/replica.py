@@ -7,23 +7,22 @@ arrived.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fs_fwdllm.core.direction import EVERYBODY, AimedDirections, candidate_seed, direction_seed
+from fs_fwdllm.core.direction import AimedDirections, candidate_seed
 from fs_fwdllm.core.replay import BUFFERS, Contributions, Replayer
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import DenseState, Participant, RoundUpdate, decode
 from fs_fwdllm.errors import DivergenceError, WireError
+from fs_fwdllm.method.direction_sets import directions_seeds
 
 __all__ = [
     "Replica",
     "apply_round_update",
     "chosen_seeds",
-    "common_seeds",
     "contributions_of",
     "directions_of",
     "later_decay",
@@ -35,19 +34,12 @@ __all__ = [
 
 def seeds_of(participants: Sequence[Participant]) -> list[int]:
     """Direction seeds in replay order: participant, then step, then probe."""
-    seeds: list[int] = []
-    for round_index, client, steps, *probes in participants:
-        if client == EVERYBODY:
-            seeds += common_seeds(round_index, probes) * steps
-        else:
-            steps_and_probes = itertools.product(range(steps), range(sum(probes)))
-            seeds += [direction_seed(round_index, client, step, probe) for step, probe in steps_and_probes]
-    return seeds
-
-
-def common_seeds(round_index: int, probes: Sequence[int]) -> list[int]:
-    """The seeds of directions that all clients have in common: each part counts its own through all rounds."""
-    return [round_index * count + probe for count in probes for probe in range(count)]
+    return [
+        seed
+        for round_index, owner, steps, *probes in participants
+        for step in range(steps)
+        for seed in directions_seeds(round_index, owner, step, probes)
+    ]
 
 
 def directions_of(participants: Sequence[Participant]) -> int:

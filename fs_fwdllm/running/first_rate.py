@@ -22,6 +22,7 @@ from fs_fwdllm.config.sources import division_of, groups_of_sources
 from fs_fwdllm.core.safe_rate import curvature_of_standardised, safe_rate
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.errors import ConfigError
+from fs_fwdllm.method.parts import direction_sets
 from fs_fwdllm.model import LoadedModel
 from fs_fwdllm.model.sentence_classifier import SentenceClassifier
 
@@ -98,7 +99,7 @@ def _safe_rate(config: Config, loaded: LoadedModel, clients: int) -> float:
 
 def _pooled(config: Config, clients: int) -> int:
     """Clients whose slopes along directions of their own make one step."""
-    return 1 if config.method.clients_step or config.fwdllm.directions == "common" else clients
+    return 1 if config.method.clients_step else min(clients, direction_sets(config).count or clients)
 
 
 def _fewest(config: Config, part: int) -> int:

@@ -285,12 +285,12 @@ def test_a_step_along_common_directions_is_the_projected_mean_gradient(world: Wo
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"fwdllm.estimator": "one_sided"}, "every client would spend its passes on the same few directions"),
         ({"fwdllm.gate.kind": "relative"}, "fwdllm.gate.kind 'relative'"),
-        ({"federate.method": "fedmezo"}, "clients that step look from different points"),
+        ({"fwdllm.direction": "gaussian"}, "fwdllm.direction 'gaussian'"),
+        ({"fwdllm.fleet": FLEET}, "fwdllm.fleet"),
     ],
 )
-def test_directions_in_common_are_refused_where_they_lose(world: World, settings: dict[str, Any], words: str) -> None:
+def test_the_rows_of_a_matrix_do_not_go_with_everything(world: World, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Federation(world.config(COMMON | settings))
     assert words in str(caught.value)

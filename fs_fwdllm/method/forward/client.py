@@ -16,6 +16,7 @@ from fs_fwdllm.data.types import Batch
 from fs_fwdllm.errors import DivergenceError
 from fs_fwdllm.estimator import Slopes
 from fs_fwdllm.method.client import BatchSettings
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.forward.directed_sampling import residual_slopes
 from fs_fwdllm.method.probing import Measuring, ProbingWorker
 from fs_fwdllm.method.replica import Replica, chosen_seeds, contributions_of
@@ -41,9 +42,9 @@ class LookingWorker(ProbingWorker):
         directions: AimedDirections | None = None,
         *,
         dense_upload: bool = False,
-        in_common: bool = False,
+        sets: DirectionSets = OWN,
     ) -> None:
-        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload, in_common=in_common)
+        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload, sets=sets)
         self.directions = directions
 
     def train(self, assignment: Assignment, batches: Sequence[Batch]) -> ClientUpdate:

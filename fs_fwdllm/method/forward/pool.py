@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fs_fwdllm.core.direction import EVERYBODY
 from fs_fwdllm.core.replay import Contributions, Replayer
 from fs_fwdllm.core.wire import Participant
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets, merged
 from fs_fwdllm.method.replica import contributions_of
 from fs_fwdllm.method.weights import part_shares
 
@@ -52,10 +52,6 @@ class PoolEntry:
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", self.probes or (self.slopes.shape[1],))
 
-    @property
-    def participant(self) -> Participant:
-        return (self.round_index, self.client, len(self.slopes), *self.probes)
-
     def columns(self, part: int) -> slice:
         """Where in a step's slopes those of ``part`` are."""
         start = sum(self.probes[:part])
@@ -75,6 +71,7 @@ class Pool:
         rates: per part, what its part of the estimate is multiplied with.
         spreads: per part, variance of a single slope's estimate over ``|grad|^2``; without, clients that send different
             numbers of slopes weigh by their samples alone.
+        sets: whose directions clients look along.
 
     Attributes:
         first_round: the round whose clients and mini-batches the pool is about; ``None`` while it is empty.
@@ -84,6 +81,7 @@ class Pool:
     equal_weights: bool
     rates: tuple[float, ...] = (1.0,)
     spreads: tuple[float, ...] | None = None
+    sets: DirectionSets = OWN
     entries: list[PoolEntry] = field(default_factory=list)
     exchanges: int = 0
 
@@ -102,7 +100,11 @@ class Pool:
 
     @property
     def participants(self) -> tuple[Participant, ...]:
-        return tuple(entry.participant for entry in self.entries)
+        """Every entry's directions, by whom they belong to."""
+        return tuple(
+            (entry.round_index, self.sets.owner(entry.client), len(entry.slopes), *entry.probes)
+            for entry in self.entries
+        )
 
     @property
     def choices(self) -> bytes:
@@ -134,7 +136,15 @@ class Pool:
         return counts
 
     def coefficients(self, sign: float = 1.0) -> np.ndarray:
-        """What every direction is multiplied with in ``sign * G``, float64 ``[directions]``."""
+        """What every entry's slopes make of its directions in ``sign * G``, float64, one entry after the other."""
+        return np.concatenate([block.ravel() for block in self._blocks(sign)])
+
+    def merged(self, sign: float = 1.0) -> tuple[list[Participant], list[np.ndarray]]:
+        """Who looked, and what every direction is multiplied with in ``sign * G``: each direction once."""
+        return merged(self.participants, self._blocks(sign))
+
+    def _blocks(self, sign: float) -> list[np.ndarray]:
+        """Every entry's coefficients in ``sign * G``, float64 ``[steps, directions]``."""
         made = [np.empty(entry.slopes.shape) for entry in self.entries]
         for part, weighed in self._weighed():
             rate = self.rates[part]
@@ -143,13 +153,7 @@ class Pool:
                 if count:
                     own = scale * weight / count * entry.slopes_of(part).astype(np.float64)
                     coefficients[:, entry.columns(part)] = own
-        return np.concatenate([coefficients.ravel() for coefficients in made])
-
-    def in_common(self, coefficients: np.ndarray) -> tuple[tuple[Participant, ...], np.ndarray]:
-        """Who took part and with what coefficients, where all entries of one round are along the same directions."""
-        entry = self.entries[0]
-        total = coefficients.reshape(-1, entry.slopes.shape[1]).sum(axis=0)
-        return ((entry.round_index, EVERYBODY, 1, *entry.probes),), total
+        return made
 
     def _weighed(self) -> Iterator[tuple[int, tuple[list[float], list[int]]]]:
         """Per part, every entry's weight and its client's number of slopes."""
@@ -181,19 +185,19 @@ class Pool:
         return replayer.total(self.contributions(replayer, self.coefficients(), reference))
 
     def noise(self, spreads: Sequence[float]) -> float:
-        """Estimate of ``E|G - E G|^2`` from the scalars alone: ``sum_c w_c^2 / n_c * spread * mean_k g_ck^2``.
+        """Estimate of ``E|G - E G|^2`` from the scalars alone: ``spread * sum_k a_k^2``, ``a_k`` being what direction
+        ``k`` is multiplied with in ``G``.
 
         ``spread`` is ``E|g z - grad|^2 / |grad|^2`` of one probe: ``d - 1`` for signs, part by part; the parts' errors
-        add up, each times its squared rate.
+        add up, each times its squared rate. Directions that nobody shares give ``sum_c w_c^2 / n_c * spread * mean_k
+        g_ck^2``; along shared ones only what the clients' mean has counts.
         """
         total = 0.0
-        for part, weighed in self._weighed():
-            squares = sum(
-                (weight / count) ** 2 * float(np.square(entry.slopes_of(part), dtype=np.float64).sum())
-                for entry, weight, count in zip(self.entries, *weighed, strict=True)
-                if count
-            )
-            total += self.rates[part] ** 2 * spreads[part] * squares
+        for (_, _, _, *probes), block in zip(*self.merged(), strict=True):
+            start = 0
+            for count, spread in zip(probes, spreads, strict=True):
+                total += spread * float(np.square(block[:, start : start + count]).sum())
+                start += count
         return total
 
     def mean_squared_slope(self, dimensions: int) -> float:

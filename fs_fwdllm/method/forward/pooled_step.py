@@ -16,6 +16,7 @@ import torch
 from fs_fwdllm.core.learning_rate import Schedule, decay_factor
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, RoundUpdate
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pool import Pool, PoolEntry
@@ -52,7 +53,7 @@ class PooledStep:
             :class:`~fs_fwdllm.method.server.ServerSettings`.
         optimizer: what the server steps with on the pooled estimate.
         pacing: gate, sampling and step control.
-        in_common: all clients of a round look along the same directions.
+        sets: whose directions clients look along.
     """
 
     def __init__(
@@ -65,13 +66,12 @@ class PooledStep:
         optimizer: ServerOptimizer,
         pacing: Pacing,
         weigh_by_precision: bool = True,
-        in_common: bool = False,
+        sets: DirectionSets = OWN,
     ) -> None:
         spreads = probe_spreads(replayer) if weigh_by_precision else None
-        self.pool = Pool(equal_weights, replayer.division.rates, spreads)
+        self.pool = Pool(equal_weights, replayer.division.rates, spreads, sets)
         self.server_steps = 0
         self.taken: TakenStep | None = None
-        self._in_common = in_common
         self._replayer = replayer
         self._schedule = schedule
         self._weight_decay = weight_decay
@@ -115,9 +115,7 @@ class PooledStep:
         rate = self._schedule(round_index)
         numbers = self._optimizer.numbers(self.server_steps + 1)
         scale = (1.0 if self._optimizer.takes_gradient else -rate) * self.pacing.control(self.pool, self._replayer)
-        participants, values = self.pool.participants, self.pool.coefficients(scale)
-        if self._in_common:  # one set of directions: the clients' coefficients add up to one set, too
-            participants, values = self.pool.in_common(values)
+        participants, coefficients = self.pool.merged(scale)
         return RoundUpdate(
             round_index=round_index,
             digest_before=digest,
@@ -127,11 +125,11 @@ class PooledStep:
             momentum=numbers.momentum,
             rate=rate,
             adam=numbers.adam,
-            participants=participants,
+            participants=tuple(participants),
             keeps_reference=self.pacing.sampling.keeps_reference,
             reference=self.pool.reference_coefficient(self._replayer.trainables.count, scale),
             choices=self.pool.choices,
-            values=values,
+            values=np.concatenate([block.ravel() for block in coefficients]),
         )
 
     def columns(self, decision: Decision | None, step_norm: float | None) -> dict[str, object]:

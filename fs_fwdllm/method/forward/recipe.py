@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fs_fwdllm.config.schema import Config
-from fs_fwdllm.config.sources import estimators_of
 from fs_fwdllm.core.direction import AimedDirections
 from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.method.client import ClientWorker
@@ -12,7 +11,7 @@ from fs_fwdllm.method.forward.client import LookingWorker
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.server import PooledServer
 from fs_fwdllm.method.forward.server_optimizer import check_server_optimizer, make_server_optimizer
-from fs_fwdllm.method.parts import Parts, Recipe
+from fs_fwdllm.method.parts import Parts, Recipe, direction_sets
 from fs_fwdllm.method.server import RoundServer, ServerSettings
 
 __all__ = ["RECIPE"]
@@ -28,7 +27,7 @@ def _make_worker(parts: Parts) -> ClientWorker:
         parts.measuring(aimed or distribution),
         aimed,
         dense_upload=own.upload == "dense",
-        in_common=own.directions == "common",
+        sets=direction_sets(parts.config),
     )
 
 
@@ -43,7 +42,7 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         settings,
         optimizer=make_server_optimizer(own),
         pacing=pacing,
-        in_common=own.directions == "common",
+        sets=direction_sets(parts.config),
     )
 
 
@@ -55,8 +54,8 @@ def _check(config: Config) -> None:
             f"fwdllm.probes {own.probes}: fwdllm.sampling.kind 'corrected' spends one probe of a step on the "
             "reference; allowed are 2 or more"
         )
-    if own.directions == "common":
-        _check_common(config)
+    if own.directions != "own":
+        _check_shared(config)
     if own.gate.tensor != "all" and own.gate.kind != "published":
         raise ConfigError(
             f"fwdllm.gate.tensor {own.gate.tensor!r}: only fwdllm.gate.kind 'published' looks at one tensor; set it to "
@@ -64,23 +63,23 @@ def _check(config: Config) -> None:
         )
 
 
-def _check_common(config: Config) -> None:
-    """Directions in common lose what one client alone would see, so they are for slopes of which there are many."""
+def _check_shared(config: Config) -> None:
+    """What cannot be had along directions that clients share, or along the rows of a matrix."""
     own = config.fwdllm
-    if probing := [word for word, estimator in estimators_of(config).items() if not estimator.exact]:
-        raise ConfigError(
-            f"fwdllm.directions 'common': with slopes {probing[0]!r} every client would spend its passes on the "
-            "same few directions; use closed_form or projected for every part, or fwdllm.directions: own"
-        )
-    for key, value, neutral in (
-        ("fwdllm.fleet", own.fleet, []),
-        ("fwdllm.direction", own.direction, "rademacher"),
-        ("fwdllm.gate.kind", own.gate.kind, "none"),
-        ("fwdllm.sampling.kind", own.sampling.kind, "none"),
-        ("fwdllm.upload", own.upload, "scalars"),
-    ):
-        if value != neutral:
-            raise ConfigError(f"{key} {value!r}: does not go with fwdllm.directions 'common'; set it to {neutral!r}")
+    orthogonal = direction_sets(config).orthogonal
+    allowed: dict[str, tuple[object, tuple[object, ...]]] = {
+        "fwdllm.gate.kind": (own.gate.kind, ("none",) if orthogonal else ("none", "relative")),
+        "fwdllm.sampling.kind": (own.sampling.kind, ("none",)),
+        "fwdllm.upload": (own.upload, ("scalars",)),
+    }
+    if orthogonal:
+        allowed |= {"fwdllm.fleet": (own.fleet, ([],)), "fwdllm.direction": (own.direction, ("rademacher",))}
+    for key, (value, values) in allowed.items():
+        if value not in values:
+            raise ConfigError(
+                f"{key} {value!r}: does not go with fwdllm.directions {own.directions!r}; set it to "
+                f"{' or '.join(map(repr, values))}, or fwdllm.directions to own"
+            )
 
 
 RECIPE = Recipe(_make_worker, _make_server, check=_check)

@@ -17,6 +17,7 @@ from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data.types import Batch
 from fs_fwdllm.estimator import Slopes
 from fs_fwdllm.method.client import BatchSettings
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.probing import Measuring, ProbingWorker
 from fs_fwdllm.method.replica import Replica
 from fs_fwdllm.model.objective import Objective
@@ -71,8 +72,9 @@ class SteppingWorker(ProbingWorker):
         *,
         weight_decay: float = 0.0,
         dense_upload: bool = False,
+        sets: DirectionSets = OWN,
     ) -> None:
-        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload)
+        super().__init__(objective, replica, batches, measuring, dense_upload=dense_upload, sets=sets)
         self._coefficients = coefficients
         self._weight_decay = weight_decay
 

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "fwdllm.parts": [{"match": "classifier", "slopes": "closed_form", "scalars": 9}, {}],
         "fwdllm.fleet": [{"clients": [2, 3], "slopes": "projected", "scalars": 12}],
     },
+    "groups": {**METHODS["mezo"], "fwdllm.directions": "groups", "fwdllm.direction_groups": 2},
     "fedavg": METHODS["fedavg"],
     # Three visits side by side; int8 uploads leave a remainder on every client, which must be its own in any process.
     "blocks": {
