@@ -20,8 +20,8 @@ from fs_fwdllm.report.files import disk_errors_named, require_writable, write_te
 
 __all__ = ["CHECKPOINT_FILES", "RunFolder"]
 
-#: The checkpoint whose parameters have been looked at, and a younger one that nobody has looked at yet.
-CHECKPOINT_FILES = ("state.safetensors", "unproven.safetensors")
+#: The checkpoint whose parameters have been looked at, a younger one that nobody has looked at yet, and the one before.
+CHECKPOINT_FILES = ("state.safetensors", "unproven.safetensors", "previous.safetensors")
 
 #: Where run folders are looked for when a folder that is none was named.
 _DEPTHS = ("*/", "*/*/")

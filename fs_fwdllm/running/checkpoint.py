@@ -5,14 +5,17 @@ the counters of the accounting, and fingerprints of the configuration and of wha
 
 A checkpoint is *proven* when a loss was measured at its parameters, by an evaluation or by the clients of the next
 round, and had not exploded. One that is not may already hold what a bad step left, so it gets a file of its own, and
-the last proven one stays until it is.
+the last proven one stays until it is. The proven one before that stays, too: disks fail, and what one loss has not
+shown the next may.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import torch
 from fs_fwdllm.config import Config, dump_config
 from fs_fwdllm.errors import CheckpointError
 from fs_fwdllm.method.server import PARAMETERS
+from fs_fwdllm.report.files import disk_errors_named
 from fs_fwdllm.report.folder import CHECKPOINT_FILES
 from fs_fwdllm.running.state_file import read_state, write_state
 
@@ -30,7 +34,7 @@ __all__ = [
     "require_same_inputs", "withdraw_checkpoint", "write_checkpoint",
 ]  # fmt: skip
 
-_FILE, _UNPROVEN = CHECKPOINT_FILES
+_FILE, _UNPROVEN, _PREVIOUS = CHECKPOINT_FILES
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,36 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, proven: bool = Tru
     about = {item.name: getattr(checkpoint, item.name) for item in fields(Checkpoint) if item.name != "tensors"}
     before = any((folder / name).is_file() for name in CHECKPOINT_FILES)
     spared = "the previous checkpoint is intact" if before else "there is no earlier checkpoint"
-    write_state(folder / (_FILE if proven else _UNPROVEN), about, checkpoint.tensors, spared)
+    write_state(folder / _UNPROVEN, about, checkpoint.tensors, spared)
     if proven:
-        (folder / _UNPROVEN).unlink(missing_ok=True)
+        prove_checkpoint(folder)
 
 
 def prove_checkpoint(folder: Path) -> None:
-    """The newest checkpoint turned out well: it takes the place of the last proven one."""
+    """The newest checkpoint turned out well: it takes the place of the last proven one.
+
+    Raises:
+        CheckpointError: the disk will not have that; both are where they were.
+    """
     if (folder / _UNPROVEN).is_file():
-        os.replace(folder / _UNPROVEN, folder / _FILE)
+        _keep_previous(folder)
+        with disk_errors_named(folder / _FILE, f"the newest checkpoint is {_UNPROVEN} beside it"):
+            os.replace(folder / _UNPROVEN, folder / _FILE)
+
+
+def _keep_previous(folder: Path) -> None:
+    """Let the last proven checkpoint have a second name, before another takes its own. Where the disk will not have it,
+    the one that is about to be written matters more."""
+    beside = folder / f".{_PREVIOUS}.{os.getpid()}"
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(folder / _FILE, beside)
+        except PermissionError:  # a disk without links
+            shutil.copyfile(folder / _FILE, beside)
+        os.replace(beside, folder / _PREVIOUS)
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
 
 
 def withdraw_checkpoint(folder: Path) -> None:
@@ -113,13 +138,29 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint in ``folder``.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged; the message names one that is intact, if there is.
     """
-    paths = [folder / name for name in CHECKPOINT_FILES if (folder / name).is_file()]
-    if not paths:
+    present = [folder / name for name in CHECKPOINT_FILES if (folder / name).is_file()]
+    if not present:
         raise CheckpointError(f"{folder / _FILE}: no checkpoint there; a run writes one after its first round")
     # A run killed while it proved one leaves an older one beside it.
-    return max((_read(path) for path in paths), key=lambda checkpoint: checkpoint.next_round)
+    newest = [path for path in present if path.name != _PREVIOUS] or present
+    try:
+        return max((_read(path) for path in newest), key=lambda checkpoint: checkpoint.next_round)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_way_out(present)}") from error
+
+
+def _way_out(present: Sequence[Path]) -> str:
+    """Of a damaged checkpoint: another one to go on from."""
+    for path in present:
+        with suppress(CheckpointError):
+            intact = _read(path)
+            return (
+                f"; {path.name} beside it is intact and goes on with round {intact.next_round + 1}: remove the damaged "
+                "file to continue there"
+            )
+    return ""
 
 
 def read_parameters(folder: Path, reference: Sequence[object]) -> dict[str, torch.Tensor]:

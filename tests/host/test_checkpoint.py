@@ -16,11 +16,18 @@ from safetensors.torch import save_file
 from fs_fwdllm.errors import CheckpointError, ConfigError
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.report.sinks import JsonLinesSink
-from fs_fwdllm.running.checkpoint import Checkpoint, config_fingerprint, read_checkpoint, write_checkpoint
+from fs_fwdllm.running.checkpoint import (
+    Checkpoint,
+    config_fingerprint,
+    prove_checkpoint,
+    read_checkpoint,
+    withdraw_checkpoint,
+    write_checkpoint,
+)
 from fs_fwdllm.running.local import resume, run
 from tests.host.small import METHODS, World, read_jsonl
 
-STATE = "state.safetensors"
+STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
 
 
 def a_checkpoint(next_round: int) -> Checkpoint:
@@ -50,7 +57,34 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     for next_round in (1, 2):
         write_checkpoint(tmp_path / "checkpoint", a_checkpoint(next_round))
         assert_same(read_checkpoint(tmp_path / "checkpoint"), a_checkpoint(next_round))
-    assert [file.name for file in (tmp_path / "checkpoint").iterdir()] == [STATE]
+    assert sorted(file.name for file in (tmp_path / "checkpoint").iterdir()) == [PREVIOUS, STATE]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_one_before_the_last_good_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """One that nobody has looked at yet counts from when it is proven; a bad one never does."""
+    if not links:
+        monkeypatch.setattr(os, "link", _not_permitted)
+    for next_round in (1, 2):
+        write_checkpoint(tmp_path, a_checkpoint(next_round))
+    write_checkpoint(tmp_path, a_checkpoint(3), proven=False)
+    withdraw_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, a_checkpoint(4), proven=False)
+    assert_same(read_checkpoint(tmp_path), a_checkpoint(4))
+    prove_checkpoint(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [PREVIOUS, STATE]
+    assert_same(read_checkpoint(tmp_path), a_checkpoint(4))
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"{STATE}: damaged.*{PREVIOUS} .* goes on with round 3: remove the damaged"
+    ):
+        read_checkpoint(tmp_path)
+    (tmp_path / STATE).unlink()
+    assert_same(read_checkpoint(tmp_path), a_checkpoint(2))
+
+
+def _not_permitted(*_: Any) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -65,7 +99,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(CheckpointError, match=rf"{STATE}: cannot be written \(.+\); the previous .* is intact"):
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.+\); the previous .* is intact"):
             write_checkpoint(tmp_path, a_checkpoint(2))
     assert [file.name for file in tmp_path.iterdir()] == [STATE]
     assert_same(read_checkpoint(tmp_path), a_checkpoint(1))
@@ -208,7 +242,7 @@ def test_a_disk_that_fills_up_costs_no_round_that_was_saved(world: World, monkey
         with pytest.raises(CheckpointError, match=rf"{STATE}: cannot be written \(No space left on device\)"):
             run(config)
     path = Path(config.outdir) / "small-2"
-    assert read_checkpoint(RunFolder(path).checkpoint_path).next_round == 2
+    assert read_checkpoint(RunFolder(path).checkpoint_path).next_round == 3, "whole, only not yet in its place"
     assert resume(path) == path
     assert read_jsonl(path / "metrics.jsonl")[-1]["digest"] == read_jsonl(whole / "metrics.jsonl")[-1]["digest"]
 
