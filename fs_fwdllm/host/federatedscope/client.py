@@ -23,6 +23,7 @@ from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE
 from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, dispatch, frame_in, next_message, reachable
 from fs_fwdllm.running.driver import answer, follow
+from fs_fwdllm.running.agreement import settings_of_work, settings_text
 
 __all__ = ["FwdLLMClient"]
 
@@ -63,13 +64,16 @@ class FwdLLMClient(Client):
             self.register_handlers(kind, self.callback_funcs_for_foreign_message, [None])
 
     def join_in(self) -> bool:
-        """Tell the server who we are, where, how many samples we hold, and what parameters; whether it was told."""
+        """Tell the server who we are, where, how many samples we hold, what parameters, and how we are configured;
+        whether it was told."""
+        session, alone = self._process.session, self.mode != "distributed"
         hello = Hello(
             client=self._asked_for if self.ID < 0 else int(self.ID),
             samples=len(self._examples),
             incarnation=self._incarnation,
             digest=self._process.worker.replica.digest,
-            base=self._process.session.base_digest if self.mode == "distributed" else b"",
+            base=b"" if alone else session.base_digest,
+            settings="" if alone else settings_text(settings_of_work(session)),
             **(self.local_address or {}),
         )
         return self._send("join_in", hello.content())

@@ -44,6 +44,7 @@ class Hello:
         digest: of the parameters it holds.
         base: digest of its base; empty in a simulation, and where it is not known.
         host, port: where it listens; empty and 0 in a simulation.
+        settings: hashes of what determines its work (:mod:`fs_fwdllm.running.agreement`); empty in a simulation.
     """
 
     client: int
@@ -52,6 +53,7 @@ class Hello:
     digest: bytes
     base: bytes = b""
     host: str = ""
+    settings: str = ""
     port: int = 0
 
     def content(self) -> dict[str, int | str]:
@@ -67,14 +69,15 @@ class Hello:
         """
         try:
             numbers = {name: content[name] for name in ("client", "samples", "incarnation", "port")}
-            host, digest, base = content["host"], bytes.fromhex(content["digest"]), bytes.fromhex(content["base"])
+            texts = {name: content[name] for name in ("host", "settings")}
+            digest, base = bytes.fromhex(content["digest"]), bytes.fromhex(content["base"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise WireError(f"a join_in message lacks or garbles a field ({type(error).__name__}: {error})") from error
-        if not isinstance(host, str) or any(type(number) is not int for number in numbers.values()):
+        if {type(text) for text in texts.values()} != {str} or {type(number) for number in numbers.values()} != {int}:
             raise WireError("a join_in message has a field of the wrong type")
         if numbers["samples"] < 0 or not 0 <= numbers["port"] <= _LAST_PORT:
             raise WireError("a join_in message has a field that is out of range")
-        return cls(**numbers, host=host, digest=digest, base=base)
+        return cls(**numbers, **texts, digest=digest, base=base)
 
 
 def frame_in(message: Any) -> bytes:
