@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fs_fwdllm.config.base_section import BaseConfig
 from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
 from fs_fwdllm.config.section import Section, known_word
+from fs_fwdllm.config.tls_section import TlsConfig
 from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.errors import nearest
 
@@ -296,6 +297,7 @@ class FwdllmConfig(Section):
     log_clients: bool = Field(
         False, description="send TensorBoard and Weights & Biases each client's loss and learning rate, too"
     )
+    tls: TlsConfig = TlsConfig()
     base: BaseConfig = BaseConfig()
     gate: GateConfig = GateConfig()
     sampling: SamplingConfig = SamplingConfig()
