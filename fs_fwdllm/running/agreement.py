@@ -82,6 +82,11 @@ def refusal_of(session: Session, base: bytes, said: str) -> str:
 
 def _refusal_of_settings(own: Mapping[str, Any], said: str) -> str:
     theirs = dict(_ENTRY.findall(said))
+    if not theirs:
+        return (
+            "the server does not take this client: it does not say how it is configured; install the server's version "
+            "of this package there, and start it again"
+        )
     differing = [name for name in sorted({*own, *theirs}) if name not in own or theirs.get(name) != _hash(own[name])]
     if not differing:
         return ""

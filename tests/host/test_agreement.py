@@ -102,7 +102,9 @@ def test_a_basis_file_is_compared_by_what_is_in_it(world: World, tmp_path: Path)
 def test_who_says_nothing_or_nonsense_is_not_taken(world: World) -> None:
     server = session_of(world)
     own = settings_text(settings_of_work(server))
-    for said in ("", "nonsense", own.replace(" ", "\n\x1b[31m:"), own + " no.such.key:abcdef"):
+    for said in ("", "nonsense"):
+        assert "it does not say how it is configured" in refusal_of(server, server.base_digest, said)
+    for said in (own.replace(" ", "\n\x1b[31m:"), own + " no.such.key:abcdef"):
         refused = refusal_of(server, server.base_digest, said)
-        assert refused and "\x1b" not in refused
+        assert "it is configured for other work" in refused and "\x1b" not in refused
     assert "no.such.key (unknown to the server, so that its package is of another version)" in refused
