@@ -120,6 +120,8 @@ def test_a_run_over_tls_ends_with_the_bits_of_any_other(federation: SecureFedera
     for participant in (server, *clients):
         participant.succeed(_BOUND_S)
     assert outcome_of(federation.plain.folder("server")) == federation.plain.local()
+    written = (federation.plain.folder("server") / "config.yaml").read_text()
+    assert str(federation.made) not in written, "what a run is known by names no files: it may go on with renewed ones"
     assert "dropped a message with the certificate of 'client-1' that says it is of 'client-2'" in server.text
     assert "dropped a message with the certificate of 'client-1' that says it is of 'server'" in server.text
     assert "with the certificate of 'client-1' it asks to join as 'client-2'" in server.text
