@@ -8,7 +8,7 @@ project_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 environment="${FS_FWDLLM_VENV:-$project_root/.venv}"
 constraints="$project_root/constraints.txt"
 newest_python=13
-all_extras=demo,dev,docs,federatedscope # those of this environment
+all_extras=demo,dev,docs,federatedscope,secure # those of this environment
 replacements=() # packages put in the place of what was installed, without what they depend on
 
 # From here on ensure_environment makes the environment for FedML, which needs older libraries than we do.

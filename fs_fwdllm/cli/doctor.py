@@ -26,6 +26,7 @@ _EXTRAS = (
     ("extra data", "h5py", "pip install 'fs-fwdllm[data]' for FedNLP's h5 files"),
     ("extra wandb", "wandb", "pip install 'fs-fwdllm[wandb]' for wandb.use"),
     ("extra gguf", "gguf", "pip install 'fs-fwdllm[gguf]' for llama.cpp's files as bases"),
+    ("extra secure", "cryptography", "pip install 'fs-fwdllm[secure]' makes certificates for fwdllm.tls"),
     ("tensorboard", "tensorboard", "pip install tensorboard for fwdllm.tensorboard"),
 )
 

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from fs_fwdllm._version import __version__
 from fs_fwdllm.cli.basis import basis
+from fs_fwdllm.cli.certificates import certificates_app
 from fs_fwdllm.cli.config import config_app
 from fs_fwdllm.cli.data import data_app
 from fs_fwdllm.cli.doctor import examine
@@ -61,6 +62,7 @@ app = typer.Typer(
 
 app.add_typer(data_app)
 app.add_typer(config_app)
+app.add_typer(certificates_app)
 
 #: Overrides may be negative numbers, which must not be taken for options.
 _WITH_OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}

@@ -10,6 +10,7 @@ from fs_fwdllm.config.base_section import BaseConfig
 from fs_fwdllm.config.registries import ESTIMATORS, EXTENSIONS
 from fs_fwdllm.config.robust_section import RobustConfig
 from fs_fwdllm.config.section import Section, known_word
+from fs_fwdllm.config.tls_section import TlsConfig
 from fs_fwdllm.core.direction import DIRECTIONS
 from fs_fwdllm.errors import nearest
 
@@ -301,6 +302,7 @@ class FwdllmConfig(Section):
     log_clients: bool = Field(
         False, description="send TensorBoard and Weights & Biases each client's loss and learning rate, too"
     )
+    tls: TlsConfig = TlsConfig()
     base: BaseConfig = BaseConfig()
     robust: RobustConfig = RobustConfig()
     gate: GateConfig = GateConfig()

@@ -33,6 +33,7 @@ from fs_fwdllm.errors import WireError
 
 __all__ = [
     "DEFAULT_LIMIT_BYTES",
+    "WIRE_VERSION",
     "Assignment",
     "ByteLedger",
     "ClientUpdate",
@@ -51,7 +52,8 @@ __all__ = [
 ]
 
 _MAGIC = b"FF"
-_VERSION = 5
+#: Of frames; another one is refused.
+WIRE_VERSION = 5
 _PREFIX = struct.Struct("<2sBI")
 _LENGTH = struct.Struct("<I")
 #: Where a header starts.
@@ -218,7 +220,7 @@ def encode(record: Record) -> bytes:
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    return b"".join((_PREFIX.pack(_MAGIC, _VERSION, checksum), *parts))
+    return b"".join((_PREFIX.pack(_MAGIC, WIRE_VERSION, checksum), *parts))
 
 
 def frame_bytes(record: Record) -> int:
@@ -279,8 +281,8 @@ def _split(frame: bytes) -> tuple[memoryview, memoryview]:
         raise WireError(f"{len(frame)} bytes are too few for a frame") from error
     if magic != _MAGIC:
         raise WireError(f"these {len(frame)} bytes are not a frame of ours (they start with {bytes(frame[:4])!r})")
-    if version != _VERSION:
-        raise WireError(f"frame version {version} is not supported; this package speaks version {_VERSION}")
+    if version != WIRE_VERSION:
+        raise WireError(f"frame version {version} is not supported; this package speaks version {WIRE_VERSION}")
     view = memoryview(frame)
     if zlib.crc32(view[_PREFIX.size :]) != checksum:
         raise WireError(f"a frame of {len(frame)} bytes is truncated or corrupted")

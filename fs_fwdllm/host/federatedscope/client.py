@@ -21,7 +21,9 @@ from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
+from fs_fwdllm.host.federatedscope.secure import listening, tls_of
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, dispatch, frame_in, next_message, reachable
+from fs_fwdllm.running.agreement import settings_of_work, settings_text
 from fs_fwdllm.running.driver import answer, follow
 
 __all__ = ["FwdLLMClient"]
@@ -38,11 +40,12 @@ class FwdLLMClient(Client):
     """A client of any of our methods. Arguments as the host's own client."""
 
     def __init__(self, *arguments: Any, config: Any = None, model: HostModel | None = None, **named: Any) -> None:
-        reached_at = named.get("host", "")
+        reached_at, tls = named.get("host", ""), None
         if config is not None and config.federate.mode.lower() == "distributed":
             settle_addresses(config)
-            named["host"] = bind_host(config)
-        super().__init__(*arguments, config=config, model=model, **named)
+            named["host"], tls = bind_host(config), tls_of(config)
+        with listening(tls):
+            super().__init__(*arguments, config=config, model=model, **named)
         if config is None or model is None:  # the host asks an unconfigured worker for its handlers
             return
         if self.local_address is not None:
@@ -52,7 +55,7 @@ class FwdLLMClient(Client):
         self._incarnation = int.from_bytes(os.urandom(3), "little")
         self._asked_for = int(self._cfg.distribute.data_idx) if self.mode == "distributed" else int(self.ID)
         self._deadline_s = self._process.config.fwdllm.deadline_s
-        self._sender = Sender(self.comm_manager, self._deadline_s) if self.mode == "distributed" else None
+        self._sender = Sender(self.comm_manager, self._deadline_s, tls) if self.mode == "distributed" else None
         self._unsent: Any = None
 
     def _register_default_handlers(self) -> None:
@@ -63,13 +66,16 @@ class FwdLLMClient(Client):
             self.register_handlers(kind, self.callback_funcs_for_foreign_message, [None])
 
     def join_in(self) -> bool:
-        """Tell the server who we are, where, how many samples we hold, and what parameters; whether it was told."""
+        """Tell the server who we are, where, how many samples we hold, what parameters, and how we are configured;
+        whether it was told."""
+        session, alone = self._process.session, self.mode != "distributed"
         hello = Hello(
             client=self._asked_for if self.ID < 0 else int(self.ID),
             samples=len(self._examples),
             incarnation=self._incarnation,
             digest=self._process.worker.replica.digest,
-            base=self._process.session.base_digest if self.mode == "distributed" else b"",
+            base=b"" if alone else session.base_digest,
+            settings="" if alone else settings_text(settings_of_work(session)),
             **(self.local_address or {}),
         )
         return self._send("join_in", hello.content())

@@ -27,6 +27,7 @@ from fs_fwdllm.errors import ConfigError, DataError
 from fs_fwdllm.host.federatedscope import run_state, splitter
 from fs_fwdllm.host.federatedscope.command_line import check_command_line
 from fs_fwdllm.host.federatedscope.listening import settle_addresses
+from fs_fwdllm.host.federatedscope.secure import tls_of
 from fs_fwdllm.host.federatedscope.settings import (
     complete,
     config_from_host,
@@ -81,6 +82,7 @@ def load_data(config: Any, client_configs: Any) -> Any:
     _make_place_for(config.federate.save_to)
     if config.federate.mode.lower() == "distributed":
         settle_addresses(config)
+        tls_of(config)
     own = config_from_host(config)
     if own.federate.sample_client_num == own.federate.client_num:
         own.federate.sample_client_num = -1  # the host writes "all" as a number, and counts clients without data

@@ -6,14 +6,18 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from federatedscope.core.message import Message
 from federatedscope.core.workers import Server
 
+from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.run_state import HostModel
+from fs_fwdllm.host.federatedscope.secure import Tls, listening, tls_of
 from fs_fwdllm.host.federatedscope.transport import Hello, Sender, reachable
+from fs_fwdllm.host.tls import name_of
 
 __all__ = ["MemberServer"]
 
@@ -31,17 +35,19 @@ class MemberServer(Server):
     def __init__(
         self, *arguments: Any, config: Any = None, model: HostModel | None = None, data: Any = None, **named: Any
     ) -> None:
+        self._tls: Tls | None = None
         if config is not None and config.federate.mode.lower() == "distributed":
             # Once more: it is some time since the address was looked at, and gRPC would share a taken port in silence.
             settle_addresses(config)
-            named["host"] = bind_host(config)
-        super().__init__(*arguments, config=config, model=model, data=data, **named)
+            named["host"], self._tls = bind_host(config), tls_of(config)
+        with listening(self._tls):
+            super().__init__(*arguments, config=config, model=model, data=data, **named)
         self._clients: dict[int, Hello] = {}
         self._undelivered: set[int] = set()
         self._looked_for_clients = 0.0
         self._sender: Sender | None = None
         if config is not None and model is not None and self.mode == "distributed":
-            self._sender = Sender(self.comm_manager, model.process.config.fwdllm.deadline_s)
+            self._sender = Sender(self.comm_manager, model.process.config.fwdllm.deadline_s, self._tls)
 
     @property
     @abstractmethod
@@ -66,7 +72,7 @@ class MemberServer(Server):
         Raises:
             WireError: the message is malformed.
         """
-        hello = Hello.read(message.content)
+        hello = self._certified(Hello.read(message.content), message.sender)
         client = self._number_of(hello)
         if not 0 < client <= self.client_num:
             # Nobody calls an address of a stranger's choice; a client that is not taken in gives up by itself.
@@ -85,6 +91,18 @@ class MemberServer(Server):
             self._admit(client, "joined" if known is None else "is here again")
         elif client in self._undelivered:  # it was out of reach when it was sent something
             self._catch_up(client)
+
+    def _certified(self, hello: Hello, sender: int) -> Hello:
+        """``hello`` with the number of the client's certificate, where there are certificates.
+
+        Raises:
+            WireError: it asks for another one.
+        """
+        if self._tls is None:
+            return hello
+        if hello.client > 0 and hello.client != sender:
+            raise WireError(f"with the certificate of {name_of(sender)!r} it asks to join as {name_of(hello.client)!r}")
+        return replace(hello, client=sender)
 
     def _number_of(self, hello: Hello) -> int:
         if hello.client > 0:

@@ -29,7 +29,8 @@ from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, r
 from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.trainer import let_monitor_know
 from fs_fwdllm.host.federatedscope.transport import Hello, dispatch, frame_in, next_message
-from fs_fwdllm.model.base.identity import UNTOLD_BASE, refusal_of_base
+from fs_fwdllm.model.base.identity import UNTOLD_BASE
+from fs_fwdllm.running.agreement import refusal_of
 from fs_fwdllm.running.driver import RunDriver
 
 __all__ = ["FwdLLMServer"]
@@ -78,10 +79,12 @@ class FwdLLMServer(MemberServer):
         return self._driver
 
     def _refusal(self, hello: Hello) -> str:
-        own = self._process.session.base_digest if self.mode == "distributed" else b""
-        if own and not hello.base:
+        if self.mode != "distributed":
+            return ""
+        session = self._process.session
+        if session.base_digest and not hello.base:
             logger.warning("client %d %s", hello.client, UNTOLD_BASE)
-        return refusal_of_base(own, hello.base)
+        return refusal_of(session, hello.base, hello.settings)
 
     def _catch_up(self, client: int) -> None:
         """Send a client what it missed, if the run is waiting for it."""

@@ -22,6 +22,7 @@ from fs_fwdllm.core.wire import from_text
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.addresses import is_listening, parsed
 from fs_fwdllm.host.chunks import Joiner, split
+from fs_fwdllm.host.federatedscope.secure import Tls
 
 __all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "reachable"]
 
@@ -43,6 +44,7 @@ class Hello:
         incarnation: a number drawn when its process started; another one means that it was restarted.
         digest: of the parameters it holds.
         base: digest of its base; empty in a simulation, and where it is not known.
+        settings: hashes of what determines its work (:mod:`fs_fwdllm.running.agreement`); empty in a simulation.
         host, port: where it listens; empty and 0 in a simulation.
     """
 
@@ -51,6 +53,7 @@ class Hello:
     incarnation: int
     digest: bytes
     base: bytes = b""
+    settings: str = ""
     host: str = ""
     port: int = 0
 
@@ -67,14 +70,15 @@ class Hello:
         """
         try:
             numbers = {name: content[name] for name in ("client", "samples", "incarnation", "port")}
-            host, digest, base = content["host"], bytes.fromhex(content["digest"]), bytes.fromhex(content["base"])
+            texts = {name: content[name] for name in ("host", "settings")}
+            digest, base = bytes.fromhex(content["digest"]), bytes.fromhex(content["base"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise WireError(f"a join_in message lacks or garbles a field ({type(error).__name__}: {error})") from error
-        if not isinstance(host, str) or any(type(number) is not int for number in numbers.values()):
+        if {type(text) for text in texts.values()} != {str} or {type(number) for number in numbers.values()} != {int}:
             raise WireError("a join_in message has a field of the wrong type")
         if numbers["samples"] < 0 or not 0 <= numbers["port"] <= _LAST_PORT:
             raise WireError("a join_in message has a field that is out of range")
-        return cls(**numbers, host=host, digest=digest, base=base)
+        return cls(**numbers, **texts, digest=digest, base=base)
 
 
 def frame_in(message: Any) -> bytes:
@@ -105,11 +109,13 @@ class Sender:
     Args:
         manager: the host's gRPC communication manager.
         deadline_s: seconds a message may take; finding the receiver may take at most five of them.
+        tls: with which certificates; ``None`` sends without protection.
     """
 
-    def __init__(self, manager: Any, deadline_s: float) -> None:
+    def __init__(self, manager: Any, deadline_s: float, tls: Tls | None) -> None:
         self._compression = manager.comp_method
         self._deadline_s = deadline_s
+        self._tls = tls
         manager._send = self
 
     def __call__(self, address: str, message: Any) -> bool:
@@ -117,18 +123,28 @@ class Sender:
         import grpc
         from federatedscope.core.proto.gRPC_comm_manager_pb2_grpc import gRPCComServeFuncStub
 
-        options = (("grpc.enable_http_proxy", 0),)
-        with grpc.insecure_channel(address, options=options, compression=self._compression) as channel:
+        with self._channel(address, message.receiver[0]) as channel:
             try:
                 grpc.channel_ready_future(channel).result(timeout=min(self._deadline_s, _CONNECT_WITHIN_S))
                 stub = gRPCComServeFuncStub(channel)
                 for piece in _pieces(message):
                     stub.sendMessage(piece.transform(to_list=True), timeout=self._deadline_s)
             except (grpc.RpcError, grpc.FutureTimeoutError) as error:
-                reason = error.code().name if isinstance(error, grpc.Call) else "nobody answers"
+                reason = error.code().name if isinstance(error, grpc.Call) else self._why_nobody(address, message)
                 logger.warning("a %s message to %s was not delivered (%s)", message.msg_type, address, reason)
                 return False
         return True
+
+    def _channel(self, address: str, receiver: int) -> Any:
+        import grpc
+
+        options = (("grpc.enable_http_proxy", 0),)
+        if self._tls is not None:
+            return self._tls.channel(address, receiver, options, self._compression)
+        return grpc.insecure_channel(address, options=options, compression=self._compression)
+
+    def _why_nobody(self, address: str, message: Any) -> str:
+        return (self._tls and self._tls.complaint(address, message.receiver[0])) or "nobody answers"
 
     def to_many(self, messages: Sequence[tuple[str, Any]]) -> list[bool]:
         """Send ``(address, message)`` pairs side by side, so that one dead receiver does not hold up the others."""

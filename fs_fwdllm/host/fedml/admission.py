@@ -1,8 +1,9 @@
-"""Which client processes get work: every one says as it joins which base it has, and is compared with the server's.
+"""Which client processes get work: every one says as it joins which base it has and how it is configured.
 
-A frozen base is never sent, so that nothing else would tell that a process has another one, or a damaged copy. FedML's
-server waits for every process in every round, and under MPI one that leaves ends them all; so a process that is refused
-stays in FedML's rounds, without work, and the run goes on with the clients of the others.
+A frozen base is never sent, so that nothing else would tell that a process has another one, or a damaged copy; nor
+would anything tell of another radius or seed (:mod:`fs_fwdllm.running.agreement`). FedML's server waits for every
+process in every round, and under MPI one that leaves ends them all; so a process that is refused stays in FedML's
+rounds, without work, and the run goes on with the clients of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.fedml.guard import name_of
 from fs_fwdllm.host.placement import Placement
-from fs_fwdllm.model.base.identity import UNTOLD_BASE, refusal_of_base
+from fs_fwdllm.model.base.identity import UNTOLD_BASE
+from fs_fwdllm.running.agreement import refusal_of
 from fs_fwdllm.running.session import Session
 
 __all__ = ["Admission"]
@@ -31,16 +33,17 @@ class Admission:
     session: Session
     placement: Placement
     refusals: dict[int, str] = field(default_factory=dict)
-    _bases: dict[int, bytes] = field(default_factory=dict)
+    _said: dict[int, tuple[bytes, str]] = field(default_factory=dict)
 
-    def note_base(self, silo: int, base: object) -> None:
-        """A silo has joined with a base of this digest; anything but bytes counts as not having said it."""
-        self._bases[silo] = base if isinstance(base, bytes) else b""
+    def note(self, silo: int, base: object, settings: object) -> None:
+        """A silo has joined with a base of this digest, and these settings' hashes; anything but bytes and text counts
+        as not having said it."""
+        self._said[silo] = (base if isinstance(base, bytes) else b"", settings if isinstance(settings, str) else "")
 
     @property
     def has_others(self) -> bool:
         """Whether there are other processes than the server's."""
-        return bool(self._bases)
+        return bool(self._said)
 
     def close(self) -> None:
         """Decide, when all have joined.
@@ -48,8 +51,8 @@ class Admission:
         Raises:
             HostError: too few clients are left (``fwdllm.min_answers``).
         """
-        own = self.session.base_digest if self._bases else b""
-        self.refusals = {silo: why for silo, base in sorted(self._bases.items()) if (why := refusal_of_base(own, base))}
+        answers = {silo: refusal_of(self.session, base, settings) for silo, (base, settings) in self._said.items()}
+        self.refusals = {silo: why for silo, why in sorted(answers.items()) if why}
         everybody = self.session.client_samples
         left = {
             client: samples
@@ -64,6 +67,6 @@ class Admission:
 
     def remarks(self) -> list[str]:
         """What a user should know of who has joined."""
-        untold = [silo for silo, base in sorted(self._bases.items()) if not base and self.session.base_digest]
+        untold = [silo for silo, (base, _) in sorted(self._said.items()) if not base and self.session.base_digest]
         refused = [f"refused {name_of(silo + 1)}: {why}" for silo, why in self.refusals.items()]
         return [*refused, *(f"warning: {name_of(silo + 1)} {UNTOLD_BASE}" for silo in untold)]

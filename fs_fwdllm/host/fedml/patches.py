@@ -3,7 +3,7 @@
 * ``fedml.init`` asks a server on the internet for a configuration, whatever the file says; it does no longer.
 * The single-process and MPI simulators ignore custom trainers or aggregators; given ours, they use them
   (:mod:`~fs_fwdllm.host.fedml.simulators`). Anybody else's arguments go where they always went.
-* A client process says which base it has as it joins, and the server hears it.
+* A client process says as it joins which base it has and how it is configured, and the server hears it.
 * The server is told which silo's payload has come, so that a deadline can name who is missing, and does not look for
   tensors in what is not a state dictionary.
 * The gRPC receiver asks its queue millions of times a second whether it is empty; ours lets it sleep in between.
@@ -24,8 +24,8 @@ __all__ = ["enable"]
 
 _POLL_S = 0.002
 _MARK = "_fs_fwdllm_enabled"
-#: Under which name FedML's message of a client that is there has our digest.
-_BASE = "fs_fwdllm_base"
+#: Under which names FedML's message of a client that is there has our digest and our settings' hashes.
+_BASE, _SETTINGS = "fs_fwdllm_base", "fs_fwdllm_settings"
 
 
 class PatientQueue(queue.Queue[Any]):
@@ -45,7 +45,7 @@ def enable() -> None:
         return
     _stay_offline(mlops)
     _use_our_simulators()
-    _say_and_hear_bases()
+    _say_and_hear_what_must_agree()
     _hear_arrivals()
     _let_grpc_sleep()
     setattr(mlops, _MARK, True)
@@ -76,30 +76,32 @@ def _choosing(stock: Any, ours: Any) -> Any:
     return make
 
 
-def _say_and_hear_bases() -> None:
+def _say_and_hear_what_must_agree() -> None:
     status = importlib.import_module("fedml.cross_silo.client.message_define").MyMessage.MSG_TYPE_C2S_CLIENT_STATUS
     clients: Any = importlib.import_module("fedml.cross_silo.client.client_initializer")
     servers: Any = importlib.import_module("fedml.cross_silo.server.server_initializer")
     stock_client, stock_server = clients.ClientMasterManager, servers.FedMLServerManager
 
     class SayingManager(stock_client):  # type: ignore[misc, valid-type]
-        """FedML's manager of a client process, which also says our trainer's base."""
+        """FedML's manager of a client process, which also says our trainer's base and settings."""
 
         def send_message(self, message: Any) -> None:
             trainer = self.trainer_dist_adapter.trainer.trainer
             if message.get_type() == status and isinstance(trainer, FwdLLMTrainer):
                 message.add_params(_BASE, trainer.base)
+                message.add_params(_SETTINGS, trainer.settings)
             super().send_message(message)
 
     class HearingManager(stock_server):  # type: ignore[misc, valid-type]
-        """FedML's manager of the server, which also hears our clients' bases."""
+        """FedML's manager of the server, which also hears our clients' bases and settings."""
 
         def handle_message_client_status_update(self, msg_params: Any) -> None:
             ours = self.aggregator.aggregator
             if not isinstance(ours, FwdLLMAggregator):
                 super().handle_message_client_status_update(msg_params)
                 return
-            ours.admission.note_base(self.client_real_ids.index(msg_params.get_sender_id()), msg_params.get(_BASE))
+            silo = self.client_real_ids.index(msg_params.get_sender_id())
+            ours.admission.note(silo, msg_params.get(_BASE), msg_params.get(_SETTINGS))
             super().handle_message_client_status_update(msg_params)
             ours.require_start()
 

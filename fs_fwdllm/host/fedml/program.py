@@ -115,8 +115,7 @@ def build(
     patience_s = math.inf if alone else settings.deadline_s
     trainer = aggregator = None
     if alone or args.rank != 0:
-        base = b"" if alone else session.base_digest  # read now: FedML swallows errors while it connects
-        trainer = FwdLLMTrainer(session, args, watchdog, _CLIENTS_PATIENCE * patience_s, base)
+        trainer = FwdLLMTrainer(session, args, watchdog, _CLIENTS_PATIENCE * patience_s, alone=alone)
     if alone or args.rank == 0:
         start = _start(settings, folder, resume=resume)
         aggregator = FwdLLMAggregator(session, args, placement, start, watchdog, patience_s)

@@ -11,6 +11,7 @@ from fs_fwdllm.host.fedml.identity import say
 from fs_fwdllm.host.fedml.payload import Orders, pack_answers, unpack_orders
 from fs_fwdllm.host.fedml.watchdog import Watchdog
 from fs_fwdllm.method import assemble_worker
+from fs_fwdllm.running.agreement import settings_of_work, settings_text
 from fs_fwdllm.running.driver import answer, follow
 from fs_fwdllm.running.session import Session
 
@@ -25,15 +26,19 @@ class FwdLLMTrainer(ClientTrainer):
         args: FedML's arguments.
         watchdog: armed while the silo waits for the server.
         patience_s: how long that may take.
-        base: digest of this process's base, which the server compares with its own; empty if there is no other process.
+        alone: there is no other process, so that nothing has to agree.
 
     Attributes:
+        base, settings: digest of this process's base and hashes of its settings, which the server compares with its
+            own; empty if there is no other process.
         refusal: why the server gives this process no work; empty if it does.
     """
 
-    def __init__(self, session: Session, args: Any, watchdog: Watchdog, patience_s: float, base: bytes = b"") -> None:
+    def __init__(self, session: Session, args: Any, watchdog: Watchdog, patience_s: float, *, alone: bool) -> None:
         super().__init__(session.loaded.model, args)
-        self.base = base
+        # Read now: FedML swallows errors while it connects.
+        self.base = b"" if alone else session.base_digest
+        self.settings = "" if alone else settings_text(settings_of_work(session))
         self.refusal = ""
         self._worker = assemble_worker(session.parts)
         self._watchdog = watchdog

@@ -197,7 +197,7 @@ class Bomb:
         return open, ({trace!r}, "w")
 
 bomb = base64.b64encode(pickle.dumps(Bomb())).decode()
-hello = dict(client=1, samples=3, incarnation=5, digest="00", base="", host="127.0.0.1", port=1)
+hello = dict(client=1, samples=3, incarnation=5, digest="00", base="", settings="", host="127.0.0.1", port=1)
 contents = [bomb, [5, {{"w": bomb}}], {{"w": bomb}}, 3, 0.5, "@", "", {{1: 2}}, [], {{**hello, "client": 99}},
             {{**hello, "digest": "zz"}}, {{**hello, "base": 3}}, {{**hello, "client": bomb}},
             {{**hello, "port": 70000}}, {{"client": 1}}]
@@ -286,7 +286,8 @@ import socket, grpc
 from federatedscope.core.message import Message
 from federatedscope.core.proto import gRPC_comm_manager_pb2_grpc as services
 door = socket.create_server(("127.0.0.1", 0))
-hello = dict(client=99, samples=3, incarnation=5, digest="00", base="", host="127.0.0.1", port=door.getsockname()[1])
+place = dict(host="127.0.0.1", port=door.getsockname()[1])
+hello = dict(client=99, samples=3, incarnation=5, digest="00", base="", settings="", **place)
 with grpc.insecure_channel("127.0.0.1:{port}") as channel:
     services.gRPCComServeFuncStub(channel).sendMessage(Message("join_in", 7, [0], 1, hello).transform(), timeout=20)
 door.settimeout(3)

@@ -17,6 +17,7 @@ from fs_fwdllm.host.fedml.cluster import write_addresses
 from fs_fwdllm.host.placement import Placement
 from fs_fwdllm.model.base.packing import Form
 from fs_fwdllm.model.base.quantising import quantise_folder
+from fs_fwdllm.running.agreement import settings_of_work, settings_text
 from fs_fwdllm.running.session import Session
 from tests.host.fedml.federation import FedMLWorld
 from tests.host.small import read_jsonl
@@ -33,13 +34,17 @@ def session_of(world: FedMLWorld, **settings: Any) -> Session:
     return Session.open(world.config("mezo", **settings))
 
 
+def said_by(session: Session) -> str:
+    return settings_text(settings_of_work(session))
+
+
 def test_those_with_the_servers_base_take_part(world: FedMLWorld) -> None:
     """Four clients in two processes; what a process does not say, or garbles, is not compared and is told."""
     session = session_of(world)
     for other in (session.base_digest, b"", None, 7, "text"):
         admission = Admission(session, Placement(2))
-        admission.note_base(0, session.base_digest)
-        admission.note_base(1, other)
+        admission.note(0, session.base_digest, said_by(session))
+        admission.note(1, other, said_by(session))
         admission.close()
         assert admission.has_others and admission.refusals == {}
         told = [] if other == session.base_digest else ["warning: client process (rank 2) does not say which base"]
@@ -57,8 +62,8 @@ def test_without_other_processes_nobody_is_asked(world: FedMLWorld) -> None:
 def test_one_bit_leaves_out_the_clients_of_that_process(world: FedMLWorld, needed: int) -> None:
     session = session_of(world, **{"fwdllm.min_answers": needed})
     admission = Admission(session, Placement(2))
-    admission.note_base(0, session.base_digest)
-    admission.note_base(1, session.base_digest[:-1] + bytes([session.base_digest[-1] ^ 1]))
+    admission.note(0, session.base_digest, said_by(session))
+    admission.note(1, session.base_digest[:-1] + bytes([session.base_digest[-1] ^ 1]), said_by(session))
     said = ""
     try:
         admission.close()
@@ -69,6 +74,17 @@ def test_one_bit_leaves_out_the_clients_of_that_process(world: FedMLWorld, neede
     (remark,) = admission.remarks()
     assert remark == f"refused client process (rank 2): {admission.refusals[1]}"
     assert said == ("2 of 4 clients are left, but 3 are needed (fwdllm.min_answers)" if needed == 3 else "")
+
+
+def test_another_radius_leaves_out_the_clients_of_that_process(world: FedMLWorld) -> None:
+    """As does a process that says nothing of how it is configured, or garbles it."""
+    session, other = session_of(world), session_of(world, **{"fwdllm.radius": 0.5})
+    for said, why in ((said_by(other), "fwdllm.radius (the server has "), (None, "it does not say how it is")):
+        admission = Admission(session_of(world), Placement(2))
+        admission.note(0, session.base_digest, said_by(session))
+        admission.note(1, session.base_digest, said)
+        admission.close()
+        assert why in admission.refusals[1] and sorted(admission.session.client_samples) == [1, 3]
 
 
 def model_of(world: FedMLWorld, form: str) -> tuple[Path, dict[str, Any]]:
