@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
         (0.03, 0.1, 0.3, 1.0),
     ),
     "FedAvg": Method(
-        {**_HEAD, "federate.method": "FedAvg", "train.local_update_steps": 5}, (0.03, 0.1, 0.3), rounds=100
+        {**_HEAD, "federate.method": "FedAvg", "train.local_update_steps": 5}, (0.01, 0.03, 0.1), rounds=40
     ),
     "blocks": Method(
         {**_WHOLE, "federate.method": "fedcybgd", "train.local_update_steps": 5, "train.optimizer.type": "AdamW",
