@@ -33,9 +33,10 @@ _DETERMINE_WORK = (
     "seed", "llm.tok_len", "dataloader.batch_size", "dataloader.shuffle", "model.task", "train.local_update_steps",
     "train.batch_or_epoch", "train.optimizer.type", "train.optimizer.weight_decay", "train.optimizer.momentum",
     "fwdllm.estimator", "fwdllm.direction", "fwdllm.directions", "fwdllm.direction_groups", "fwdllm.probes",
-    "fwdllm.radius", "fwdllm.radius_scale", "fwdllm.parts", "fwdllm.fleet", "fwdllm.upload",
-    "fwdllm.pooling", "fwdllm.feature_scale", "fwdllm.sampling", "fwdllm.data.regression", "fwdllm.data.stride", "fwdllm.data.template",
-    "fwdllm.data.unanswerable", "fwdllm.data.prompt", "fwdllm.data.label_words", "fwdllm.ext",
+    "fwdllm.radius", "fwdllm.radius_scale", "fwdllm.parts", "fwdllm.fleet", "fwdllm.upload", "fwdllm.pooling",
+    "fwdllm.feature_scale", "fwdllm.sampling", "fwdllm.data.regression", "fwdllm.data.stride",
+    "fwdllm.data.template", "fwdllm.data.unanswerable", "fwdllm.data.prompt", "fwdllm.data.label_words",
+    "fwdllm.ext",
 )  # fmt: skip
 #: The same where clients train blocks of the model's own weights.
 _DETERMINE_VISITS = ("train.scheduler", "grad", "fwdllm.blocks")
