@@ -60,11 +60,11 @@ class Method:
 METHODS: dict[str, Method] = {
     "forward gradient": Method(
         {**_HEAD, **_EXACT, "federate.method": "fedfwd", "fwdllm.probes": 30, "fwdllm.server_momentum": 0.9},
-        (0.03, 0.1, 0.3, 1.0),
+        (0.003, 0.01, 0.03, 0.1),
     ),
     "MeZO": Method(
         {**_HEAD, **_EXACT, "federate.method": "fedmezo", "fwdllm.probes": 10, "train.local_update_steps": 5},
-        (0.03, 0.1, 0.3, 1.0),
+        (0.003, 0.01, 0.03, 0.1),
     ),
     "FedAvg": Method(
         {**_HEAD, "federate.method": "FedAvg", "train.local_update_steps": 5}, (0.01, 0.03, 0.1), rounds=40

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fs_fwdllm.config.section import Section
 
@@ -28,6 +28,16 @@ class RobustConfig(Section):
         "number that its steps can hold",
     )
 
+    statistic: Literal["mean", "trimmed", "median", "krum"] = Field(
+        "mean",
+        description="what clients that share directions (fwdllm.directions common or groups) say together, after clip: "
+        "their mean, or number by number the mean without the largest and smallest share liars, or the median; or the "
+        "mean of the clients that are nearest to each other (multi-Krum)",
+    )
+    liars: float = Field(
+        0.2, ge=0, lt=0.5, description="share of a set's clients that are expected to lie (statistic trimmed, krum)"
+    )
+
     @field_validator("clip", mode="before")
     @classmethod
     def _is_a_word_or_a_number(cls, value: Any) -> Any:
@@ -41,6 +51,15 @@ class RobustConfig(Section):
         if not 0 < number < math.inf:
             raise ValueError("allowed are median_norm, none, or a number above 0")
         return f"{number:g}"
+
+    @model_validator(mode="after")
+    def _liars_are_asked_for(self) -> RobustConfig:
+        if self.statistic not in ("trimmed", "krum") and self.liars != type(self).model_fields["liars"].default:
+            raise ValueError(
+                f"robust.liars {self.liars:g} is how many a vote leaves out; set robust.statistic to trimmed or krum, "
+                "or leave it out"
+            )
+        return self
 
     @property
     def times_median(self) -> float | None:

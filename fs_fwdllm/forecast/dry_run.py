@@ -23,8 +23,8 @@ from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseUpdate, frame_bytes
 from fs_fwdllm.data.batches import visited_samples
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.guard import LengthGuard
 from fs_fwdllm.method import Parts, RoundServer, assemble_server
+from fs_fwdllm.method.believing import Belief, RobustSettings
 from fs_fwdllm.method.cybgd.forecast import BlockAnswers
 from fs_fwdllm.method.cybgd.server import BlockServer
 from fs_fwdllm.method.forward.gate import GateStatistic
@@ -99,7 +99,7 @@ def _cost(assignment: Assignment, update: ClientUpdate) -> Cost:
 def _prepare(session: Session, gate_waits: bool) -> tuple[RoundServer, Callable[[Assignment], ClientUpdate], int]:
     """The server, who answers it, and how many rounds to play."""
     server = assemble_server(_WeightlessParts.around(session.parts), session.client_samples)
-    server.guard = LengthGuard(None)  # the answers say nothing
+    server.belief = Belief(RobustSettings())  # the answers say nothing
     if isinstance(server, BlockServer):
         blocks = BlockAnswers(server, session.config)
         return server, blocks.answer, blocks.rounds

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["LengthGuard", "root_mean_square", "shortened"]
+__all__ = ["LengthGuard", "root_mean_square", "scaled"]
 
 #: Answers of one round that are company enough to say what is usual.
 _COMPANY = 3
@@ -114,7 +114,7 @@ def root_mean_square(*arrays: np.ndarray) -> float:
     return float(np.float32(np.sqrt(total / count))) if count else 0.0
 
 
-def shortened(values: np.ndarray, factor: float) -> np.ndarray:
+def scaled(values: np.ndarray, factor: float) -> np.ndarray:
     """Float32 numbers times ``factor``, each rounded once; themselves where that is one."""
     if factor == 1.0:
         return values

@@ -42,6 +42,8 @@ def check_combination(config: Config) -> None:
         _refuse_pacing(config)
     if not facts.trains_blocks:
         _refuse_block_settings(config, facts)
+    if config.fwdllm.robust.statistic != "mean":
+        _check_statistic(config)
     if facts.measures_slopes:
         _check_sources(config)
     elif config.fwdllm.parts or config.fwdllm.fleet:
@@ -51,6 +53,28 @@ def check_combination(config: Config) -> None:
             f"{examples_of(lambda other: other.measures_slopes)}"
         )
     recipe.check(config)
+
+
+def _check_statistic(config: Config) -> None:
+    """A vote needs clients that answer the same questions."""
+    own, statistic = config.fwdllm, config.fwdllm.robust.statistic
+    if not config.method.measures_slopes:
+        raise ConfigError(
+            f"fwdllm.robust.statistic {statistic!r}: is taken probe by probe, and {config.method.name} sends no "
+            f"slopes; set it to mean, or use {examples_of(lambda facts: facts.measures_slopes)}"
+        )
+    needed: dict[str, tuple[object, tuple[object, ...]]] = {
+        "fwdllm.directions": (own.directions, ("common", "groups")),
+        "fwdllm.upload": (own.upload, ("scalars",)),
+        "fwdllm.fleet": (own.fleet, ([],)),
+        "train.batch_or_epoch": (config.train.batch_or_epoch, ("batch",)),
+    }
+    for key, (value, allowed) in needed.items():
+        if value not in allowed:
+            raise ConfigError(
+                f"{key} {value!r}: with fwdllm.robust.statistic {statistic!r} all clients of a set must look along the "
+                f"same directions; set it to {' or '.join(map(repr, allowed))}, or the statistic to mean"
+            )
 
 
 def _check_sources(config: Config) -> None:

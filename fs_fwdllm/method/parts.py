@@ -38,6 +38,7 @@ from fs_fwdllm.data import collate, steps_per_epoch
 from fs_fwdllm.data.types import Batch, Task
 from fs_fwdllm.errors import ConfigError, EstimatorError
 from fs_fwdllm.estimator import Backprop, PartedEstimator, Passes, make_parted_estimator, passes_of_step
+from fs_fwdllm.method.believing import RobustSettings
 from fs_fwdllm.method.client import BatchSettings, ClientWorker
 from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.direction_sets import OWN, DirectionSets
@@ -290,8 +291,13 @@ def server_settings(config: Config, client_samples: dict[int, int], folder: Path
         strategy=StrategySettings(config.train.train_strategy, config.fwdllm.strategy_span, config.seed),
         weigh_by_precision=config.fwdllm.weigh_by == "precision",
         folder=folder,
-        clip=config.fwdllm.robust.times_median,
-        samples_times_median=config.fwdllm.robust.samples_times_median,
+        robust=RobustSettings(
+            clip=config.fwdllm.robust.times_median,
+            samples_times_median=config.fwdllm.robust.samples_times_median,
+            statistic=config.fwdllm.robust.statistic,
+            liars=config.fwdllm.robust.liars,
+        ),
+        sets=direction_sets(config),
     )
 
 

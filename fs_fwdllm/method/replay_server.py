@@ -21,7 +21,7 @@ from fs_fwdllm.core.replay import BUFFERS, Replayer
 from fs_fwdllm.core.trainables import Trainables, flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, ScalarUpdate, decode, encode
 from fs_fwdllm.errors import CheckpointError, TrainingStalledError, UpdateRejected
-from fs_fwdllm.guard import root_mean_square, shortened
+from fs_fwdllm.guard import root_mean_square, scaled
 from fs_fwdllm.method.catch_up import CatchUpLog
 from fs_fwdllm.method.client_rates import ClientRates
 from fs_fwdllm.method.replica import apply_round_update
@@ -174,13 +174,13 @@ class ReplayServer(RoundServer):
         """The values with a row for every step, where they are slopes; one row otherwise."""
         return update.values.reshape(self.assigned[update.client].steps if isinstance(update, ScalarUpdate) else 1, -1)
 
-    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+    def lengths_of(self, update: ClientUpdate) -> tuple[float, ...]:
         rows = self._rows(update)
         return tuple(root_mean_square(rows[:, columns]) for columns in self._columns_of_parts(update))
 
-    def _shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
+    def shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
         rows, places = self._rows(update), self._columns_of_parts(update)
-        pieces = [shortened(rows[:, columns], factor) for columns, factor in zip(places, factors, strict=True)]
+        pieces = [scaled(rows[:, columns], factor) for columns, factor in zip(places, factors, strict=True)]
         return replace(update, values=(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)).reshape(-1))
 
     def dense_frame(self) -> bytes:

@@ -16,7 +16,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,8 +27,10 @@ from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.core.trainables import Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
-from fs_fwdllm.guard import LengthGuard, believed_losses, believed_samples
+from fs_fwdllm.guard import believed_losses
+from fs_fwdllm.method.believing import Belief, RobustSettings
 from fs_fwdllm.method.client_rates import StrategySettings
+from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.weights import client_shares
 
 __all__ = ["PARAMETERS", "RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"]
@@ -69,9 +71,8 @@ class ServerSettings:
         strategy: how each client's learning rate follows from the schedule's.
         weigh_by_precision: clients that send different numbers of slopes weigh by the noise each brings.
         folder: of files for what does not fit in memory; without one they go with the process.
-        clip: how many times the median length an update may be long; ``None`` for any length.
-        samples_times_median: how many times the median of the round's clients a client's samples count at most;
-            ``None`` for any number that its steps can hold.
+        robust: how far a single client is believed; without settings, any length is.
+        sets: whose directions clients look along.
     """
 
     plans: dict[int, WorkPlan]
@@ -82,8 +83,8 @@ class ServerSettings:
     strategy: StrategySettings = field(default_factory=StrategySettings)
     weigh_by_precision: bool = True
     folder: Path | None = None
-    clip: float | None = None
-    samples_times_median: float | None = None
+    robust: RobustSettings = field(default_factory=RobustSettings)
+    sets: DirectionSets = OWN
 
 
 @dataclass
@@ -97,6 +98,7 @@ class RoundReport:
         rejected: ``{client: reason}`` of updates that were left out, and of clients that did not answer.
         clipped: ``{client: factor}`` of updates that were longer than is usual, by what they were shortened to.
         capped: ``{client: samples}`` of clients that reported more samples than were believed.
+        outvoted: clients whose numbers a vote among those of the same directions left out.
         zero_share: share of accepted float values that are exactly zero; near one for slopes, the radius is below what
             the base's dtype resolves.
         columns: what the method adds to the round's line in ``metrics.jsonl`` (JSON values).
@@ -110,6 +112,7 @@ class RoundReport:
     rejected: dict[int, str] = field(default_factory=dict)
     clipped: dict[int, float] = field(default_factory=dict)
     capped: dict[int, int] = field(default_factory=dict)
+    outvoted: list[int] = field(default_factory=list)
     zero_share: float = 0.0
     forward_passes: int = 0
     backward_passes: int = 0
@@ -129,7 +132,7 @@ class RoundServer(ABC):
         round_index: the round that is open, or was closed last.
         failed_rounds: rounds in a row without a usable update.
         assigned: the assignments of that round, by client.
-        guard: how long an update may be.
+        belief: how far updates are believed.
     """
 
     #: The record a client of this method answers with.
@@ -143,7 +146,7 @@ class RoundServer(ABC):
         self.round_index = 0
         self.failed_rounds = 0
         self.assigned: dict[int, Assignment] = {}
-        self.guard = LengthGuard(settings.clip)
+        self.belief = Belief(settings.robust, settings.sets)
 
     @property
     @abstractmethod
@@ -207,49 +210,23 @@ class RoundServer(ABC):
         """
         accepted, rejected = self._sort(updates)
         self._count_failures(accepted, rejected)
-        believed, clipped = self._shorten(self._cap(accepted))
-        columns = self._close(believed)
-        report = self._report(believed, rejected, columns)
-        report.clipped = clipped
-        report.capped = {
-            update.client: update.samples
-            for update, now in zip(accepted, believed, strict=True)
-            if now.samples < update.samples
-        }
+        most = {update.client: self.settings.plans[update.client].samples for update in accepted}
+        believed = self.belief.of(accepted, most, self)
+        columns = self._close(believed.updates)
+        report = self._report(believed.updates, rejected, columns)
+        report.clipped, report.capped, report.outvoted = believed.clipped, believed.capped, believed.outvoted
         return report
 
-    def _cap(self, accepted: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-        """The accepted updates with the samples that are believed."""
-        reported = {update.client: update.samples for update in accepted}
-        most = {client: self.settings.plans[client].samples for client in reported}
-        believed = believed_samples(reported, most, self.settings.samples_times_median)
-        return [
-            update if believed[update.client] == update.samples else replace(update, samples=believed[update.client])
-            for update in accepted
-        ]
-
-    def _shorten(self, accepted: list[ClientUpdate]) -> tuple[list[ClientUpdate], dict[int, float]]:
-        """The accepted updates, none of them longer than is usual, and by how much which were shortened."""
-        if not self.guard.is_on:
-            return accepted, {}
-        lengths = {update.client: self._lengths(update) for update in accepted}
-        factors = self.guard.factors(lengths, self._longest())
-        clipped = {client: min(parts) for client, parts in factors.items() if min(parts, default=1.0) < 1.0}
-        return [
-            self._shortened(update, factors[update.client]) if update.client in clipped else update
-            for update in accepted
-        ], clipped
-
-    @abstractmethod
-    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+    def lengths_of(self, update: ClientUpdate) -> tuple[float, ...]:
         """How long an update is, part by part, in what is usual for every client alike: root mean squares, of changes
-        for a step at the rate of one."""
+        for a step at the rate of one. Of a method that says nothing, no update is too long."""
+        return ()
 
-    @abstractmethod
-    def _shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
-        """The update with its parts multiplied by ``factors``."""
+    def shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
+        """The update with its parts, as :meth:`lengths_of` has them, multiplied by ``factors``."""
+        return update
 
-    def _longest(self) -> tuple[float, ...]:
+    def longest(self) -> tuple[float, ...]:
         """What the lengths of an honest update cannot be beyond, part by part; nothing where that is not known."""
         return ()
 
@@ -334,13 +311,13 @@ class RoundServer(ABC):
 
     def _guard_numbers(self) -> dict[str, object]:
         """What the guard remembers, for a checkpoint."""
-        return {"lengths": self.guard.state()}
+        return {"lengths": self.belief.lengths.state()}
 
     def _load_guard(self, numbers: Mapping[str, object]) -> None:
         """Inverse of :meth:`_guard_numbers`; a checkpoint of a version without a guard has none."""
         lengths = numbers.get("lengths", [])
         assert isinstance(lengths, list)
-        self.guard.load_state(lengths)
+        self.belief.lengths.load_state(lengths)
 
     def _count_failures(self, accepted: Sequence[ClientUpdate], rejected: Mapping[int, str]) -> None:
         self.failed_rounds = 0 if accepted else self.failed_rounds + 1

@@ -368,6 +368,7 @@ def _line(report: RoundReport) -> dict[str, object]:
         "rejected": {str(client): reason for client, reason in report.rejected.items()},
         "clipped": {str(client): factor for client, factor in report.clipped.items()},
         "capped": {str(client): samples for client, samples in report.capped.items()},
+        **({"outvoted": report.outvoted} if report.outvoted else {}),
         **report.columns,
     }
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fs_fwdllm.config import parse_config
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.guard import LengthGuard, believed_losses, believed_samples, root_mean_square, shortened
+from fs_fwdllm.guard import LengthGuard, believed_losses, believed_samples, root_mean_square, scaled
 
 LENGTHS = st.lists(st.floats(1e-20, 1e30), min_size=3, max_size=12)
 
@@ -92,8 +92,8 @@ def test_the_largest_numbers_have_a_length_and_can_be_shortened() -> None:
     values = np.full((1 << 20) + 7, np.finfo(np.float32).max, dtype=np.float32)
     length = root_mean_square(values)
     assert length == np.finfo(np.float32).max
-    np.testing.assert_allclose(shortened(values, 1.0 / length), 1.0)
-    assert shortened(values, 1.0) is values
+    np.testing.assert_allclose(scaled(values, 1.0 / length), 1.0)
+    assert scaled(values, 1.0) is values
 
 
 def test_one_loss_is_not_all_that_a_run_has_to_show() -> None:

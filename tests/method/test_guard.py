@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks.rewriting import rewritten
 from fs_fwdllm.core.wire import ClientUpdate
+from fs_fwdllm.errors import ConfigError
 from fs_fwdllm.running.local import run
-from tests.host.small import METHODS, PLAIN_MEAN, Federation, World, read_jsonl
+from tests.host.small import METHODS, PLAIN_MEAN, SCALAR_METHODS, Federation, World, read_jsonl
 
 LIAR = 2
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -118,7 +119,7 @@ def test_a_resumed_server_remembers_what_is_usual(world: World) -> None:
         straight.round(round_index)
     resumed = Federation(config)
     resumed.server.load_state(straight.server.state_tensors(), straight.server.state_numbers())
-    assert resumed.server.guard.state() == straight.server.guard.state() != []
+    assert resumed.server.belief.lengths.state() == straight.server.belief.lengths.state() != []
 
 
 def test_a_round_says_who_was_shortened_and_a_lie_is_told_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,3 +142,47 @@ def test_a_round_says_who_was_shortened_and_a_lie_is_told_once(world: World, mon
     assert log.count(f"client {LIAR}'s update was ") == 1
     assert "diverges" not in log and "exploded" not in log
     assert (folder / "checkpoint" / "state.safetensors").is_file()
+
+
+VOTES = {"fwdllm.directions": "common", "federate.client_num": 5, **PLAIN_MEAN}
+
+
+@pytest.mark.parametrize("statistic", ["median", "trimmed", "krum"])
+@pytest.mark.parametrize("method", SCALAR_METHODS)
+def test_clients_with_the_same_directions_outvote_a_liar(world: World, method: str, statistic: str) -> None:
+    vote = VOTES | {"fwdllm.robust.statistic": statistic}
+    honest, _ = moved(world, method, 1.0, **VOTES)
+    lied_to, _ = moved(world, method, -1e6, **vote)
+    believed, _ = moved(world, method, -1e6, **VOTES)
+    assert lied_to <= 5 * honest < 1000 * honest < believed
+
+
+@pytest.mark.parametrize("method", SCALAR_METHODS)
+def test_who_is_outvoted_is_named_and_replicas_follow(world: World, method: str) -> None:
+    settings = METHODS[method] | VOTES | {"fwdllm.robust.statistic": "krum"}
+    federation = Federation(world.config(settings), separate_workers=True)
+    report = federation.round(0, meddle=times(federation, -1e6))
+    assert report.outvoted == [LIAR]
+    federation.round(1)
+    assignment = federation.server.assign(2, federation.clients)[1]
+    replica = federation.worker(1).replica
+    replica.follow(assignment.catch_up, assignment.digest)
+    assert replica.digest == federation.server.digest
+
+
+@pytest.mark.parametrize("statistic", ["median", "trimmed", "krum"])
+@pytest.mark.parametrize(
+    ("method", "own", "words"),
+    [
+        ("forward_gradient", {"fwdllm.directions": "own"}, "fwdllm.directions 'own'"),
+        ("mezo", {"train.batch_or_epoch": "epoch"}, "train.batch_or_epoch 'epoch'"),
+        ("fedavg", {"fwdllm.directions": "own"}, "sends no slopes"),
+        ("cybgd", {"fwdllm.directions": "own"}, "sends no slopes"),
+    ],
+)
+def test_a_vote_needs_the_same_questions(
+    world: World, method: str, own: dict[str, Any], words: str, statistic: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Federation(world.config(METHODS[method] | VOTES | own | {"fwdllm.robust.statistic": statistic}))
+    assert words in str(caught.value)

@@ -213,7 +213,7 @@ class BlockServer(RoundServer):
             raise UpdateRejected("not_finite", f"client {client} sent NaN or infinity")
         self._decoded[client] = [value.float() for value in delta]
 
-    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+    def lengths_of(self, update: ClientUpdate) -> tuple[float, ...]:
         """Of the block's delta and of what every visit trains, for a step at the rate of one."""
         work = self.assigned[update.client]
         per_step = work.steps * work.learning_rate or 1.0
@@ -227,14 +227,14 @@ class BlockServer(RoundServer):
         own = len(self.store.shapes(self._block_of(update.client)))
         return [delta[:own], delta[own:]] if self.plan.always is not None else [delta]
 
-    def _shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
+    def shortened(self, update: ClientUpdate, factors: Sequence[float]) -> ClientUpdate:
         """As it was sent; the delta that it stands for is shortened in place."""
         for part, factor in zip(self._by_place(update), factors, strict=True):
             for change in part:
                 change.mul_(factor)
         return update
 
-    def _longest(self) -> tuple[float, ...]:
+    def longest(self) -> tuple[float, ...]:
         return (self._settings.longest_step,) * (1 if self.plan.always is None else 2)
 
     def _received_states(self, update: BlockDelta) -> dict[int, list[TensorState]]:

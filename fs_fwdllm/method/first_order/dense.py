@@ -159,11 +159,11 @@ class _DenseServer(ReplayServer):
 class AverageServer(_DenseServer):
     """Adds the weighted mean of the clients' changes."""
 
-    def _lengths(self, update: ClientUpdate) -> tuple[float, ...]:
+    def lengths_of(self, update: ClientUpdate) -> tuple[float, ...]:
         """Of the change by a step at the rate of one: who takes more steps, or larger ones, comes farther."""
         work = self.assigned[update.client]
         per_step = work.steps * work.learning_rate or 1.0
-        return tuple(length / per_step for length in super()._lengths(update))
+        return tuple(length / per_step for length in super().lengths_of(update))
 
     @torch.no_grad()
     def _apply(self, mean: Sequence[torch.Tensor]) -> None:

@@ -42,7 +42,6 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         settings,
         optimizer=make_server_optimizer(own),
         pacing=pacing,
-        sets=direction_sets(parts.config),
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, RoundUpdate, ScalarUpdate
 from fs_fwdllm.errors import ConfigError
-from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.forward.gate import Decision
 from fs_fwdllm.method.forward.pacing import Pacing
 from fs_fwdllm.method.forward.pooled_step import PooledStep, TakenStep
@@ -25,7 +24,6 @@ class PooledServer(ReplayServer):
     Args:
         optimizer: what the server steps with on the pooled estimate; plain SGD unless told.
         pacing: gate, directed sampling and step control; the plain step unless told.
-        sets: whose directions clients look along.
 
     Attributes:
         pooled: the pool and its step.
@@ -40,7 +38,6 @@ class PooledServer(ReplayServer):
         *,
         optimizer: ServerOptimizer | None = None,
         pacing: Pacing | None = None,
-        sets: DirectionSets = OWN,
     ) -> None:
         super().__init__(replayer, settings)
         self.pooled = PooledStep(
@@ -51,7 +48,7 @@ class PooledServer(ReplayServer):
             weigh_by_precision=settings.weigh_by_precision,
             optimizer=optimizer or Sgd(),
             pacing=pacing or Pacing(),
-            sets=sets,
+            sets=settings.sets,
         )
         self._decision: Decision | None = None
         self._step_norm: float | None = None

@@ -44,8 +44,7 @@ def local_step_recipe(coefficients_of: Callable[[Config], Coefficients]) -> Reci
     def make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         if parts.config.fwdllm.upload == "dense":
             return AverageServer(parts.server_replayer(), settings)
-        sets = direction_sets(parts.config)
-        return SteppingServer(parts.server_replayer(), settings, coefficients_of(parts.config), sets)
+        return SteppingServer(parts.server_replayer(), settings, coefficients_of(parts.config))
 
     return Recipe(make_worker, make_server, check=_check)
 

@@ -9,7 +9,7 @@ import numpy as np
 from fs_fwdllm.core.learning_rate import decay_factor
 from fs_fwdllm.core.replay import Replayer
 from fs_fwdllm.core.wire import Assignment, ClientUpdate, Participant, RoundUpdate, ScalarUpdate
-from fs_fwdllm.method.direction_sets import OWN, DirectionSets, merged
+from fs_fwdllm.method.direction_sets import merged
 from fs_fwdllm.method.mezo.client import Coefficients, by_part
 from fs_fwdllm.method.replay_server import ReplayServer
 from fs_fwdllm.method.replica import apply_round_update, contributions_of, later_decay, probe_spreads
@@ -25,17 +25,13 @@ class SteppingServer(ReplayServer):
 
     Args:
         coefficients: how far a client's step is; the workers' own.
-        sets: whose directions clients look along.
     """
 
     answer = ScalarUpdate
 
-    def __init__(
-        self, replayer: Replayer, settings: ServerSettings, coefficients: Coefficients, sets: DirectionSets = OWN
-    ) -> None:
+    def __init__(self, replayer: Replayer, settings: ServerSettings, coefficients: Coefficients) -> None:
         super().__init__(replayer, settings)
         self._coefficients = coefficients
-        self._sets = sets
 
     def expected_values(self, assignment: Assignment) -> int:
         return assignment.steps * sum(assignment.probes)
@@ -50,7 +46,7 @@ class SteppingServer(ReplayServer):
             values.append(self._scaled(update, own))
             decay += float(weight) * self._own_factor(update) ** self.settings.plans[update.client].steps
         participants, values = merged([self._participant(update) for update in accepted], values)
-        factors = {self._sets.owner(update.client): self._own_factor(update) for update in accepted}
+        factors = {self.settings.sets.owner(update.client): self._own_factor(update) for update in accepted}
         record = RoundUpdate(
             round_index=self.round_index,
             digest_before=self.digest,
@@ -72,7 +68,7 @@ class SteppingServer(ReplayServer):
 
     def _participant(self, update: ClientUpdate) -> Participant:
         plan = self.settings.plans[update.client]
-        return self.round_index, self._sets.owner(update.client), plan.steps, *plan.probes
+        return self.round_index, self.settings.sets.owner(update.client), plan.steps, *plan.probes
 
     def _part_shares(self, accepted: list[ClientUpdate], weights: np.ndarray) -> list[list[float]]:
         """Every client's weight in each part; where all send equally many slopes, the share of the samples."""

@@ -34,7 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
         **_FORWARD, "fwdllm.server_optimizer": "adam", "fwdllm.server_betas": [0.9, 0.99], "train.optimizer.lr": 0.01,
         "federate.sample_client_num": 2,
     },
-    "forward gradients along common directions": {**_FORWARD, "fwdllm.directions": "common"},
+    "forward gradients along common directions, by vote": {
+        **_FORWARD, "fwdllm.directions": "common", "fwdllm.robust.statistic": "krum", "fwdllm.robust.liars": 0.4,
+    },
     "mezo in groups, decay, some clients": {
         **_MEZO, "fwdllm.directions": "groups", "fwdllm.direction_groups": 2, "train.optimizer.weight_decay": 0.01,
         "federate.sample_client_num": 3,
