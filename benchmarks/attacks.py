@@ -42,7 +42,7 @@ from fs_fwdllm.method import RoundServer, assemble_server, assemble_worker
 from fs_fwdllm.running.driver import choose_clients
 from fs_fwdllm.running.session import Session
 
-_CLIENTS, _CLASSES, _TUNED_ON = 20, 4, 11
+_CLIENTS, _CLASSES, TUNED_ON = 20, 4, 11
 _HEAD = {"llm.adapter.use": True, "llm.adapter.args": [{"adapter_package": "fs_fwdllm", "adapter_method": "head"}]}
 _WHOLE = {"llm.adapter.use": False, "llm.adapter.args": [{}]}
 _EXACT = {"fwdllm.estimator": "closed_form"}
@@ -108,7 +108,7 @@ ATTACKS: dict[str, Lie | None] = {
 }
 
 
-def configured(method: Method, seed: int, options: argparse.Namespace) -> Config:
+def configured(method: Method, seed: int, options: argparse.Namespace, clients: int = _CLIENTS) -> Config:
     data = {
         "data.root": str(options.data_root), "data.type": "train_10k.jsonl@text", "data.splits": [0.9, 0.1, 0.0],
         "data.splitter": "lda" if options.lda else "iid",
@@ -120,7 +120,7 @@ def configured(method: Method, seed: int, options: argparse.Namespace) -> Config
         "llm.tok_len": 48, "fwdllm.prefix_cache_mib": 1024,
     }  # fmt: skip
     run = {
-        "seed": seed, "threads": options.threads, "federate.client_num": _CLIENTS, "dataloader.batch_size": 8,
+        "seed": seed, "threads": options.threads, "federate.client_num": clients, "dataloader.batch_size": 8,
         "federate.total_round_num": options.rounds or method.rounds, "train.scheduler.type": "cosine",
     }  # fmt: skip
     tree = tree_of({**data, **model, **run, **method.keys})
@@ -176,8 +176,8 @@ def mislabelled(row: Example) -> Example:
     return replace(row, labels=(_CLASSES - 1 - row.labels).astype(row.labels.dtype))
 
 
-def best_rate(method: Method, options: argparse.Namespace) -> float:
-    session = Session.open(configured(method, _TUNED_ON, options))
+def best_rate(method: Method, session: Session) -> float:
+    """By the validation split, among honest clients."""
     found = {rate: accuracy(session, with_rate(session.config, rate), "", 0, "val") for rate in method.rates}
     print("  validation:", ", ".join(f"{rate:g} {value:.1f}" for rate, value in found.items()), flush=True)
     return max(found, key=lambda rate: -1.0 if np.isnan(found[rate]) else found[rate])
@@ -186,7 +186,7 @@ def best_rate(method: Method, options: argparse.Namespace) -> float:
 def rows_of(name: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
     method = METHODS[name]
     print(f"{name}:", flush=True)
-    rate = best_rate(method, options)
+    rate = best_rate(method, Session.open(configured(method, TUNED_ON, options)))
     cases = [("", 0), *((attack, liars) for attack in options.attacks for liars in options.liars)]
     found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for seed in options.seeds:

