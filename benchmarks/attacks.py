@@ -1,6 +1,6 @@
 """What clients that lie cost: accuracy on AG News beside the same run among honest clients.
 
-Twenty clients, all of them asked in every round (block training: four a round, on one block). One or four of them lie:
+Twenty clients, all of them asked in every round (block training: one visits a block). One or four of them lie:
 
     x-10, x-1000    send minus ten, or a thousand, times what they found
     1e30            send 1e30 for every number
@@ -70,10 +70,10 @@ METHODS: dict[str, Method] = {
         {**_HEAD, "federate.method": "FedAvg", "train.local_update_steps": 5}, (0.01, 0.03, 0.1), rounds=40
     ),
     "blocks": Method(
-        {**_WHOLE, "federate.method": "fedcybgd", "train.local_update_steps": 5, "train.optimizer.type": "AdamW",
-         "fwdllm.blocks.clients_per_block": 4},
+        {**_WHOLE, "federate.method": "fedcybgd", "train.local_update_steps": 4, "train.optimizer.type": "AdamW",
+         "dataloader.batch_size": 4, "llm.tok_len": 32},
         (1e-4, 3e-4, 1e-3),
-        rounds=30,
+        rounds=80,
     ),
 }  # fmt: skip
 
