@@ -93,6 +93,7 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         view=_view(parts),
         send_all=own.download.select == "all",
         drop_ratio=own.download.drop_ratio,
+        optimizer=optimizer_settings(config),
         upload=own.upload,
         optimizer_state=own.optimizer_state,
         compress=own.zstandard,
