@@ -113,6 +113,12 @@ def test_quality_prints_the_distance_to_backpropagation(shared_data: Callable[[s
     assert cells_of(output, "forward gradient  ")[4] == "0"
 
 
+def test_fuzz_counts_what_came_of_malformed_input() -> None:
+    output = output_of("fuzz.py")
+    assert output.count("untyped exceptions: 0; hangs (over 1 s): 0") == 4
+    assert "frames: 500 in" in output and "peak memory of the process" in output
+
+
 def test_blocks_compares_memory_bytes_and_small_steps() -> None:
     output = output_of("blocks.py")
     assert float(cells_of(output, "block visit, bfloat16  ")[4]) > 0

@@ -6,7 +6,8 @@ The header is a msgpack *array* (no key strings), so a scalar upload costs 4 byt
 them. The payload is the record's values (raw little-endian float32) and behind them the frames it carries, whose
 lengths are in the header: nothing as large as a model passes through msgpack. The checksum covers all that follows it,
 so truncated or corrupted bytes are refused before they are used. Nothing is ever unpickled; whatever does not parse
-exactly is a :class:`~fs_fwdllm.errors.WireError`.
+exactly is a :class:`~fs_fwdllm.errors.WireError`. A receiver says what it expects, and how much of it: what reading a
+frame costs is bounded before it is read (:mod:`~fs_fwdllm.core.header`).
 
 Downwards a client gets an :class:`Assignment`. It names the digest of the parameters the work must start from and
 carries what the client needs to get there: the :class:`RoundUpdate` of every round it missed, or a
@@ -21,14 +22,14 @@ import binascii
 import dataclasses
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import msgpack
 import numpy as np
 
-from fs_fwdllm.core.trainables import DIGEST_BYTES
+from fs_fwdllm.core.header import Check, check_of, described, unpack
 from fs_fwdllm.errors import WireError
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "frame_bytes",
     "from_text",
     "register_record",
+    "text_bytes",
     "to_text",
 ]
 
@@ -73,14 +75,17 @@ class Record:
 
     A record whose values are not float32 says so in ``payload_dtype`` (bytes: ``"|u1"``); one that carries frames names
     the field that holds them in ``carries``; one with header fields of other types than those of this module brings
-    their ``checks``. Values are kept as they are: a broadcast array stands for any number of equal values and occupies
-    no memory before it is encoded.
+    their ``checks``. A header takes up to forty times its length in memory once it is parsed, so a record whose header
+    is short says how long it may be (``header_limit_bytes``): a receiver that expects it refuses longer ones. Values
+    are kept as they are: a broadcast array stands for any number of equal values and occupies no memory before it is
+    encoded.
     """
 
     kind: ClassVar[int]
     payload_dtype: ClassVar[str] = "<f4"
     carries: ClassVar[str] = ""
-    checks: ClassVar[Mapping[str, Callable[[object], bool]]] = {}
+    checks: ClassVar[Mapping[str, Check]] = {}
+    header_limit_bytes: ClassVar[int] = 1 << 26
     values: np.ndarray = field(default_factory=lambda: _EMPTY, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -129,6 +134,7 @@ class ClientUpdate(Record):
         forward_passes, backward_passes: what the work took.
     """
 
+    header_limit_bytes: ClassVar[int] = 1 << 10
     round_index: int
     client: int
     digest: bytes
@@ -200,6 +206,8 @@ class DenseState(Record):
     has_second_moment: bool = False
 
 
+_Expected = TypeVar("_Expected", bound=Record)
+
 _KINDS: dict[int, type[Record]] = {
     record.kind: record for record in (Assignment, ScalarUpdate, DenseUpdate, RoundUpdate, DenseState)
 }
@@ -237,6 +245,11 @@ def _header(record: Record) -> bytes:
     if record.carries:
         fields[record.carries] = [len(frame) for frame in _carried(record)]
     packed: bytes = msgpack.packb([record.kind, *fields.values()], use_bin_type=True)
+    if len(packed) > record.header_limit_bytes:
+        raise WireError(
+            f"a {type(record).__name__} with a header of {len(packed)} bytes would be refused by its receiver, whose "
+            f"limit is {record.header_limit_bytes} bytes; have fewer clients in a round, or fewer rounds in a step"
+        )
     return packed
 
 
@@ -245,25 +258,37 @@ def _carried(record: Record) -> tuple[bytes, ...]:
     return frames
 
 
-def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
-    """The record in a frame.
+@overload
+def decode(frame: bytes, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record: ...
+@overload
+def decode(frame: bytes, expected: type[_Expected], *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> _Expected: ...
+def decode(frame: bytes, expected: type[Record] = Record, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
+    """The record in a frame. Its values are a view of the frame; what it carries is copied.
+
+    So the memory it takes beside the frame is at most the frame's length once more, forty times the header's, and a few
+    kibibytes: for a :class:`ClientUpdate`, whose header is short, 64 KiB with both.
+
+    Args:
+        expected: the kind that may come. Its :attr:`Record.header_limit_bytes` holds before anything is parsed.
+        limit_bytes: longest frame that may come.
 
     Raises:
-        WireError: too long, not ours, another version, truncated, corrupted, or a field of the wrong type.
+        WireError: too long, not ours, another version, truncated, corrupted, of another kind, or a field that is not
+            what the record says it is. Nothing else is raised, whatever the bytes.
     """
     if len(frame) > limit_bytes:
         raise WireError(f"a frame of {len(frame)} bytes is over the limit of {limit_bytes} bytes")
-    header, payload = _split(frame)
-    try:
-        fields = msgpack.unpackb(header, raw=False, use_list=False, strict_map_key=True)
-        kind, *values = fields
-        record_type = _KINDS[kind]
-    except Exception as error:  # msgpack raises a dozen types; whichever it is, these bytes are not a record
-        raise WireError(f"a frame's header is not one of ours ({type(error).__name__}: {error})") from error
-    expected = _header_fields(record_type)
-    if len(values) != len(expected):
-        raise WireError(f"a {record_type.__name__} frame has {len(values)} header fields, not {len(expected)}")
-    named = {item.name: value for item, value in zip(expected, values, strict=True)}
+    header, payload = _split(frame, expected.header_limit_bytes)
+    kind, *values = unpack(header)
+    record_type = _KINDS.get(kind) if type(kind) is int else None
+    if record_type is None:
+        raise WireError(f"a frame's header is not one of ours: there is no record {described(kind)}")
+    if not issubclass(record_type, expected):
+        raise WireError(f"a {record_type.__name__} came instead of {_with_article(expected)}")
+    fields = _header_fields(record_type)
+    if len(values) != len(fields):
+        raise WireError(f"a {record_type.__name__} frame has {len(values)} header fields, not {len(fields)}")
+    named: dict[str, Any] = {item.name: value for item, value in zip(fields, values, strict=True)}
     _check_types(record_type, named)
     if record_type.carries:
         payload, named[record_type.carries] = _take_frames(record_type, named[record_type.carries], payload)
@@ -272,7 +297,11 @@ def decode(frame: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Record:
     return record_type(**named, values=np.frombuffer(payload, dtype=record_type.payload_dtype))
 
 
-def _split(frame: bytes) -> tuple[memoryview, memoryview]:
+def _with_article(record_type: type[Record]) -> str:
+    return f"{'an' if record_type.__name__[0] in 'AEIOU' else 'a'} {record_type.__name__}"
+
+
+def _split(frame: bytes, header_limit_bytes: int) -> tuple[memoryview, memoryview]:
     """Header and payload, as views: a frame may be as large as the model."""
     try:
         magic, version, checksum = _PREFIX.unpack_from(frame)
@@ -283,6 +312,8 @@ def _split(frame: bytes) -> tuple[memoryview, memoryview]:
         raise WireError(f"these {len(frame)} bytes are not a frame of ours (they start with {bytes(frame[:4])!r})")
     if version != WIRE_VERSION:
         raise WireError(f"frame version {version} is not supported; this package speaks version {WIRE_VERSION}")
+    if length > header_limit_bytes:
+        raise WireError(f"a frame's header of {length} bytes is over the limit of {header_limit_bytes} bytes")
     view = memoryview(frame)
     if zlib.crc32(view[_PREFIX.size :]) != checksum:
         raise WireError(f"a frame of {len(frame)} bytes is truncated or corrupted")
@@ -313,48 +344,20 @@ _FLOATS = ("loss", "learning_rate", "decay", "momentum", "rate", "reference", "r
 
 
 def _check_types(record_type: type[Record], named: dict[str, Any]) -> None:
+    checks = {record_type.carries: check_of("probes", {}), **record_type.checks}
     for name, value in named.items():
-        if name == record_type.carries:
-            valid = isinstance(value, tuple) and all(_is_count(length) for length in value)
-        elif name in record_type.checks:
-            valid = record_type.checks[name](value)
-        elif name.startswith("digest"):
-            valid = isinstance(value, bytes) and len(value) == DIGEST_BYTES
-        elif name == "participants":
-            valid = isinstance(value, tuple) and all(_is_participant(part) for part in value)
-        elif name == "probes":
-            valid = isinstance(value, tuple) and all(map(_is_count, value))
-        elif name == "step_decay":
-            valid = isinstance(value, tuple) and all(isinstance(part, float) for part in value)
-        elif name == "adam":
-            valid = isinstance(value, tuple) and len(value) in (0, 4) and all(isinstance(part, float) for part in value)
-        elif name == "choices":
-            valid = isinstance(value, bytes) and len(value) % 4 == 0
-        elif name in ("has_momentum", "has_second_moment", "has_reference", "keeps_reference"):
-            valid = isinstance(value, bool)
-        elif name in _FLOATS:
-            valid = isinstance(value, float)
-        else:
-            valid = _is_count(value)
-        if not valid:
-            raise WireError(f"a {record_type.__name__} frame has an unusable {name}: {value!r:.80}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _is_participant(part: object) -> bool:
-    return (
-        isinstance(part, tuple)
-        and len(part) >= 4
-        and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in part)
-    )
+        if not check_of(name, checks)(value):
+            raise WireError(f"a {record_type.__name__} frame has an unusable {name}: {described(value)}")
 
 
 def to_text(frame: bytes) -> str:
     """A frame as base64 text, for hosts whose codec carries only text."""
     return base64.b64encode(frame).decode("ascii")
+
+
+def text_bytes(length: int) -> int:
+    """Length of the text of a frame of ``length`` bytes."""
+    return 4 * -(-length // 3)
 
 
 def from_text(text: str) -> bytes:

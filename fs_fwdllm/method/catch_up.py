@@ -96,6 +96,4 @@ class CatchUpLog:
 
 
 def _start_of(frame: bytes) -> bytes:
-    record = decode(frame)
-    assert isinstance(record, RoundUpdate)
-    return record.digest_before
+    return decode(frame, RoundUpdate).digest_before

@@ -9,7 +9,7 @@ keeps something on the client, it is kept by client, and :meth:`ClientWorker.sta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +21,7 @@ from fs_fwdllm.core.trainables import Trainables, flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data import client_batches
 from fs_fwdllm.data.types import Batch, Example
-from fs_fwdllm.errors import DataError
+from fs_fwdllm.errors import DataError, WireError
 from fs_fwdllm.model.objective import Objective
 
 __all__ = ["BatchSettings", "ClientWorker", "Follower"]
@@ -29,15 +29,31 @@ __all__ = ["BatchSettings", "ClientWorker", "Follower"]
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How a client's examples become batches."""
+    """How a client's examples become batches.
+
+    Attributes:
+        most_steps: from how many samples a client holds to how many batches it works on in a round at most; any number
+            unless told.
+    """
 
     batch_size: int
     seed: int
     pad_token_id: int
     shuffle: bool = True
+    most_steps: Callable[[int], int] | None = None
 
     def cut(self, examples: Sequence[Example], *, client: int, batch_index: int, steps: int) -> list[Batch]:
-        """The mini-batches of ``client`` in round ``batch_index``."""
+        """The mini-batches of ``client`` in round ``batch_index``.
+
+        Raises:
+            WireError: it is asked for more steps than its configuration says.
+        """
+        most = steps if self.most_steps is None else self.most_steps(len(examples))
+        if steps > most:
+            raise WireError(
+                f"client {client} is asked for {steps} steps, but its configuration says {most}; server and clients "
+                "must agree on train.local_update_steps, train.batch_or_epoch and dataloader.batch_size"
+            )
         return client_batches(
             examples,
             client=client,
@@ -89,6 +105,7 @@ class ClientWorker(ABC):
 
         Raises:
             DataError: the client has no examples.
+            WireError: the server asks for what the client's configuration does not say.
             DivergenceError: the client cannot reach the parameters the assignment starts from.
         """
         if not examples:

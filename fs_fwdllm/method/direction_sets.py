@@ -28,6 +28,7 @@ import numpy as np
 
 from fs_fwdllm.core.direction import EVERYBODY, direction_seed, set_owner
 from fs_fwdllm.core.wire import Participant
+from fs_fwdllm.errors import WireError
 
 __all__ = ["OWN", "DirectionSets", "common_seeds", "directions_seeds", "merged"]
 
@@ -51,6 +52,9 @@ class DirectionSets:
         return EVERYBODY if self.orthogonal else set_owner(client % self.count)
 
 
+#: A direction's seed is below it.
+_SEEDS = 1 << 64
+
 #: Every client looks along directions of its own.
 OWN = DirectionSets()
 
@@ -63,7 +67,13 @@ def directions_seeds(round_index: int, owner: int, step: int, probes: Sequence[i
 
 
 def common_seeds(round_index: int, probes: Sequence[int]) -> list[int]:
-    """The rows of an orthogonal matrix that are a round's: each part counts its own through all rounds."""
+    """The rows of an orthogonal matrix that are a round's: each part counts its own through all rounds.
+
+    Raises:
+        WireError: there are not so many seeds in that round.
+    """
+    if (round_index + 1) * max(probes, default=0) > _SEEDS:
+        raise WireError(f"round {round_index} cannot be: its directions would be beyond the last seed")
     return [round_index * count + probe for count in probes for probe in range(count)]
 
 

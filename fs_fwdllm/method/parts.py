@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ class Parts:
                 seed=config.seed,
                 pad_token_id=pad_token_id,
                 shuffle=config.dataloader.shuffle,
+                most_steps=partial(_steps_of_round, config),
             ),
             full=full,
             fresh=fresh,
@@ -138,7 +140,8 @@ class Parts:
         supported = self._supported(config)
         remarks = () if supported is config else (_ONE_BY_ONE.format(config.fwdllm.probes_per_batch),)
         replica = Replica(replayer_for(supported, self.trainables))
-        return replace(self, config=supported, replica=replica, remarks=remarks)
+        batches = replace(self.batches, most_steps=partial(_steps_of_round, supported))
+        return replace(self, config=supported, replica=replica, remarks=remarks, batches=batches)
 
     def _supported(self, config: Config) -> Config:
         """``config``, with probes one by one where this model cannot evaluate several of them in one pass."""
@@ -310,14 +313,18 @@ def work_plans(config: Config, client_samples: dict[int, int]) -> dict[int, Work
     check_fleet(config, client_samples)
     plans = {}
     for client, samples in client_samples.items():
-        steps = config.train.local_update_steps
-        if config.train.batch_or_epoch == "epoch":
-            steps *= steps_per_epoch(samples, config.dataloader.batch_size)
-        else:
-            steps *= config.grad.grad_accum_count
         probes = counts_of(config, client) if config.method.measures_slopes else ()
+        steps = _steps_of_round(config, samples)
         plans[client] = WorkPlan(steps, probes, samples=steps * min(samples, config.dataloader.batch_size))
     return plans
+
+
+def _steps_of_round(config: Config, samples: int) -> int:
+    """Batches that a client with so many samples works on in a round."""
+    steps = config.train.local_update_steps
+    if config.train.batch_or_epoch == "epoch":
+        return steps * steps_per_epoch(samples, config.dataloader.batch_size)
+    return steps * config.grad.grad_accum_count
 
 
 def passes_of_client(config: Config, client: int, steps: int) -> Passes:

@@ -19,13 +19,22 @@ import torch
 
 from fs_fwdllm.core.replay import BUFFERS, Replayer
 from fs_fwdllm.core.trainables import Trainables, flatten
-from fs_fwdllm.core.wire import Assignment, ClientUpdate, DenseState, RoundUpdate, ScalarUpdate, decode, encode
+from fs_fwdllm.core.wire import (
+    Assignment,
+    ClientUpdate,
+    DenseState,
+    RoundUpdate,
+    ScalarUpdate,
+    decode,
+    encode,
+    frame_bytes,
+)
 from fs_fwdllm.errors import CheckpointError, TrainingStalledError, UpdateRejected
 from fs_fwdllm.guard import root_mean_square, scaled
 from fs_fwdllm.method.catch_up import CatchUpLog
 from fs_fwdllm.method.client_rates import ClientRates
 from fs_fwdllm.method.replica import apply_round_update
-from fs_fwdllm.method.server import PARAMETERS, RoundServer, ServerSettings, numbered, sample_weights
+from fs_fwdllm.method.server import LARGEST, PARAMETERS, RoundServer, ServerSettings, numbered, sample_weights
 
 __all__ = ["ReplayServer"]
 
@@ -93,6 +102,10 @@ class ReplayServer(RoundServer):
     @abstractmethod
     def expected_values(self, assignment: Assignment) -> int:
         """Payload length of a correct answer."""
+
+    def _largest_answer_bytes(self, assignment: Assignment) -> int:
+        values = np.broadcast_to(np.float32(0), self.expected_values(assignment))
+        return frame_bytes(self.answer(**LARGEST, values=values))
 
     @abstractmethod
     def distances(self, accepted: list[ClientUpdate]) -> list[float]:
@@ -247,9 +260,7 @@ def _replay(replayer: Replayer, records: Sequence[bytes], digest: bytes) -> None
         CheckpointError: they do not.
     """
     for frame in records:
-        record = decode(frame)
-        assert isinstance(record, RoundUpdate)
-        apply_round_update(replayer, record)
+        apply_round_update(replayer, decode(frame, RoundUpdate))
     if replayer.digest() != digest:
         raise CheckpointError(
             "the records of a checkpoint do not lead from its file of parameters to those of its round: one of the two "

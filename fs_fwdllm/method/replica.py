@@ -7,7 +7,7 @@ arrived.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,10 +36,16 @@ def seeds_of(participants: Sequence[Participant]) -> list[int]:
     """Direction seeds in replay order: participant, then step, then probe."""
     return [
         seed
-        for round_index, owner, steps, *probes in participants
+        for round_index, owner, steps, *probes in _who_looked(participants)
         for step in range(steps)
         for seed in directions_seeds(round_index, owner, step, probes)
     ]
+
+
+def _who_looked(participants: Sequence[Participant]) -> Iterator[Participant]:
+    """Participants with directions. What others say of their steps or probes counts for nothing and may be any number:
+    of those that are left, all numbers together are no larger than the record that names them."""
+    return (participant for participant in participants if directions_of([participant]))
 
 
 def directions_of(participants: Sequence[Participant]) -> int:
@@ -50,7 +56,7 @@ def directions_of(participants: Sequence[Participant]) -> int:
 def parts_of(participants: Sequence[Participant]) -> np.ndarray:
     """The part that each direction covers, in replay order."""
     numbers = [np.zeros(0, dtype=np.int64)]
-    for _, _, steps, *probes in participants:
+    for _, _, steps, *probes in _who_looked(participants):
         numbers.append(np.tile(np.repeat(np.arange(len(probes)), probes), steps))
     return np.concatenate(numbers)
 
@@ -118,7 +124,9 @@ def chosen_seeds(participants: Sequence[Participant], choices: bytes, tensors: i
     if len(choices) != 4 * probes * tensors:
         raise WireError(f"{len(choices)} bytes of choices do not fit {probes} probes of {tensors} tensors")
     rows = np.frombuffer(choices, dtype="<u4").reshape(probes, tensors)
-    rounds = [part[0] for part in participants for _ in range(part[2] * part[3])]
+    rounds = [
+        round_index for round_index, *looks in participants for _ in range(directions_of([(round_index, *looks)]))
+    ]
     return {
         seed: tuple(candidate_seed(round_index, int(index)) for index in row)
         for seed, round_index, row in zip(seeds_of(participants), rounds, rows, strict=True)
@@ -130,6 +138,7 @@ def _later_decay(record: RoundUpdate) -> np.ndarray:
     factors = [
         later_decay(steps, sum(probes), factor)
         for (_, _, steps, *probes), factor in zip(record.participants, record.step_decay, strict=True)
+        if steps * sum(probes)
     ]
     return np.concatenate(factors) if factors else np.ones(0)
 
@@ -187,7 +196,13 @@ class Replica:
 
     def _load(self, state: DenseState) -> None:
         has = {name: getattr(state, f"has_{name}") for name in BUFFERS}
-        values, *vectors = np.split(np.asarray(state.values), 1 + sum(has.values()))
+        vectors = 1 + sum(has.values())
+        if len(state.values) != vectors * self.trainables.count:
+            raise WireError(
+                f"a state of {len(state.values)} values is not {vectors} times the {self.trainables.count} trainable "
+                "parameters"
+            )
+        values, *buffers = np.split(np.asarray(state.values), vectors)
         held = [name for name in BUFFERS if has[name]]
-        self.replayer.hold(dict(zip(held, map(self.trainables.split_flat, vectors), strict=True)))
+        self.replayer.hold(dict(zip(held, map(self.trainables.split_flat, buffers), strict=True)))
         self.trainables.load_flat(values)

@@ -18,13 +18,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from fs_fwdllm.core.learning_rate import Schedule
-from fs_fwdllm.core.trainables import Trainables
+from fs_fwdllm.core.trainables import DIGEST_BYTES, Trainables
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.errors import TrainingStalledError, UpdateRejected
 from fs_fwdllm.guard import believed_losses
@@ -33,8 +33,16 @@ from fs_fwdllm.method.client_rates import StrategySettings
 from fs_fwdllm.method.direction_sets import OWN, DirectionSets
 from fs_fwdllm.method.weights import client_shares
 
-__all__ = ["PARAMETERS", "RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"]
+__all__ = [
+    "LARGEST", "PARAMETERS", "RoundReport", "RoundServer", "ServerSettings", "WorkPlan", "numbered", "sample_weights"
+]  # fmt: skip
 
+#: The fields of a :class:`~fs_fwdllm.core.wire.ClientUpdate` where they take the most bytes in a header.
+LARGEST: dict[str, Any] = {
+    **dict.fromkeys(("round_index", "client", "samples", "forward_passes", "backward_passes"), (1 << 63) - 1),
+    "digest": bytes(DIGEST_BYTES),
+    "loss": 0.0,
+}
 
 #: Where the tensors of :meth:`RoundServer.parameters` are of an earlier round, the numbers of a state name it under
 #: this key: the file that holds them, the round that started from them, and the digest, in hex, of where records lead.
@@ -184,6 +192,17 @@ class RoundServer(ABC):
             batch_index=self.round_index,
             catch_up=self._lacking(client),
         )
+
+    def answer_limit_bytes(self, client: int) -> int:
+        """Length of the longest frame with which ``client`` may answer what it was asked in the open round; 0 if it was
+        asked nothing. Whoever receives frames reads no longer ones."""
+        assignment = self.assigned.get(client)
+        return 0 if assignment is None else self._largest_answer_bytes(assignment)
+
+    @abstractmethod
+    def _largest_answer_bytes(self, assignment: Assignment) -> int:
+        """Length of a frame that no right answer to ``assignment`` is longer than (:data:`LARGEST` has the numbers that
+        all answers have)."""
 
     @abstractmethod
     def _lacking(self, client: int) -> tuple[bytes, ...]:

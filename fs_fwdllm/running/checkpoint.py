@@ -35,6 +35,11 @@ __all__ = [
 ]  # fmt: skip
 
 _FILE, _UNPROVEN, _PREVIOUS = CHECKPOINT_FILES
+#: What the facts in a file are, before anything is made of them.
+_FACTS = {
+    "next_round": int, "total_rounds": int, "fingerprint": str, "numbers": dict, "counters": dict, "inputs": dict,
+    "evaluations": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,9 +181,11 @@ def _read(path: Path) -> Checkpoint:
     about, tensors = read_state(path)
     try:
         found = Checkpoint(tensors=tensors, **about)
+        if wrong := [name for name, kind in _FACTS.items() if type(getattr(found, name)) is not kind]:
+            raise TypeError(f"its {wrong[0]} is a {type(getattr(found, wrong[0])).__name__}")
         reference: Any = found.numbers.get(PARAMETERS)
         if reference is not None:
             found.tensors.update(read_parameters(path.parent, reference))
         return found
-    except TypeError as error:
+    except (TypeError, LookupError) as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint of ours ({error})") from error

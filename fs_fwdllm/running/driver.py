@@ -51,7 +51,7 @@ def answer(worker: ClientWorker, frame: bytes, examples: Sequence[Example]) -> b
         WireError: the frame is not an assignment.
         DataError, DivergenceError: as :meth:`fs_fwdllm.method.ClientWorker.work` has them.
     """
-    return encode(worker.work(_assignment(frame), examples))
+    return encode(worker.work(decode(frame, Assignment), examples))
 
 
 def answers(
@@ -68,15 +68,8 @@ def answers(
 
 def follow(worker: ClientWorker, frame: bytes) -> None:
     """Bring a worker's replica to the parameters a frame of :meth:`RunDriver.current_state_for` leads to."""
-    assignment = _assignment(frame)
+    assignment = decode(frame, Assignment)
     worker.replica.follow(assignment.catch_up, assignment.digest)
-
-
-def _assignment(frame: bytes) -> Assignment:
-    assignment = decode(frame)
-    if not isinstance(assignment, Assignment):
-        raise WireError(f"a client was sent a {type(assignment).__name__} instead of an assignment")
-    return assignment
 
 
 def choose_clients(server: RoundServer, config: Config, round_index: int, available: Sequence[int]) -> list[int]:
@@ -200,6 +193,10 @@ class RunDriver:
     def finished(self) -> bool:
         return self.next_round >= self.total_rounds or self.keeper.says_stop
 
+    def expected_bytes(self, client: int) -> int:
+        """Longest frame that is taken from ``client`` now; 0 while nothing is expected from it."""
+        return self.server.answer_limit_bytes(client) if client in self.missing else 0
+
     @property
     def answered(self) -> int:
         """Clients of the open round whose answer could be read."""
@@ -256,15 +253,13 @@ class RunDriver:
         return encode(state)
 
     def receive(self, client: int, frame: bytes) -> None:
-        """Take what arrived from ``client``. What cannot be read, or speaks for another client, is left out and
-        named in the round's report."""
+        """Take what arrived from ``client``. What cannot be read, is longer than any answer to what it was asked, or
+        speaks for another client, is left out and named in the round's report."""
         self.accounting.ledger.upload(client, frame)
         self.missing.discard(client)
         self._reporter.answered(self._asked - len(self.missing), self._asked)
         try:
-            update = decode(frame)
-            if not isinstance(update, ClientUpdate):
-                raise WireError(f"the server was sent a {type(update).__name__} instead of an update")
+            update = decode(frame, ClientUpdate, limit_bytes=self.server.answer_limit_bytes(client))
             if update.client != client:
                 raise WireError(f"client {client} sent an update in the name of client {update.client}")
         except WireError as error:

@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             yield file, metadata["fs_fwdllm"], metadata["crc32"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint of ours ({error})") from error
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import tracemalloc
 import zlib
 from dataclasses import replace
 
@@ -15,14 +18,17 @@ from hypothesis.extra import numpy as arrays
 from fs_fwdllm.core.wire import (
     Assignment,
     ByteLedger,
+    ClientUpdate,
     DenseState,
     DenseUpdate,
+    Record,
     RoundUpdate,
     ScalarUpdate,
     decode,
     encode,
     frame_bytes,
     from_text,
+    text_bytes,
     to_text,
 )
 from fs_fwdllm.errors import WireError
@@ -58,6 +64,11 @@ def same(left, right) -> bool:
 def test_round_trip(record):
     assert same(decode(encode(record)), record)
     assert from_text(to_text(encode(record))) == encode(record)
+
+
+@given(data=st.binary(max_size=400))
+def test_the_length_of_a_frame_s_text_is_known(data):
+    assert text_bytes(len(data)) == len(to_text(data))
 
 
 @given(values=PAYLOADS)
@@ -124,11 +135,15 @@ def test_a_scalar_upload_of_one_probe_takes_no_more_than_in_the_second_version()
     assert frame_bytes(an_update([1.0])) == 4 + len(header) + 5 + 1 + 5
 
 
+def around(header, payload=b""):
+    """A frame with a right checksum around the bytes of a header."""
+    covered = len(header).to_bytes(4, "little") + header + payload
+    return b"FF\x05" + zlib.crc32(covered).to_bytes(4, "little") + covered
+
+
 def framed(*header, payload=b""):
     """A frame with a right checksum around whatever is given."""
-    packed = msgpack.packb(header, use_bin_type=True)
-    covered = len(packed).to_bytes(4, "little") + packed + payload
-    return b"FF\x05" + zlib.crc32(covered).to_bytes(4, "little") + covered
+    return around(msgpack.packb(header, use_bin_type=True), payload)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +162,90 @@ def framed(*header, payload=b""):
 def test_frames_with_a_right_checksum_around_something_else_are_refused(frame, message):
     with pytest.raises(WireError, match=message):
         decode(frame)
+
+
+SIZE = 1 << 16
+#: Long headers, or payloads, that took up to 79 times their length, or announced what is not there.
+HOSTILE = {
+    "empty maps": around(b"\xdd" + (SIZE - 5).to_bytes(4, "big") + b"\x80" * (SIZE - 5)),
+    "empty arrays": around(b"\xdd" + (SIZE - 5).to_bytes(4, "big") + b"\x90" * (SIZE - 5)),
+    "arrays of one": around(b"\xdd" + (SIZE // 2 - 3).to_bytes(4, "big") + b"\x91\x01" * (SIZE // 2 - 3) + b"\x01"),
+    "arrays in arrays": around(b"\x91" * SIZE),
+    "arrays in arrays that announce more": around((b"\xdd" + (SIZE // 2).to_bytes(4, "big")) * (SIZE // 5)),
+    "short texts": around(b"\xdd" + (SIZE // 3 - 2).to_bytes(4, "big") + b"\xa2ab" * (SIZE // 3 - 2)),
+    "one text": around(b"\x92\x02\xdb" + (SIZE - 7).to_bytes(4, "big") + b"x" * (SIZE - 7)),
+    "one piece of bytes": around(b"\x92\x02\xc6" + (SIZE - 7).to_bytes(4, "big") + b"x" * (SIZE - 7)),
+    "an extension": around(b"\xc9" + (SIZE - 6).to_bytes(4, "big") + b"x" * (SIZE - 5)),
+    "a text as a kind": around(b"\x91\xd9\xff" + b"x" * 255),
+    "a thousand arrays as a kind": around(b"\x91" * 1000 + b"\x01"),
+    "a thousand arrays in a field": around(b"\x98\x02\x01\x01" + b"\x91" * 990 + b"\x01" * 6),
+    "a short header announced as long": around(b"\x98\x02")[:7] + (1 << 31).to_bytes(4, "little") + bytes(SIZE),
+    "values": encode(an_update(np.zeros(SIZE // 4))),
+    "values of another kind": encode(DenseState(1, DIGEST, False, values=np.zeros(SIZE // 4))),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_client_s_frame_is_read_in_three_times_its_memory_or_refused(name):
+    assert memory_of_reading(HOSTILE[name], ClientUpdate) <= 3 * len(HOSTILE[name]) + (64 << 10)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_frame_is_read_in_forty_times_its_memory_or_refused(name):
+    """Where long headers are expected; what is announced and not there takes nothing."""
+    assert memory_of_reading(HOSTILE[name], Record) <= 40 * len(HOSTILE[name]) + (64 << 10)
+
+
+def memory_of_reading(frame, expected):
+    """The most bytes that reading a frame takes. If it is refused, then in few words."""
+    tracemalloc.start()
+    try:
+        decode(frame, expected)
+    except WireError as error:
+        assert len(str(error)) < 200
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(True, "True"), (2.0, "2.0"), (None, "None"), ("ab", "a str of 2")])
+def test_the_number_of_a_record_is_an_integer(kind, shown):
+    """In Python ``True`` and ``2.0`` are keys of the dictionary, too."""
+    with pytest.raises(WireError, match=f"there is no record {shown}"):
+        decode(framed(kind, 1, 1, DIGEST, 1, 0.5, 1, 1))
+
+
+def test_a_receiver_says_what_it_expects():
+    assert isinstance(decode(encode(EXAMPLES[0]), ClientUpdate), ScalarUpdate)
+    with pytest.raises(WireError, match="a DenseState came instead of a ClientUpdate"):
+        decode(encode(EXAMPLES[-1]), ClientUpdate)
+    with pytest.raises(WireError, match="a ScalarUpdate came instead of an Assignment"):
+        decode(encode(EXAMPLES[0]), Assignment)
+
+
+def test_a_record_of_ten_thousand_clients_is_read_and_what_would_be_refused_is_not_written():
+    many = tuple((7, client, 1, 1) for client in range(10_000))
+    record = RoundUpdate(1, DIGEST, DIGEST, 0.5, (), 0.9, 1e-3, many, values=np.ones(10_000))
+    assert same(decode(encode(record)), record)
+    with pytest.raises(WireError, match="would be refused by its receiver"):
+        encode(an_update([1.0], digest=bytes(2000)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, -1e39])
+@pytest.mark.parametrize("name", ["learning_rate", "reference_scale"])
+def test_numbers_that_are_none_in_float32_are_refused_in_an_assignment(name, value):
+    record = replace(EXAMPLES[2], **{name: value})
+    with pytest.raises(WireError, match=re.escape(f"unusable {name}: {value!r}")):
+        decode(encode(record))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e39])
+@pytest.mark.parametrize("name", ["decay", "momentum", "rate", "reference", "step_decay", "adam"])
+def test_numbers_that_are_none_in_float32_are_refused_in_a_round_s_step(name, value):
+    held = {"step_decay": (0.5, value), "adam": (0.9, 1e-8, value, 1.0)}.get(name, value)
+    with pytest.raises(WireError, match=f"unusable {name}"):
+        decode(encode(replace(EXAMPLES[3], **{name: held})))
 
 
 @pytest.mark.parametrize(

@@ -449,9 +449,39 @@ def test_a_partition_that_lies_outside_is_refused(agnews, tmp_path):
         read_partition(path, method, list(data.train_rows), list(data.test_rows))
 
 
-def test_a_row_of_many_numbers_is_refused_before_it_is_read(agnews):
+@pytest.mark.parametrize(("count", "message"), [(3, "X/0 is one text"), (1 << 40, "'0' is said to be longer than the")])
+def test_a_row_of_many_numbers_is_refused_before_it_is_read(agnews, count, message):
     with h5py.File(agnews, "a") as file:
         del file["X/0"]
-        file.create_dataset("X/0", shape=(1 << 40,), dtype="i8", chunks=(1 << 10,))
-    with pytest.raises(DataError, match="X/0 is one text"):
+        file.create_dataset("X/0", shape=(count,), dtype="i8", chunks=(min(count, 1 << 10),))
+    with pytest.raises(DataError, match=message):
+        read_h5_data(agnews)
+
+
+def overwrite(path, place, data):
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(data)
+
+
+def test_a_text_that_is_said_to_be_longer_than_the_file_is_refused_before_memory_is_taken(agnews):
+    """h5py would take the four gibibytes first."""
+    with h5py.File(agnews) as file:
+        place = file["X/0"].id.get_offset()
+    overwrite(agnews, place, (0xFFFFFFF0).to_bytes(4, "little"))
+    with pytest.raises(DataError, match="'0' is said to be longer than the file"):
+        read_h5_data(agnews)
+
+
+@pytest.mark.parametrize("length", [0, 8, 1 << 40, (1 << 64) - 8])
+def test_a_heap_over_which_one_would_walk_for_ever_is_refused(agnews, length):
+    """The HDF5 library does, in C, where no deadline reaches it. The last object of a heap is what is free of it."""
+    data = agnews.read_bytes()
+    start = data.index(b"GCOL")
+    place, end = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
+    while data[place : place + 2] != b"\0\0":
+        place += 16 + -(-int.from_bytes(data[place + 8 : place + 16], "little") // 8) * 8
+    assert place < end
+    overwrite(agnews, place + 8, length.to_bytes(8, "little"))
+    with pytest.raises(DataError, match=f"the heap of texts at byte {start}"):
         read_h5_data(agnews)

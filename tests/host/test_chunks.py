@@ -60,17 +60,47 @@ def test_a_new_text_replaces_an_unfinished_one() -> None:
     assert joiner.add(1, first[1]) is None, "the first piece was dropped"
 
 
-def test_what_is_kept_is_bounded() -> None:
-    joiner = Joiner(whole_bytes=400, senders=3)
+def test_what_is_kept_of_a_sender_is_bounded() -> None:
+    joiner = Joiner()
     with pytest.raises(WireError, match="the limit is 400 bytes"):
-        joiner.add(1, split(some_text(500), LIMIT)[0])
-    for sender in range(50):
-        joiner.add(sender, split(some_text(300), LIMIT)[0])
-    assert joiner.held_bytes <= 3 * LIMIT
+        joiner.add(1, split(some_text(500), LIMIT)[0], 400)
     head = split(some_text(300), LIMIT)[0][:72]
     fat = head[: head.rindex(" 300 ")] + " 300 " + "x" * 301
     with pytest.raises(WireError, match="have more"):
         joiner.add(0, fat)
+    assert joiner.held_bytes == 0
+
+
+def test_pieces_are_counted_with_what_they_take_beside_their_characters() -> None:
+    """A text of a megabyte in pieces of one character would take two hundred times its length."""
+    joiner, length = Joiner(), 100_000
+    held = 0
+    with pytest.raises(WireError, match="too many pieces"):
+        for number in range(length):
+            joiner.add(1, f"fwdllm-piece {'0' * 32} {number} {length} {length} x", length)
+            held = max(held, joiner.held_bytes)
+    assert held <= length + length // 16 + (8 << 10) and joiner.held_bytes == 0
+
+
+def test_an_empty_piece_is_refused() -> None:
+    joiner = Joiner()
+    with pytest.raises(WireError, match="is empty"):
+        joiner.add(1, f"fwdllm-piece {'0' * 32} 0 2 300 ")
+    assert joiner.held_bytes == 0
+
+
+def test_no_sender_makes_another_be_forgotten() -> None:
+    joiner, texts = Joiner(), {sender: some_text(300, sender) for sender in range(5000)}
+    pieces = {sender: split(text, 250) for sender, text in texts.items()}
+    assert all(joiner.add(sender, first) is None for sender, (first, _) in pieces.items())
+    assert {sender: joiner.add(sender, second) for sender, (_, second) in pieces.items()} == texts
+
+
+def test_what_is_no_longer_waited_for_is_dropped() -> None:
+    joiner = Joiner()
+    joiner.add(1, split(some_text(300), LIMIT)[0])
+    joiner.forget()
+    assert joiner.held_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fs_fwdllm.data.h5.heaps import is_within, require_sound_heaps
 from fs_fwdllm.data.table import Table
-from fs_fwdllm.errors import ConfigError, DataError, nearest
+from fs_fwdllm.errors import ConfigError, DataError, nearest, shown
 
 __all__ = ["SPANS", "TEXTS", "H5Data", "import_h5py", "member_of", "opened", "read_h5_data"]
 
@@ -36,7 +37,7 @@ TEXTS, SPANS = "text_classification", "span_extraction"
 
 _GROUPS = {TEXTS: ("X", "Y"), SPANS: ("context_X", "question_X", "Y", "question_ids")}
 #: What h5py raises for files that are cut off or damaged.
-_H5_ERRORS = (OSError, KeyError, RuntimeError)
+_H5_ERRORS = (OSError, KeyError, RuntimeError, MemoryError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def opened(path: Path) -> Iterator[Any]:
             f"{nearest(path.name, present)}"
         )
     try:
+        require_sound_heaps(path)
         with h5py.File(path, "r") as file:
             yield file
     except _H5_ERRORS as error:
@@ -89,7 +91,7 @@ def member_of(parent: Any, name: str, place: Any) -> Any:
     would let a data file read whatever this process may.
 
     Raises:
-        DataError: it lies elsewhere.
+        DataError: it lies elsewhere, or says that it is longer than the file.
     """
     h5py = import_h5py()
     held = parent[name]
@@ -98,6 +100,8 @@ def member_of(parent: Any, name: str, place: Any) -> Any:
         outside = outside or bool(held.external) or held.is_virtual
     if outside:
         raise DataError(f"{place}: {name!r} lies outside the file; a data file must hold its rows itself")
+    if isinstance(held, h5py.Dataset) and not is_within(held):
+        raise DataError(f"{place}: {name!r} is said to be longer than the file; it is damaged or cut off")
     return held
 
 
@@ -138,9 +142,10 @@ def _attributes(file: Any, path: Path) -> dict[str, Any]:
 
 def _task_type(attributes: dict[str, Any], file: Any, path: Path) -> str:
     found = attributes.get("task_type", SPANS if "context_X" in file else TEXTS)
-    if found not in _GROUPS:
+    if not isinstance(found, str) or found not in _GROUPS:
         raise DataError(
-            f"{path}: task_type {found!r} is not supported; allowed are {', '.join(_GROUPS)}{nearest(found, _GROUPS)}"
+            f"{path}: task_type {shown(found)} is not supported; allowed are {', '.join(_GROUPS)}"
+            f"{nearest(found, _GROUPS)}"
         )
     return str(found)
 

@@ -17,7 +17,7 @@ from federatedscope.core.workers import Client
 
 from fs_fwdllm.core.wire import to_text
 from fs_fwdllm.errors import HostError, WireError
-from fs_fwdllm.host.chunks import Joiner
+from fs_fwdllm.host.chunks import WHOLE_BYTES, Joiner
 from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
@@ -91,7 +91,7 @@ class FwdLLMClient(Client):
         joiner = Joiner()
         patience_s = min(_LONGEST_SILENCE_S, self._deadline_s / _HELLOS_PER_DEADLINE)
         while True:
-            message = next_message(self.comm_manager, patience_s, joiner)
+            message = next_message(self.comm_manager, patience_s, joiner, self._expected_text)
             if message is not None:
                 dispatch(self, message, _TAKEN)
                 if message.msg_type == "finish":
@@ -105,6 +105,11 @@ class FwdLLMClient(Client):
                 heard = time.monotonic()
             self._give_up_after(heard, started)
             looked = time.monotonic()
+
+    def _expected_text(self, message: Any) -> int:
+        """Longest text that ``message`` may be a piece of: the server alone sends long ones."""
+        is_ours = message.sender == self.server_id and message.msg_type in (MESSAGE_WORK, MESSAGE_EVALUATE)
+        return WHOLE_BYTES if is_ours else 0
 
     def _is_there_still(self) -> bool:
         """Whether the server takes in what we have to say: a process that is stopped has an open port, too."""

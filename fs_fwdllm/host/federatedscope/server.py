@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from fs_fwdllm.core.wire import to_text
+from fs_fwdllm.core.wire import text_bytes, to_text
 from fs_fwdllm.errors import CheckpointError, HostError, TrainingStalledError, WireError
 from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.federatedscope import run_state
@@ -60,6 +60,7 @@ class FwdLLMServer(MemberServer):
         self.aggregator = TrainedParameters(self)
         self.aggregators = [self.aggregator]
         self._driver: RunDriver | None = None
+        self._joiner = Joiner()
         self._evaluating: set[int] = set()
         self._waiting_since = time.monotonic()
 
@@ -140,15 +141,22 @@ class FwdLLMServer(MemberServer):
             logger.warning("an update of client %d came late or unasked and is left out", client)
             return
         try:
-            frame = frame_in(message)
+            frame = frame_in(message, self._driver.expected_bytes(client))
         except WireError as error:
-            logger.warning("client %d: %s", client, error)
-            frame = b""
-        self._driver.receive(client, frame)
+            self._driver.refuse(client, error)
+        else:
+            self._driver.receive(client, frame)
         if not self._driver.missing:
             self._close_round()
 
+    def _expected_text(self, message: Any) -> int:
+        """Longest text that ``message`` may be a piece of: an update that its sender was asked for in this round."""
+        if self._driver is None or message.msg_type != MESSAGE_UPDATE or message.state != self.state:
+            return 0
+        return text_bytes(self._driver.expected_bytes(message.sender))
+
     def _close_round(self) -> None:
+        self._joiner.forget()
         self.driver.close_round()
         self.state = self.driver.next_round + 1
         if self.driver.evaluation_is_due:
@@ -227,20 +235,19 @@ class FwdLLMServer(MemberServer):
             TrainingStalledError: too few clients answered a round within it.
             FwdLLMError: whatever stops a run; the clients are told first.
         """
-        joiner = Joiner()
         try:
             while not self.is_finish:
-                self._handle_messages(joiner)
+                self._handle_messages()
                 self._see_to_deadlines()
         except Exception as error:
             self._stop_for(error)
             raise
 
-    def _handle_messages(self, joiner: Joiner) -> None:
+    def _handle_messages(self) -> None:
         """Wait for a message, then handle what has come, before anybody is found to be late."""
         waiting = len(self.comm_manager.server_funcs.msg_queue)
         for _ in range(min(max(waiting, 1), _MESSAGES_AT_ONCE)):
-            message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S, joiner)
+            message = next_message(self.comm_manager, _LOOK_AT_DEADLINES_EVERY_S, self._joiner, self._expected_text)
             if message is not None:
                 dispatch(self, message, _TAKEN)
             if self.is_finish or message is None:

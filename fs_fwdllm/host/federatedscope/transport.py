@@ -13,20 +13,23 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fs_fwdllm.core.wire import from_text
+from fs_fwdllm.core.wire import DEFAULT_LIMIT_BYTES, from_text, text_bytes
 from fs_fwdllm.errors import WireError
 from fs_fwdllm.host.addresses import is_listening, parsed
-from fs_fwdllm.host.chunks import Joiner, split
+from fs_fwdllm.host.chunks import Joiner, is_piece, split
 from fs_fwdllm.host.federatedscope.secure import Tls
 
-__all__ = ["Hello", "Sender", "dispatch", "frame_in", "next_message", "reachable"]
+__all__ = ["Expected", "Hello", "Sender", "dispatch", "frame_in", "next_message", "reachable"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
+
+#: From a message to how long a text it may be a piece of, in characters; 0 where none is waited for from its sender.
+Expected = Callable[[Any], int]
 
 _LOOK_EVERY_S = 0.005
 _CONNECT_WITHIN_S = 5.0
@@ -81,14 +84,19 @@ class Hello:
         return cls(**numbers, **texts, digest=digest, base=base)
 
 
-def frame_in(message: Any) -> bytes:
+def frame_in(message: Any, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> bytes:
     """The frame a message of ours carries as text.
 
     Raises:
-        WireError: it carries something else.
+        WireError: it carries something else, or a frame of more than ``limit_bytes``.
     """
     if not isinstance(message.content, str):
         raise WireError(f"a {message.msg_type} message carries a {type(message.content).__name__} instead of text")
+    if len(message.content) > text_bytes(limit_bytes):
+        raise WireError(
+            f"a {message.msg_type} message carries a text of {len(message.content)} characters, more than a frame of "
+            f"{limit_bytes} bytes has"
+        )
     return from_text(message.content)
 
 
@@ -163,16 +171,16 @@ def _pieces(message: Any) -> Iterator[Any]:
         yield piece
 
 
-def next_message(manager: Any, wait_s: float, joiner: Joiner) -> Any:
+def next_message(manager: Any, wait_s: float, joiner: Joiner, expected: Expected) -> Any:
     """The next readable message of a gRPC communication manager, ``None`` if none comes within ``wait_s`` seconds.
 
-    Texts that came in pieces are put together by ``joiner``. What cannot be read as a message of the host's is dropped
-    with a warning.
+    Texts that came in pieces are put together by ``joiner``, as far as they are ``expected``. Pieces of others, and
+    what cannot be read as a message of the host's, are dropped with a warning.
     """
     until = time.monotonic() + wait_s
     while True:
         if manager.server_funcs.msg_queue:
-            message = _whole(_read(manager), joiner)
+            message = _whole(_read(manager), joiner, expected)
             if message is not None:
                 return message
         if time.monotonic() >= until:  # by the clock: what cannot be read may come without an end
@@ -181,12 +189,20 @@ def next_message(manager: Any, wait_s: float, joiner: Joiner) -> Any:
             time.sleep(_LOOK_EVERY_S)
 
 
-def _whole(message: Any, joiner: Joiner) -> Any:
+def _whole(message: Any, joiner: Joiner, expected: Expected) -> Any:
     """``message`` with its whole text; ``None`` while pieces are missing."""
     if message is None or not isinstance(message.content, str):
         return message
+    longest = expected(message)
+    if not longest:  # nothing of it is kept, and nothing that is kept is touched
+        if not is_piece(message.content):
+            return message
+        logger.warning(
+            "dropped a piece of a %s message of %s, which is not waited for", message.msg_type, message.sender
+        )
+        return None
     try:
-        message.content = joiner.add((message.sender, message.msg_type, message.state), message.content)
+        message.content = joiner.add((message.sender, message.msg_type), message.content, longest)
     except WireError as error:
         logger.warning("dropped a message of %s: %s", message.sender, error)
         return None

@@ -103,6 +103,7 @@ class BlockWorker(ClientWorker):
             raise WireError(f"a block worker was sent a {type(assignment).__name__}")
         self.replica.check_base(assignment.digest_base)
         self.replica.check_held(assignment.held)
+        self._check_place(assignment)
         parts = self._store.plan.active(assignment.block)
         try:
             with self.skipper.skipping(assignment.dropped), self._store.resident(parts):
@@ -112,6 +113,15 @@ class BlockWorker(ClientWorker):
         finally:
             for part in parts:
                 self.replica.settle(part)
+
+    def _check_place(self, assignment: BlockAssignment) -> None:
+        """Raises :class:`~fs_fwdllm.errors.WireError` if there is no such block, or a layer to skip that is none."""
+        blocks, layers = len(self._store.plan.blocks), len(self._store.plan.layer_names)
+        if assignment.block >= blocks or any(layer >= layers for layer in assignment.dropped):
+            raise WireError(
+                f"a visit to block {assignment.block} without layers {list(assignment.dropped[:10])}, but the plan has "
+                f"{blocks} blocks and {layers} layers"
+            )
 
     def _visit(self, assignment: BlockAssignment, batches: Sequence[Batch], parts: Sequence[int]) -> _Trained:
         """Train. Optimiser and gradients are gone when this returns."""

@@ -110,7 +110,7 @@ def encode_tensors(tensors: Sequence[torch.Tensor], encoding: Encoding, *, compr
 
 
 def decode_tensors(
-    data: bytes | np.ndarray, shapes: Sequence[Sequence[int]], encoding: Encoding, *, compressed: bool
+    data: bytes | memoryview | np.ndarray, shapes: Sequence[Sequence[int]], encoding: Encoding, *, compressed: bool
 ) -> list[torch.Tensor]:
     """Inverse of :func:`encode_tensors`: tensors in the dtype of the form (float32 for codes), on the CPU.
 
@@ -118,7 +118,8 @@ def decode_tensors(
         WireError: the bytes have another length than this block has in this form, or do not decompress to it.
     """
     expected = raw_bytes(shapes, encoding)
-    plain = _decompress(bytes(data), expected) if compressed else memoryview(bytes(data))
+    given = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else memoryview(data)
+    plain = _decompress(given, expected) if compressed else given
     if len(plain) != expected:
         raise WireError(f"a block of {len(plain)} bytes, but in form {encoding.form} it has {expected}")
     tensors, position = [], 0
@@ -146,7 +147,7 @@ def decode_tensors(
     return tensors
 
 
-def _decompress(data: bytes, expected: int) -> memoryview:
+def _decompress(data: memoryview, expected: int) -> memoryview:
     try:
         if zstandard.frame_content_size(data) != expected:
             raise WireError(f"a compressed block announces another length than its {expected} bytes")
@@ -181,11 +182,11 @@ def _decode_flat(data: memoryview, count: int, form: str) -> torch.Tensor:
         dtype = _DENSE[form]
         joined = _joined(data, dtype.itemsize)
         if dtype == torch.float32:
-            return torch.from_numpy(joined.view("<f4").astype(np.float32))
-        return torch.from_numpy(joined.view("<i2").astype(np.int16)).view(dtype)
+            return torch.from_numpy(joined.view("<f4").astype(np.float32, copy=False))
+        return torch.from_numpy(joined.view("<i2").astype(np.int16, copy=False)).view(dtype)
     group = _GROUPS[form]
     groups = -(-count // group)
-    scales = _joined(data[: 4 * groups], 4).view("<f4").astype(np.float32)
+    scales = _joined(data[: 4 * groups], 4).view("<f4").astype(np.float32, copy=False)
     codes = np.frombuffer(data[4 * groups :], np.uint8)
     if form == "int4":
         both = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1)[:count]
@@ -226,6 +227,6 @@ def _planes(data: np.ndarray, width: int) -> bytes:
 
 
 def _joined(data: memoryview, width: int) -> np.ndarray:
-    """Inverse of :func:`_planes`, as contiguous bytes."""
+    """Inverse of :func:`_planes`, as contiguous bytes of its own."""
     planes = np.frombuffer(data, np.uint8).reshape(width, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1)
+    return np.array(planes.T, order="C").reshape(-1)

@@ -22,12 +22,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from fs_fwdllm.core.learning_rate import Schedule
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.errors import EstimatorError
+from fs_fwdllm.errors import EstimatorError, WireError
 from fs_fwdllm.estimator import Backprop
 from fs_fwdllm.method.cybgd.state_bytes import TensorState
 from fs_fwdllm.model.objective import Objective
@@ -68,6 +70,25 @@ class OptimizerSettings:
         """How far a step at the rate of one can move a parameter: for Adam, whose steps do not follow the gradient's
         length, its first moment over the root of its second, ``(1 - beta_1) / sqrt(1 - beta_2)`` at most."""
         return 0.1 / math.sqrt(0.001) if self.kind in ("Adam", "AdamW") else math.inf
+
+    @cached_property
+    def keeps(self) -> dict[str, bool]:
+        """What the optimiser keeps for a parameter once it has moved it, by name; whether that is a single number."""
+        parameter = torch.zeros(1)
+        parameter.grad = torch.zeros(1)
+        optimizer = self.make([parameter])
+        optimizer.step()
+        return {name: torch.as_tensor(value).dim() == 0 for name, value in _kept(optimizer, parameter).items()}
+
+    def require_own(self, states: Sequence[TensorState]) -> None:
+        """Whether states that were received are this optimiser's; those of parameters it never moved are empty.
+
+        Raises:
+            WireError: they have other names, or a single number where there is one for every value.
+        """
+        for state in states:
+            if state and {name: value.dim() == 0 for name, value in state.items()} != self.keeps:
+                raise WireError(f"an optimiser state has {len(state)} entries that are not those of {self.kind}")
 
     def make(self, masters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """The optimiser on ``masters``; the learning rate is set before each step."""
@@ -127,13 +148,13 @@ class BlockOptimizer:
         return [
             {
                 name: torch.as_tensor(value, dtype=torch.float32).detach()
-                for name, value in self._optimizer.state.get(master, {}).items()
-                if value is not None
+                for name, value in _kept(self._optimizer, master).items()
             }
             for master in self.masters
         ]
 
     def _load_state(self, state: Sequence[TensorState] | None) -> None:
+        self._settings.require_own(state or ())
         for master, own in zip(self.masters, state or [{}] * len(self.masters), strict=True):
             for name, value in own.items():
                 self._optimizer.state[master][name] = value.clone().to(master.device if value.dim() else "cpu")
@@ -211,6 +232,10 @@ class BlockOptimizer:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+
+def _kept(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.state.get(parameter, {}).items() if value is not None}
 
 
 def _hand_to(master: torch.Tensor):  # type: ignore[no-untyped-def]

@@ -93,10 +93,10 @@ def _make_server(parts: Parts, settings: ServerSettings) -> RoundServer:
         view=_view(parts),
         send_all=own.download.select == "all",
         drop_ratio=own.download.drop_ratio,
+        optimizer=optimizer_settings(config),
         upload=own.upload,
         optimizer_state=own.optimizer_state,
         compress=own.zstandard,
-        longest_step=optimizer_settings(config).longest_step,
     )
     return BlockServer(store, settings, schedule, blocks)
 

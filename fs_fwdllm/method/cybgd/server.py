@@ -18,21 +18,25 @@ import numpy as np
 import torch
 
 from fs_fwdllm.core.seeding import seeded_permutation
-from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode
+from fs_fwdllm.core.wire import Assignment, ClientUpdate, decode, frame_bytes
 from fs_fwdllm.errors import UpdateRejected, WireError
 from fs_fwdllm.guard import root_mean_square
 from fs_fwdllm.method.cybgd.client import delta_encoding
-from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors
+from fs_fwdllm.method.cybgd.codec import Encoding, decode_tensors, raw_bytes
 from fs_fwdllm.method.cybgd.holdings import Holdings
+from fs_fwdllm.method.cybgd.optimiser import OptimizerSettings
 from fs_fwdllm.method.cybgd.records import BlockAssignment, BlockDelta, OptimizerState
 from fs_fwdllm.method.cybgd.schedule import CycleSchedule
 from fs_fwdllm.method.cybgd.server_blocks import ServerBlocks
-from fs_fwdllm.method.cybgd.state_bytes import TensorState, average_states, pack_states, unpack_states
+from fs_fwdllm.method.cybgd.state_bytes import TensorState, average_states, most_bytes, pack_states, unpack_states
 from fs_fwdllm.method.cybgd.store import BlockStore
 from fs_fwdllm.method.cybgd.visit_queue import OpenVisit, VisitQueue
-from fs_fwdllm.method.server import RoundServer, ServerSettings, sample_weights
+from fs_fwdllm.method.server import LARGEST, RoundServer, ServerSettings, sample_weights
 
 __all__ = ["BlockServer", "BlockServerSettings"]
+
+#: The most that the length of a carried frame takes in a header.
+_STATE_LENGTH_BYTES = 9
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,18 @@ class BlockServerSettings:
         view: how inactive blocks are sent.
         send_all: send every block in every visit, not only what the client lacks.
         drop_ratio: share of the other layers that a client skips.
-        upload, optimizer_state, compress: as the clients' :class:`~fs_fwdllm.method.cybgd.client.VisitSettings`.
-        longest_step: how far a step at the rate of one can move a parameter, as a root mean square.
+        optimizer, upload, optimizer_state, compress: as the clients'
+            :class:`~fs_fwdllm.method.cybgd.client.VisitSettings`.
     """
 
     parallel_blocks: int
     view: Encoding
     send_all: bool
     drop_ratio: float
+    optimizer: OptimizerSettings
     upload: str
     optimizer_state: str
     compress: bool
-    longest_step: float = math.inf
 
 
 class BlockServer(RoundServer):
@@ -83,6 +87,31 @@ class BlockServer(RoundServer):
         self.visits = [0] * len(self.plan.blocks)
         self._holdings = Holdings(len(self.plan.parts), self._base_digest)
         self._decoded: dict[int, list[torch.Tensor]] = {}
+
+    def _largest_answer_bytes(self, assignment: Assignment) -> int:
+        assert isinstance(assignment, BlockAssignment)
+        active = self.plan.active(assignment.block)
+        shapes = [shape for part in active for shape in self.store.shapes(part)]
+        delta = BlockDelta(
+            **LARGEST,
+            block=assignment.block,
+            versions=assignment.versions,
+            digest_start=assignment.digest_base,
+            form=self._settings.upload,
+            compressed=True,
+            states=(),
+            values=_stand_in(raw_bytes(shapes, delta_encoding(self._settings.upload))),
+        )
+        states = [_STATE_LENGTH_BYTES + self._state_frame_bytes(part) for part in self._parts_with_states(active)]
+        return frame_bytes(delta) + sum(states)
+
+    def _parts_with_states(self, active: Sequence[int]) -> Sequence[int]:
+        """The parts of a visit whose optimiser's state travels."""
+        return active if self._settings.optimizer_state == "server" else ()
+
+    def _state_frame_bytes(self, part: int) -> int:
+        longest = most_bytes(self.store.shapes(part), self._settings.optimizer.keeps)
+        return frame_bytes(OptimizerState(part, values=_stand_in(longest)))
 
     @property
     def versions(self) -> list[int]:
@@ -235,20 +264,19 @@ class BlockServer(RoundServer):
         return update
 
     def longest(self) -> tuple[float, ...]:
-        return (self._settings.longest_step,) * (1 if self.plan.always is None else 2)
+        return (self._settings.optimizer.longest_step,) * (1 if self.plan.always is None else 2)
 
     def _received_states(self, update: BlockDelta) -> dict[int, list[TensorState]]:
         """The optimiser's state for every part of the visit, where the server keeps it. Raises ``WireError``."""
-        wanted = self.plan.active(update.block) if self._settings.optimizer_state == "server" else ()
-        records = [decode(frame) for frame in update.states]
-        if [getattr(record, "block", None) for record in records] != list(wanted):
+        wanted = self._parts_with_states(self.plan.active(update.block))
+        records = [decode(frame, OptimizerState) for frame in update.states]
+        if [record.block for record in records] != list(wanted):
             raise WireError(f"{len(records)} optimiser states, but the visit trains {len(wanted)} parts")
-        if not all(isinstance(record, OptimizerState) for record in records):
-            raise WireError("an optimiser state is a record of another kind")
-        return {
-            part: unpack_states(np.asarray(record.values), self.store.shapes(part))
-            for part, record in zip(wanted, records, strict=True)
-        }
+        received = {}
+        for part, record in zip(wanted, records, strict=True):
+            received[part] = unpack_states(np.asarray(record.values), self.store.shapes(part))
+            self._settings.optimizer.require_own(received[part])
+        return received
 
     def _step(self, accepted: list[ClientUpdate], weights: np.ndarray) -> None:
         for block in sorted({self._block_of(update.client) for update in accepted}):
@@ -303,6 +331,11 @@ class BlockServer(RoundServer):
         self._holdings.load_state(numbers)
         self.blocks.load_state(tensors, numbers)
         self._digest = self.store.digest()
+
+
+def _stand_in(length: int) -> np.ndarray:
+    """That many bytes, of which only the number counts; they occupy no memory."""
+    return np.broadcast_to(np.uint8(0), length)
 
 
 def _require_visit(update: BlockDelta, assignment: BlockAssignment) -> None:

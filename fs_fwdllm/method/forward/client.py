@@ -13,7 +13,7 @@ from fs_fwdllm.core.replay import add_contributions
 from fs_fwdllm.core.trainables import flatten
 from fs_fwdllm.core.wire import Assignment, ClientUpdate
 from fs_fwdllm.data.types import Batch
-from fs_fwdllm.errors import DivergenceError
+from fs_fwdllm.errors import DivergenceError, WireError
 from fs_fwdllm.estimator import Slopes
 from fs_fwdllm.method.client import BatchSettings
 from fs_fwdllm.method.direction_sets import OWN, DirectionSets
@@ -66,6 +66,11 @@ class LookingWorker(ProbingWorker):
     def aim(self, assignment: Assignment) -> None:
         """Let the estimator's directions be those of the assignment."""
         if self.directions is None:
+            if assignment.choices or assignment.reference_scale:
+                raise WireError(
+                    f"client {assignment.client} is asked for chosen directions, but its configuration has none; "
+                    "server and clients must agree on fwdllm.sampling"
+                )
             return
         self.directions.chosen = {}
         if assignment.choices:
@@ -79,9 +84,10 @@ class LookingWorker(ProbingWorker):
         """The slopes of a step; with a reference, the last probe looks along it and the others get what it leaves."""
         if not assignment.reference_scale:
             return self.look(assignment, step, batch)
+        estimator = self.measured_by(assignment)
         (keys,), scale = self.keys(assignment, step), assignment.reference_scale  # of the one part that there is
         drawn, along = keys[:-1], DirectionKey(self.replica.replayer.run_seed, REFERENCE_SEED)
-        slopes = self.measured_by(assignment).slopes(self.objective.on(batch), [[*drawn, along]])
+        slopes = estimator.slopes(self.objective.on(batch), [[*drawn, along]])
         distribution = self.replica.replayer.distribution
         return replace(slopes, values=residual_slopes(slopes.values, drawn, self._reference(), scale, distribution))
 

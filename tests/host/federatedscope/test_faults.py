@@ -198,7 +198,9 @@ class Bomb:
 
 bomb = base64.b64encode(pickle.dumps(Bomb())).decode()
 hello = dict(client=1, samples=3, incarnation=5, digest="00", base="", settings="", host="127.0.0.1", port=1)
-contents = [bomb, [5, {{"w": bomb}}], {{"w": bomb}}, 3, 0.5, "@", "", {{1: 2}}, [], {{**hello, "client": 99}},
+piece = "fwdllm-piece " + "0" * 32
+pieces = [piece, f"{{piece}} 0 2 300 abc", f"{{piece}} 1 2 300 "]
+contents = [bomb, *pieces, [5, {{"w": bomb}}], {{"w": bomb}}, 3, 0.5, "@", "", {{1: 2}}, [], {{**hello, "client": 99}},
             {{**hello, "digest": "zz"}}, {{**hello, "base": 3}}, {{**hello, "client": bomb}},
             {{**hello, "port": 70000}}, {{"client": 1}}]
 kinds = ["model_para", "ss_model_para", "evaluate", "join_in", "join_in_info", "address", "ask_for_join_in_info",
@@ -235,6 +237,7 @@ def test_nonsense_is_dropped_and_nothing_is_unpickled(
     for participant in (server, *clients.values()):
         participant.succeed(_BOUND_S)
         assert "dropped a message of type 'model_para'" in participant.text
+        assert "dropped a piece of a fwdllm_update message of 7, which is not waited for" in participant.text
     assert not trace.exists()
     assert outcome_of(federation.folder("server")) == expected
 

@@ -128,6 +128,8 @@ def test_optimiser_states_survive_and_malformed_ones_are_refused() -> None:
     with pytest.raises(WireError):
         unpack_states(packed, [(3, 4)])
     with pytest.raises(WireError, match="different names"):
-        average_states([states, [{} for _ in states]], [0.5, 0.5])
+        average_states([states, [{"step": torch.tensor(1.0)} for _ in states]], [0.5, 0.5])
+    for heard, own in zip(average_states([states, [{}, {}]], [0.25, 0.75]), states, strict=True):
+        assert all(torch.equal(heard[name], own[name]) for name in own), "who keeps nothing has no say"
     (mean, _) = average_states([states, states], [0.25, 0.75])
     assert torch.allclose(mean["exp_avg"], states[0]["exp_avg"]) and mean["step"] == 7
