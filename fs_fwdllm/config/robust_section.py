@@ -18,8 +18,8 @@ class RobustConfig(Section):
     clip: str = Field(
         "median_norm",
         description="how long a client's update may be: median_norm, the median of the round's clients (part by part; "
-        "where fewer than three answer, three times the median of earlier rounds), a number of times that (in quotes "
-        "inside FederatedScope), or none for any length",
+        "where fewer than three answer, of the last ones that were believed), a number of times that (in quotes inside "
+        "FederatedScope), or none for any length",
     )
     samples: float = Field(
         10.0,

@@ -67,9 +67,9 @@ class OptimizerSettings:
 
     @property
     def longest_step(self) -> float:
-        """How far a step at the rate of one can move a parameter: for Adam, whose steps do not follow the gradient's
-        length, its first moment over the root of its second, ``(1 - beta_1) / sqrt(1 - beta_2)`` at most."""
-        return 0.1 / math.sqrt(0.001) if self.kind in ("Adam", "AdamW") else math.inf
+        """How far a step at the rate of one moves the parameters of a block, as a root mean square, at most: Adam's
+        steps do not follow the gradient's length, and are one while a gradient keeps its size and sign."""
+        return 1.0 if self.kind in ("Adam", "AdamW") else math.inf
 
     @cached_property
     def keeps(self) -> dict[str, bool]:
