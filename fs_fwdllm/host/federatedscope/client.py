@@ -16,8 +16,9 @@ from federatedscope.core.message import Message
 from federatedscope.core.workers import Client
 
 from fs_fwdllm.core.wire import to_text
-from fs_fwdllm.errors import HostError, WireError
+from fs_fwdllm.errors import HostError, WireError, shown
 from fs_fwdllm.host.chunks import WHOLE_BYTES, Joiner
+from fs_fwdllm.host.federatedscope.intake import DROPPED, limit_intake
 from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK, NO_RESULTS
 from fs_fwdllm.host.federatedscope.run_state import HostModel, HostProcess, save_values
@@ -55,7 +56,10 @@ class FwdLLMClient(Client):
         self._incarnation = int.from_bytes(os.urandom(3), "little")
         self._asked_for = int(self._cfg.distribute.data_idx) if self.mode == "distributed" else int(self.ID)
         self._deadline_s = self._process.config.fwdllm.deadline_s
-        self._sender = Sender(self.comm_manager, self._deadline_s, tls) if self.mode == "distributed" else None
+        self._sender: Sender | None = None
+        if self.mode == "distributed":
+            limit_intake(self.comm_manager, [self.server_id])
+            self._sender = Sender(self.comm_manager, self._deadline_s, tls)
         self._unsent: Any = None
 
     def _register_default_handlers(self) -> None:
@@ -180,7 +184,7 @@ class FwdLLMClient(Client):
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""
-        logger.warning("client %d: dropped a message of type %r", self.ID, message.msg_type)
+        DROPPED.say(f"client {self.ID}: dropped a message of type {shown(message.msg_type)}")
 
     def _send(self, kind: str, content: Any) -> bool:
         """Send to the server; whether it was delivered."""

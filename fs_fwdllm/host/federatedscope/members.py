@@ -13,6 +13,7 @@ from federatedscope.core.message import Message
 from federatedscope.core.workers import Server
 
 from fs_fwdllm.errors import WireError
+from fs_fwdllm.host.federatedscope.intake import DROPPED, limit_intake
 from fs_fwdllm.host.federatedscope.listening import bind_host, settle_addresses
 from fs_fwdllm.host.federatedscope.run_state import HostModel
 from fs_fwdllm.host.federatedscope.secure import Tls, listening, tls_of
@@ -47,6 +48,7 @@ class MemberServer(Server):
         self._looked_for_clients = 0.0
         self._sender: Sender | None = None
         if config is not None and model is not None and self.mode == "distributed":
+            limit_intake(self.comm_manager, range(1, self.client_num + 1))
             self._sender = Sender(self.comm_manager, model.process.config.fwdllm.deadline_s, self._tls)
 
     @property
@@ -76,9 +78,7 @@ class MemberServer(Server):
         client = self._number_of(hello)
         if not 0 < client <= self.client_num:
             # Nobody calls an address of a stranger's choice; a client that is not taken in gives up by itself.
-            logger.warning(
-                "refused client %d: this run has clients 1 to %d (federate.client_num)", client, self.client_num
-            )
+            DROPPED.say(f"refused client {client}: this run has clients 1 to {self.client_num} (federate.client_num)")
             return
         if refusal := self._refusal(hello):
             logger.warning("refused client %d: %s", client, refusal)

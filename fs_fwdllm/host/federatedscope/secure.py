@@ -18,6 +18,7 @@ from typing import Any
 
 from fs_fwdllm.errors import HostError
 from fs_fwdllm.host.addresses import is_wildcard, joined, parsed
+from fs_fwdllm.host.federatedscope.intake import DROPPED, claimed_by
 from fs_fwdllm.host.tls import TlsFiles, name_of, number_of
 
 __all__ = ["Tls", "listening", "tls_of"]
@@ -128,14 +129,14 @@ def _receiver(*, hears_clients: bool) -> Any:
             import grpc
 
             name = _name_in(context)
-            number, claimed = number_of(name), _claimed_by(request)
+            number, claimed = number_of(name), claimed_by(request)
             refusal = ""
             if number is None or (number > 0) != hears_clients:
                 refusal = f"a message with the certificate of {name!r}: nobody of that name is listened to here"
             elif claimed not in (number, _NOBODY_YET if hears_clients else number):
                 refusal = f"a message with the certificate of {name!r} that says it is of {_told(claimed)}"
             if refusal:
-                logger.warning("dropped %s", refusal)
+                DROPPED.say(f"dropped {refusal}")
                 context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
             request.msg["sender"].single_msg.int_value = number
             return super().sendMessage(request, context)
@@ -147,12 +148,6 @@ def _name_in(context: Any) -> str:
     """The common name of the peer's certificate."""
     names = context.auth_context().get("x509_common_name", [])
     return names[0].decode(errors="replace") if names else ""
-
-
-def _claimed_by(request: Any) -> int | None:
-    """Whom a message says it is of; ``None`` if that is no number."""
-    sender = request.msg["sender"].single_msg if "sender" in request.msg else None
-    return sender.int_value if sender is not None and sender.WhichOneof("type") == "int_value" else None
 
 
 def _told(claimed: int | None) -> str:

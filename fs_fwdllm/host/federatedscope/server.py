@@ -20,9 +20,10 @@ from typing import IO, Any, cast
 from rich.console import Console
 
 from fs_fwdllm.core.wire import text_bytes, to_text
-from fs_fwdllm.errors import CheckpointError, HostError, TrainingStalledError, WireError
+from fs_fwdllm.errors import CheckpointError, HostError, TrainingStalledError, WireError, shown
 from fs_fwdllm.host.chunks import Joiner
 from fs_fwdllm.host.federatedscope import run_state
+from fs_fwdllm.host.federatedscope.intake import DROPPED
 from fs_fwdllm.host.federatedscope.members import MemberServer
 from fs_fwdllm.host.federatedscope.names import MESSAGE_EVALUATE, MESSAGE_UPDATE, MESSAGE_WORK
 from fs_fwdllm.host.federatedscope.results import LogLines, latest_evaluation, results_in, with_value_to_choose_by
@@ -138,7 +139,7 @@ class FwdLLMServer(MemberServer):
         """Take a client's update; the last one closes the round."""
         client = int(message.sender)
         if self._driver is None or client not in self._driver.missing or message.state != self.state:
-            logger.warning("an update of client %d came late or unasked and is left out", client)
+            DROPPED.say(f"an update of client {client} came late or unasked and is left out")
             return
         try:
             frame = frame_in(message, self._driver.expected_bytes(client))
@@ -255,7 +256,7 @@ class FwdLLMServer(MemberServer):
 
     def callback_funcs_for_foreign_message(self, message: Any) -> None:
         """Leave alone what is not ours: the host's messages of parameters would have to be unpickled."""
-        logger.warning("dropped a message of type %r from %s", message.msg_type, message.sender)
+        DROPPED.say(f"dropped a message of type {shown(message.msg_type)} from {message.sender}")
 
     def _stop_for(self, error: Exception) -> None:
         self.is_finish = True

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fs_fwdllm.core.wire import DEFAULT_LIMIT_BYTES, from_text, text_bytes
-from fs_fwdllm.errors import WireError
+from fs_fwdllm.errors import WireError, shown
 from fs_fwdllm.host.addresses import is_listening, parsed
 from fs_fwdllm.host.chunks import Joiner, is_piece, split
+from fs_fwdllm.host.federatedscope.intake import DROPPED
 from fs_fwdllm.host.federatedscope.secure import Tls
 
 __all__ = ["Expected", "Hello", "Sender", "dispatch", "frame_in", "next_message", "reachable"]
@@ -108,7 +109,7 @@ def dispatch(participant: Any, message: Any, taken: Collection[str]) -> None:
     try:
         participant.msg_handlers[message.msg_type](message)
     except WireError as error:
-        logger.warning("dropped a message of %s: %s", message.sender, error)
+        DROPPED.say(f"dropped a message of {message.sender}: {error}")
 
 
 class Sender:
@@ -197,14 +198,12 @@ def _whole(message: Any, joiner: Joiner, expected: Expected) -> Any:
     if not longest:  # nothing of it is kept, and nothing that is kept is touched
         if not is_piece(message.content):
             return message
-        logger.warning(
-            "dropped a piece of a %s message of %s, which is not waited for", message.msg_type, message.sender
-        )
+        DROPPED.say(f"dropped a piece of a {message.msg_type} message of {message.sender}, which is not waited for")
         return None
     try:
         message.content = joiner.add((message.sender, message.msg_type), message.content, longest)
     except WireError as error:
-        logger.warning("dropped a message of %s: %s", message.sender, error)
+        DROPPED.say(f"dropped a message of {message.sender}: {error}")
         return None
     return message if message.content is not None else None
 
@@ -213,11 +212,11 @@ def _read(manager: Any) -> Any:
     try:
         message = manager.receive()
     except Exception as error:  # whatever the bytes made the host's parser raise, they are not a message
-        logger.warning("dropped a message that cannot be read (%s: %s)", type(error).__name__, error)
+        DROPPED.say(f"dropped a message that cannot be read ({type(error).__name__}: {shown(str(error))})")
         return None
     if type(message.msg_type) is str and type(message.sender) is int and type(message.state) is int:
         return message
-    logger.warning("dropped a message whose type, sender or round is garbled")
+    DROPPED.say("dropped a message whose type, sender or round is garbled")
     return None
 
 
