@@ -4,8 +4,9 @@ A block of a base on the disk is trained in memory, and what it became has to go
 write makes a new file with some tensors one after the other, so that whoever still reads the version before (a
 checkpoint, the best round) goes on finding it.
 
-Files of a run that can be resumed have names, in a folder of the run. All others lose theirs as soon as they are open:
-the system keeps such a file for as long as somebody reads it, and clears it away after a process that was killed, too.
+Files of a run that can be resumed have names, in a folder of the run. All others lose theirs before anything is in
+them: the system keeps such a file for as long as somebody reads it, and clears it away after a process that was killed,
+too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -27,6 +29,8 @@ from fs_fwdllm.model.base.streaming import Reader
 __all__ = ["ChangedFiles", "Written"]
 
 _SUFFIX = ".matrices"
+#: Where Linux has this process's open files, those without a name, too.
+_OPEN_FILES = Path("/proc/self/fd")
 _CHUNK_BYTES = 16 << 20
 
 
@@ -66,11 +70,12 @@ class ChangedFiles:
         place = self.folder or next(place for place in (self.beside, *self.beside.parents) if place.is_dir())
         try:
             place.mkdir(parents=True, exist_ok=True)
-            path = _write_new(place, tensors)
+            path = self._write_unnamed(place, tensors) if self.folder is None else None
+            path = path or _write_new(place, tensors)
             self._reader.file(path)
             if self.folder is None:
                 with suppress(OSError):  # where an open file cannot lose its name it is removed when it is let go
-                    path.unlink()
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise ModelError(
                 f"{place}: a trained block cannot be written there ({error.strerror or error}); make room or "
@@ -78,6 +83,21 @@ class ChangedFiles:
             ) from error
         self._uses[path] = len(tensors)
         return _placed(path, tensors)
+
+    def _write_unnamed(self, place: Path, tensors: Sequence[torch.Tensor]) -> Path | None:
+        """Write a file that nobody else looks for. It loses its name before there is anything in it, so that a process
+        that is killed leaves nothing; ``None`` where a file without a name cannot be opened again."""
+        handle, name = tempfile.mkstemp(dir=place, prefix=".writing-")
+        path, again = Path(name), _OPEN_FILES / str(handle)
+        with os.fdopen(handle, "wb") as file:
+            with suppress(OSError):  # of an open file, on some systems
+                path.unlink()
+            if path.exists() or not again.exists():
+                path.unlink(missing_ok=True)
+                return None
+            _write(file, tensors)
+            self._reader.file(path, again)
+        return path
 
     def find(self, reference: Sequence[object], shape: tuple[int, ...], dtype: torch.dtype) -> Written:
         """A tensor by its :meth:`Written.reference`, in a file that kept its name.
@@ -129,18 +149,22 @@ def _write_new(place: Path, tensors: Sequence[torch.Tensor]) -> Path:
     staging = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            for tensor in tensors:
-                file.write(_octets(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # the cache is for files that are read again and again
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            _write(file, tensors)
         path = staging.with_name(f"{staging.name.removeprefix('.writing-')}{_SUFFIX}")
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
     return path
+
+
+def _write(file: IO[bytes], tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        file.write(_octets(tensor))
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):  # the cache is for files that are read again and again
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _placed(path: Path, tensors: Sequence[torch.Tensor]) -> list[Written]:

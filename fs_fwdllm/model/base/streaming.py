@@ -101,10 +101,10 @@ class Reader:
         self._slots = []  # as large as the largest layer, so anew
         return len(self._layers) - 1
 
-    def file(self, path: Path) -> _File:
-        """The open file; one descriptor for all its tensors."""
+    def file(self, path: Path, at: Path | None = None) -> _File:
+        """The open file; one descriptor for all its tensors. ``at`` is where it is opened, if it has no name."""
         if path not in self._files:
-            self._files[path] = _File(path)
+            self._files[path] = _File(path, at)
         return self._files[path]
 
     def forget(self, path: Path) -> None:
@@ -252,10 +252,10 @@ def _let_large_blocks_go() -> None:
 class _File:
     """An open file whose size and time of change must stay what they were."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, at: Path | None = None) -> None:
         self.path = path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.descriptor = os.open(at or path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             self._state = self._now()
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -24,7 +24,9 @@ from fs_fwdllm.forecast.plan import make_plan
 from fs_fwdllm.method import assemble_server
 from fs_fwdllm.method.cybgd.server import BlockServer
 from fs_fwdllm.model.base import shards
+from fs_fwdllm.model.base.changed_files import ChangedFiles
 from fs_fwdllm.model.base.packed import PackedLinear, packed_layers
+from fs_fwdllm.model.base.streaming import Reader
 from fs_fwdllm.report import RunFolder
 from fs_fwdllm.running import local
 from fs_fwdllm.running.checkpoint import read_checkpoint
@@ -226,6 +228,29 @@ def test_a_killed_run_goes_on_from_the_command_line(world: World) -> None:
     assert not [file for file in path.parent.rglob(".writing-*")]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="a file without a name cannot be opened again here")
+def test_a_file_that_nobody_looks_for_has_no_name_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a process that is killed just then leaves nothing."""
+    reader, seen, fsync = Reader(), [], os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append([file.name for file in tmp_path.iterdir()])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    files = ChangedFiles(reader, None, tmp_path)
+    tensor = torch.arange(6, dtype=torch.float32).view(2, 3)
+    (written,) = files.write([tensor])
+    assert seen == [[]]
+    memory = bytearray(written.entry.bytes)
+    reader.file(written.entry.file).read_into(memoryview(memory), written.entry.offset)
+    assert bytes(memory) == tensor.numpy().tobytes()
+    files.let_go(written)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_run_is_given_more_rounds(world: World) -> None:
     config = world.config({**blocks(), **STREAMED, "federate.total_round_num": 3}, language_model=True)
     more = local.resume(local.run(config), rounds=5)
@@ -237,7 +262,8 @@ def test_files_of_changed_blocks_are_those_a_run_can_go_on_from(world: World, mo
     config = world.config({**blocks(), **STREAMED, "federate.total_round_num": 9, "eval.freq": 3}, language_model=True)
     path = local.run(config)
     folder = RunFolder.open(path)
-    spoken_of = [read_checkpoint(folder.checkpoint_path).numbers, read_about(folder.best_path)]
+    before = read_about(folder.checkpoint_path / "previous.safetensors")["numbers"]
+    spoken_of = [read_checkpoint(folder.checkpoint_path).numbers, before, read_about(folder.best_path)]
     named = {str(reference[0]) for about in spoken_of for reference in as_files(about).values()}
     assert {file.name for file in folder.blocks_path.iterdir()} == named
     assert not [file for file in path.parent.iterdir() if file.is_file()]  # the model's own went with the process
