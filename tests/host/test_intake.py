@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from fs_fwdllm.host.chunks import PIECE_BYTES, WHOLE_BYTES
 from fs_fwdllm.host.federatedscope.intake import Intake, Repeats, claimed_by, limit_intake
 
 
@@ -52,10 +53,11 @@ def test_strangers_fill_their_own_share_alone() -> None:
 
 def test_a_participant_has_a_share_too_and_may_send_what_is_long() -> None:
     intake = Intake([1, 2])
-    for _ in range(100):
+    for _ in range(2000):
         intake.append(Request(1, size=300 << 20))
     intake.append(Request(2))
-    assert len(intake) == 65 and claimed_by(intake[-1]) == 2
+    assert len(intake) == 1025 and claimed_by(intake[-1]) == 2
+    assert 1024 * PIECE_BYTES > WHOLE_BYTES, "no text that may come is cut off"
 
 
 def test_long_messages_of_strangers_do_not_wait() -> None:
@@ -78,9 +80,9 @@ def test_shares_are_counted_right_by_many_threads() -> None:
     while any(sender.is_alive() for sender in senders) or intake:
         if intake:
             taken.append(intake.popleft())
-    for _ in range(64):
+    for _ in range(1024):
         intake.append(Request(1))
-    assert len(intake) == 64 and len(taken) > 0
+    assert len(intake) == 1024 and len(taken) > 0
 
 
 def test_a_remark_is_made_a_few_times_and_then_at_powers_of_ten() -> None:

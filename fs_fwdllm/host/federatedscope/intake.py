@@ -18,8 +18,10 @@ __all__ = ["DROPPED", "Intake", "Repeats", "claimed_by", "limit_intake"]
 
 logger = logging.getLogger("federatedscope.fs_fwdllm")
 
-#: Messages of a participant, or of all strangers, that may wait.
-_SHARE = 64
+#: Messages of a participant that may wait: the pieces of the longest text there is, 24 GiB, are fewer.
+_SHARE = 1024
+#: Messages of all strangers together that may wait.
+_STRANGERS_SHARE = 64
 #: Longest message of a stranger that is kept: what a client that joins says of itself takes a tenth of it.
 _STRANGERS_BYTES = 32 << 10
 _STRANGER = -2
@@ -77,10 +79,10 @@ class Intake(deque[Any]):
         if owner == _STRANGER and request.ByteSize() > _STRANGERS_BYTES:
             DROPPED.say("dropped long messages of strangers")
             return
+        share, name = (_STRANGERS_SHARE, "strangers") if owner == _STRANGER else (_SHARE, f"participant {owner}")
         with self._lock:
-            if self._held[owner] >= _SHARE:
-                name = "strangers" if owner == _STRANGER else f"participant {owner}"
-                DROPPED.say(f"dropped messages of {name}: {_SHARE} are waiting already")
+            if self._held[owner] >= share:
+                DROPPED.say(f"dropped messages of {name}: {share} are waiting already")
                 return
             self._held[owner] += 1
             super().append(request)
