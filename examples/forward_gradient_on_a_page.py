@@ -1,4 +1,4 @@
-"""Forward gradients in a federation on one page, with the digests of ``fs-fwdllm run``.
+"""Forward gradients in a federation on one page, with the digests of ``fs-fwdllm run`` (``fwdllm.robust.clip none``).
 
 Clients look along seeded directions and stay where they are; the slopes of all of them estimate one gradient, and the
 server steps on it: python examples/forward_gradient_on_a_page.py FILE [key value ...]

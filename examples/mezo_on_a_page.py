@@ -1,4 +1,4 @@
-"""MeZO in a federation on one page, with the digests of ``fs-fwdllm run``: python examples/mezo_on_a_page.py FILE.
+"""MeZO in a federation on one page (its run: ``fwdllm.robust.clip none``): python examples/mezo_on_a_page.py FILE
 
 A client looks along seeded directions, steps, looks again; what it sends are slopes. The server replays all of them in
 one step, and whoever knows the seeds ends with the same bits.

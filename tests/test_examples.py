@@ -15,7 +15,7 @@ from fs_fwdllm import run
 from fs_fwdllm.config import Config
 from fs_fwdllm.config.yaml_text import dump_yaml
 from tests.host.fixtures import models, world
-from tests.host.small import METHODS, World, read_jsonl
+from tests.host.small import METHODS, PLAIN_MEAN, World, read_jsonl
 
 __all__ = ["models", "world"]
 
@@ -49,7 +49,7 @@ def test_it_fits_on_a_page(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("language_model", [False, True], ids=["classifier", "language model"])
 def test_every_digest_is_the_runs(name: str, language_model: bool, world: World) -> None:
-    settings = {**METHODS[PAGES[name][1]], "train.local_update_steps": 2, "fwdllm.probes": 3}
+    settings = {**METHODS[PAGES[name][1]], **PLAIN_MEAN, "train.local_update_steps": 2, "fwdllm.probes": 3}
     config = world.config(settings, language_model=language_model)
     expected = digests_of(run(config).folder)
     assert len(set(expected)) == len(expected) == 1 + config.federate.total_round_num

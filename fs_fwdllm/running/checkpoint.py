@@ -125,12 +125,13 @@ def _keep_previous(folder: Path) -> None:
     with suppress(OSError):
         beside.unlink(missing_ok=True)
         try:
-            os.link(folder / _FILE, beside)
-        except PermissionError:  # a disk without links
-            shutil.copyfile(folder / _FILE, beside)
-        os.replace(beside, folder / _PREVIOUS)
-    with suppress(OSError):
-        beside.unlink(missing_ok=True)
+            try:
+                os.link(folder / _FILE, beside)
+            except PermissionError:  # a disk without links
+                shutil.copyfile(folder / _FILE, beside)
+            os.replace(beside, folder / _PREVIOUS)
+        finally:  # also where the user interrupts
+            beside.unlink(missing_ok=True)
 
 
 def withdraw_checkpoint(folder: Path) -> None:

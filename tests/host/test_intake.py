@@ -41,12 +41,12 @@ def test_strangers_fill_their_own_share_alone() -> None:
     for number in range(10_000):
         intake.append(Request(99 + number))
         intake.append(Request(None))
-    assert len(intake) == 64
+    assert len(intake) == 512
     mine = [Request(1) for _ in range(50)]
     for request in mine:
         intake.append(request)
     taken = [intake.popleft() for _ in range(len(intake))]
-    assert taken[64:] == mine
+    assert taken[512:] == mine
     intake.append(Request(7))  # room again
     assert len(intake) == 1
 

@@ -27,12 +27,12 @@ from fs_fwdllm.running.checkpoint import read_checkpoint
 from fs_fwdllm.running.local import run
 from fs_fwdllm.running.sampling import clients_asked, clients_per_round, sample_clients
 from fs_fwdllm.running.session import Session
-from tests.host.small import CLASSES, METHODS, World, methods_where, read_jsonl
+from tests.host.small import CLASSES, METHODS, PLAIN_MEAN, World, methods_where, read_jsonl
 from tests.model.tiny import save_tiny_model
 
 CUMULATIVE = ("seconds", "upload_bytes", "download_bytes", "forward_passes", "backward_passes", "peak_rss_mib")
 COLUMNS = {*CUMULATIVE, "round", "digest", "peak_device_mib"}
-TRAINED = {"train_loss", "learning_rate", "loss", "rejected"}
+TRAINED = {"train_loss", "learning_rate", "loss", "rejected", "clipped", "capped"}
 OF_BLOCKS = {"blocks", "cycle", "block_visits", "reassigned_blocks"}
 every_method = pytest.mark.parametrize("method", METHODS)
 with_an_adapter = pytest.mark.parametrize("method", methods_where(lambda facts: not facts.trains_blocks))
@@ -285,7 +285,7 @@ def test_divergence_is_told_between_evaluations_too(
 ) -> None:
     quiet = {**METHODS[method], "eval.freq": -1, "fwdllm.saved_round": "last", "federate.total_round_num": 12}
     rates = {"fedavg": 30.0, "mezo": 3.0, "forward_gradient": 100.0}
-    path = run(world.config({**quiet, "train.optimizer.lr": rates[method]}))
+    path = run(world.config({**quiet, **PLAIN_MEAN, "train.optimizer.lr": rates[method]}))
     losses = [line["train_loss"] for line in lines_of(path) if "train_loss" in line]
     far = [number for number, loss in enumerate(losses, start=1) if loss is None or loss > 2 * losses[0] + 1]
     said = " ".join(capsys.readouterr().out.split())

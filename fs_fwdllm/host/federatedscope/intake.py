@@ -21,7 +21,7 @@ logger = logging.getLogger("federatedscope.fs_fwdllm")
 #: Messages of a participant that may wait: the pieces of the longest text there is, 24 GiB, are fewer.
 _SHARE = 1024
 #: Messages of all strangers together that may wait.
-_STRANGERS_SHARE = 64
+_STRANGERS_SHARE = 512
 #: Longest message of a stranger that is kept: what a client that joins says of itself takes a tenth of it.
 _STRANGERS_BYTES = 32 << 10
 _STRANGER = -2

@@ -56,6 +56,7 @@ def test_a_run_ends_where_federatedscope_would_end_it(
 _SETTINGS: dict[str, Any] = {
     "federate.method": "fedfwd", "federate.make_global_eval": False, "eval.freq": 1, "data.splits": [0.4, 0.3, 0.3],
     "eval.best_res_update_round_wise_key": "val_loss", "train.optimizer.lr": 30.0, "federate.total_round_num": 8,
+    "fwdllm.robust.clip": "none",
 }  # fmt: skip
 
 
